@@ -1,0 +1,462 @@
+"""Configurations: complete where they are written, checked when they are built.
+
+Every field is required, so a configuration can be read without looking anything up. `nano` is small enough to train
+on two CPU cores; `4b` and `8b` are the shapes of the released checkpoints.
+
+Words: width is the size of a token, depth the number of blocks, head_dim the size of a head, mlp_width the size inside
+the feed-forward part, grid the tokens along one side of a square, eps the term that keeps a normalisation finite.
+"""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ValueError(f"{type(config).__name__}.{name} must be positive, got {value}")
+
+
+def _require_multiple(config: object, name: str, value: int, of: int, of_name: str) -> None:
+    if value % of:
+        raise ValueError(f"{type(config).__name__}.{name} must be a multiple of {of_name} = {of}, got {value}")
+
+
+def _require_equal(config: object, name: str, value: object, expected: object, expected_name: str) -> None:
+    if value != expected:
+        raise ValueError(
+            f"{type(config).__name__}.{name} must equal {expected_name}, got {name} = {value} and "
+            f"{expected_name} = {expected}"
+        )
+
+
+@dataclass(frozen=True)
+class ClipTextConfig:
+    """The text tower of a CLIP trained from scratch."""
+
+    vocab_size: int
+    context: int  # longest text, in tokens
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    eps: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self)))
+        _require_multiple(self, "width", self.width, self.num_heads, "num_heads")
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The CLIP whose patch features are what the diffusion transformer draws. `text` is None for a vision tower alone."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    eps: float
+    embed_dim: int  # the space that images and texts share
+    text: ClipTextConfig | None
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self) if field.name != "text"))
+        _require_multiple(self, "width", self.width, self.num_heads, "num_heads")
+        _require_multiple(self, "image_size", self.image_size, self.patch_size, "patch_size")
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of the picture."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower of Qwen2.5-VL: windowed attention but for a few blocks, 2 x 2 patches merged into one token."""
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    patch_size: int
+    temporal_patch_size: int  # frames in a patch; a still picture is repeated
+    merge_size: int  # patches along one side of a merged token
+    window_size: int  # pixels along one side of an attention window
+    full_attention_blocks: tuple[int, ...]  # the blocks that see the whole picture
+    out_width: int  # the language model's width
+    eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self) if field.name != "full_attention_blocks"))
+        _require_multiple(self, "width", self.width, 4 * self.num_heads, "4 num_heads")
+        _require_multiple(
+            self, "window_size", self.window_size, self.patch_size * self.merge_size, "patch_size x merge_size"
+        )
+        outside = [block for block in self.full_attention_blocks if not 0 <= block < self.depth]
+        if outside:
+            raise ValueError(
+                f"VisionConfig.full_attention_blocks must lie in 0..{self.depth - 1} (depth {self.depth}), got {outside}"
+            )
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a flattened patch: channels x frames x height x width."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """The language model: Qwen2.5-VL's decoder."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]  # frequencies for time, height, width
+    eps: float
+    tie_embeddings: bool  # the output layer is the embedding
+    qkv_bias: bool
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, *(f.name for f in fields(self) if f.name not in ("mrope_section", "tie_embeddings", "qkv_bias"))
+        )
+        _require_multiple(self, "num_heads", self.num_heads, self.num_kv_heads, "num_kv_heads")
+        _require_multiple(self, "head_dim", self.head_dim, 2, "2")
+        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
+            raise ValueError(
+                f"LlmConfig.mrope_section must be three numbers that sum to head_dim / 2 = {self.head_dim // 2}, "
+                f"got {self.mrope_section}"
+            )
+
+
+@dataclass(frozen=True)
+class DitConfig:
+    """The diffusion transformer: Lumina-Next with cross-attention to the language model's condition."""
+
+    in_channels: int  # width of the features it draws
+    grid: int  # features along one side
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    mlp_width: int
+    condition_width: int  # width of the language model's hidden states
+    time_width: int  # width of the embedding of time and pooled condition
+    eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self)))
+        _require_multiple(self, "width", self.width, 4 * self.num_heads, "4 num_heads")
+        _require_multiple(self, "num_heads", self.num_heads, self.num_kv_heads, "num_kv_heads")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The visual decoder that `nano` trains: features to pixels by flow matching."""
+
+    feature_width: int
+    feature_grid: int
+    image_size: int
+    patch_size: int
+    width: int
+    depth: int
+    num_heads: int
+    mlp_width: int
+    time_width: int
+    eps: float
+    rope_theta: float
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self)))
+        _require_multiple(self, "width", self.width, 4 * self.num_heads, "4 num_heads")
+        _require_multiple(
+            self, "image_size", self.image_size, self.patch_size * self.feature_grid, "patch_size x feature_grid"
+        )
+
+
+TOKENS = (
+    "pad_token",
+    "end_token",
+    "image_start_token",
+    "image_end_token",
+    "image_token",
+    "query_start_token",
+    "query_token",
+)
+
+
+@dataclass(frozen=True)
+class Blip3oConfig:
+    """The whole system. The released models take their decoder from diffusers (None here)."""
+
+    name: str
+    clip: ClipConfig
+    vision: VisionConfig | None  # None: the language model reads CLIP's tokens
+    llm: LlmConfig
+    dit: DitConfig
+    decoder: DecoderConfig | None
+    num_queries: int
+    feature_grid: int  # CLIP's patch tokens are pooled to feature_grid x feature_grid features
+    pad_token: int
+    end_token: int  # ends a turn
+    image_start_token: int  # before a picture that is shown
+    image_end_token: int  # after it
+    image_token: int  # stands for one token of a picture that is shown
+    query_start_token: int  # asks for a picture; the queries follow
+    query_token: int  # stands for one query
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "num_queries", "feature_grid")
+        _require_multiple(self, "clip.image_size / clip.patch_size", self.clip.grid, self.feature_grid, "feature_grid")
+        _require_equal(self, "dit.in_channels", self.dit.in_channels, self.clip.width, "clip.width")
+        _require_equal(self, "dit.grid", self.dit.grid, self.feature_grid, "feature_grid")
+        _require_equal(self, "dit.condition_width", self.dit.condition_width, self.llm.width, "llm.width")
+        if self.vision is not None:
+            _require_equal(self, "vision.out_width", self.vision.out_width, self.llm.width, "llm.width")
+        if self.decoder is not None:
+            _require_equal(self, "decoder.feature_width", self.decoder.feature_width, self.clip.width, "clip.width")
+            _require_equal(self, "decoder.feature_grid", self.decoder.feature_grid, self.feature_grid, "feature_grid")
+        ids = {name: getattr(self, name) for name in TOKENS}
+        for name, token in ids.items():
+            if not 0 <= token < self.llm.vocab_size:
+                raise ValueError(f"Blip3oConfig.{name} must lie in 0..{self.llm.vocab_size - 1}, got {token}")
+        if len(set(ids.values())) != len(ids):
+            raise ValueError(f"Blip3oConfig's special tokens must differ from each other, got {ids}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries of numbers, strings, booleans, lists and None: what JSON can hold."""
+    return {field.name: _to_plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def _to_plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`. ValueError names a field that is unknown, missing, or of the wrong type."""
+    return cast(Config, _from_plain(kind, values, kind.__name__))
+
+
+def _from_plain(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint` of the field called `where`."""
+    if get_origin(hint) in (Union, types.UnionType):  # X | None is the only union here
+        if value is None:
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} must be a table of fields, got {value!r}")
+        hints = get_type_hints(hint)
+        unknown, missing = sorted(set(value) - set(hints)), [name for name in hints if name not in value]
+        if unknown or missing:
+            raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; it has {list(hints)}")
+        return cast(type, hint)(**{name: _from_plain(hints[name], value[name], f"{where}.{name}") for name in hints})
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
+            raise ValueError(f"{where} must be a list of integers, got {value!r}")
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{where} must be of type {hint.__name__}, got {value!r}")
+    return value
+
+
+def _qwen_vision(out_width: int) -> VisionConfig:
+    """Qwen2.5-VL's tower, the same in 4b and 8b but for the width it hands over."""
+    return VisionConfig(
+        width=1280,
+        depth=32,
+        num_heads=16,
+        mlp_width=3420,
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        window_size=112,
+        full_attention_blocks=(7, 15, 23, 31),
+        out_width=out_width,
+        eps=1e-6,
+        rope_theta=1e4,
+    )
+
+
+EVA_CLIP = ClipConfig(  # EVA02-CLIP-E/14+, the vision tower alone
+    image_size=448,
+    patch_size=14,
+    width=1792,
+    depth=64,
+    num_heads=16,
+    mlp_width=15360,
+    eps=1e-6,
+    embed_dim=1024,
+    text=None,
+)
+
+
+def _released_dit(condition_width: int) -> DitConfig:
+    """The released diffusion transformer, the same in 4b and 8b but for the condition it reads."""
+    return DitConfig(
+        in_channels=1792,
+        grid=8,
+        width=1792,
+        depth=24,
+        num_heads=28,
+        num_kv_heads=28,
+        mlp_width=4864,
+        condition_width=condition_width,
+        time_width=1024,
+        eps=1e-5,
+        rope_theta=1e4,
+    )
+
+
+PRESETS: dict[str, Blip3oConfig] = {
+    "nano": Blip3oConfig(
+        name="nano",
+        clip=ClipConfig(
+            image_size=32,
+            patch_size=8,
+            width=128,
+            depth=3,
+            num_heads=4,
+            mlp_width=512,
+            eps=1e-6,
+            embed_dim=128,
+            text=ClipTextConfig(vocab_size=128, context=64, width=128, depth=2, num_heads=4, mlp_width=512, eps=1e-6),
+        ),
+        vision=None,
+        llm=LlmConfig(
+            vocab_size=128,
+            width=192,
+            depth=4,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=32,
+            mlp_width=512,
+            rope_theta=1e4,
+            mrope_section=(4, 6, 6),
+            eps=1e-6,
+            tie_embeddings=True,
+            qkv_bias=True,
+        ),
+        dit=DitConfig(
+            in_channels=128,
+            grid=2,
+            width=192,
+            depth=4,
+            num_heads=6,
+            num_kv_heads=6,
+            mlp_width=512,
+            condition_width=192,
+            time_width=192,
+            eps=1e-5,
+            rope_theta=1e4,
+        ),
+        decoder=DecoderConfig(
+            feature_width=128,
+            feature_grid=2,
+            image_size=32,
+            patch_size=4,
+            width=128,
+            depth=3,
+            num_heads=4,
+            mlp_width=384,
+            time_width=128,
+            eps=1e-6,
+            rope_theta=1e4,
+        ),
+        num_queries=16,
+        feature_grid=2,
+        pad_token=0,
+        end_token=1,
+        image_start_token=2,
+        image_end_token=3,
+        image_token=4,
+        query_start_token=5,
+        query_token=6,
+    ),
+    "4b": Blip3oConfig(
+        name="4b",
+        clip=EVA_CLIP,
+        vision=_qwen_vision(out_width=2048),
+        llm=LlmConfig(  # Qwen2.5-VL-3B
+            vocab_size=151668,
+            width=2048,
+            depth=36,
+            num_heads=16,
+            num_kv_heads=2,
+            head_dim=128,
+            mlp_width=11008,
+            rope_theta=1e6,
+            mrope_section=(16, 24, 24),
+            eps=1e-6,
+            tie_embeddings=True,
+            qkv_bias=True,
+        ),
+        dit=_released_dit(condition_width=2048),
+        decoder=None,
+        num_queries=64,
+        feature_grid=8,
+        pad_token=151643,  # <|endoftext|>
+        end_token=151645,  # <|im_end|>
+        image_start_token=151652,  # <|vision_start|>
+        image_end_token=151653,  # <|vision_end|>
+        image_token=151655,  # <|image_pad|>
+        query_start_token=151665,  # [IMG]
+        query_token=151667,  # <image>
+    ),
+    "8b": Blip3oConfig(
+        name="8b",
+        clip=EVA_CLIP,
+        vision=_qwen_vision(out_width=3584),
+        llm=LlmConfig(  # Qwen2.5-VL-7B
+            vocab_size=151668,
+            width=3584,
+            depth=28,
+            num_heads=28,
+            num_kv_heads=4,
+            head_dim=128,
+            mlp_width=18944,
+            rope_theta=1e6,
+            mrope_section=(16, 24, 24),
+            eps=1e-6,
+            tie_embeddings=False,
+            qkv_bias=True,
+        ),
+        dit=_released_dit(condition_width=3584),
+        decoder=None,
+        num_queries=64,
+        feature_grid=8,
+        pad_token=151643,  # <|endoftext|>
+        end_token=151645,  # <|im_end|>
+        image_start_token=151652,  # <|vision_start|>
+        image_end_token=151653,  # <|vision_end|>
+        image_token=151655,  # <|image_pad|>
+        query_start_token=151665,  # [IMG]
+        query_token=151667,  # <image>
+    ),
+}
+
+
+def preset(name: str) -> Blip3oConfig:
+    """The preset of that name. ValueError lists the names."""
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
+    return PRESETS[name]

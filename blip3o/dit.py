@@ -1,0 +1,221 @@
+"""The diffusion transformer: Lumina-Next, with cross-attention to what the language model's queries have read.
+
+A block normalises by RMS before AND after each part (a sandwich), scales by the embedding of time and pooled condition
+(AdaLN without shifts) and adds through tanh gates that start at zero. Self- and cross-attention start from the same
+tokens and are added, the cross part through one more gate a head, before one shared output layer.
+
+It never mentions noise: what it is given and what its prediction means is `flow.py`'s business.
+
+Shapes: B batch, N = grid^2 tokens, Q queries, D width, H heads, G key-value heads, K head_dim, M time_width.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip3o.config import DitConfig
+from blip3o.layers import (
+    LayerNorm,
+    RMSNorm,
+    attention,
+    gated_residual,
+    modulate,
+    rope,
+    rope_table_2d,
+    swiglu,
+    timestep_embedding,
+)
+
+SINUSOIDS = 256  # of the time's embedding
+QK_EPS = 1e-5  # of the norms of queries, keys and pooled condition, as released
+OUT_EPS = 1e-6  # of the last norm, as released
+
+
+class Modulation(NamedTuple):
+    """What time and condition say to a block; each [B, D]."""
+
+    attention_scale: Tensor
+    attention_gate: Tensor
+    mlp_scale: Tensor
+    mlp_gate: Tensor
+
+
+@dataclass(frozen=True)
+class Context:
+    """A condition ready for use at every step of a sampler: computed once by `Dit.context`."""
+
+    pooled: Tensor  # [B, M]
+    keys: tuple[Tensor, ...]  # per block [B, G, Q, K]
+    values: tuple[Tensor, ...]
+
+
+class DitAttention(nn.Module):
+    """Self-attention with 2-D rotary positions, plus gated cross-attention to the condition."""
+
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.width // config.num_heads
+        width, kv_width = config.width, config.num_kv_heads * self.head_dim
+        self.parts = [width, width, kv_width, kv_width]
+        self.qqkv = nn.Linear(width, sum(self.parts), bias=False)  # query, cross-query, key, value
+        self.query_norm = LayerNorm(width, QK_EPS)  # over all heads together
+        self.key_norm = LayerNorm(kv_width, QK_EPS)
+        self.cross_query_norm = LayerNorm(width, QK_EPS)
+        self.condition_norm = RMSNorm(width, config.eps)
+        self.cross_kv = nn.Linear(width, 2 * kv_width, bias=False)  # of the condition: key, value
+        self.cross_key_norm = LayerNorm(kv_width, QK_EPS)
+        self.cross_gate = nn.Parameter(torch.zeros(config.num_heads))
+        self.out = nn.Linear(width, width, bias=False)
+
+    def cross_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """condition [B, Q, D] -> key, value [B, G, Q, K]; neither has positions."""
+        key, value = self.cross_kv(self.condition_norm(condition)).chunk(2, dim=-1)
+        return self._heads(self.cross_key_norm(key)), self._heads(value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cross_key: Tensor, cross_value: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        gqa = self.num_heads != self.num_kv_heads
+        query, cross_query, key, value = self.qqkv(x).split(self.parts, dim=-1)
+        query = rope(self._heads(self.query_norm(query)), cos[:tokens], sin[:tokens], interleaved=True)
+        key = rope(self._heads(self.key_norm(key)), cos[:tokens], sin[:tokens], interleaved=True)
+        # Rows of the batch that share a condition line up as one long row of queries: no copy of keys and values.
+        shared = len(cross_key)
+        cross_query = self._heads(self.cross_query_norm(cross_query).view(shared, -1, width))  # [B', H, B/B' N, K]
+        cross_query = rope(cross_query, cos, sin, interleaved=True)
+
+        mixed = attention(query, key, self._heads(value), enable_gqa=gqa).transpose(1, 2)  # [B, N, H, K]
+        cross = attention(cross_query, cross_key, cross_value, enable_gqa=gqa).transpose(1, 2).reshape(mixed.shape)
+        mixed = torch.addcmul(mixed, cross, self.cross_gate.tanh().unsqueeze(-1))
+        return self.out(mixed.reshape(batch, tokens, width))
+
+
+class DitMlp(nn.Module):
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up))
+
+
+class DitBlock(nn.Module):
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(config.time_width, 4 * config.width)
+        self.attention_norm = RMSNorm(config.width, config.eps)
+        self.attention = DitAttention(config)
+        self.attention_out_norm = RMSNorm(config.width, config.eps)
+        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.mlp = DitMlp(config)
+        self.mlp_out_norm = RMSNorm(config.width, config.eps)
+
+    def forward(
+        self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """x [B, N, D], time [B, M], condition [B', Q, D] or its key and value from a `Context` -> [B, N, D]."""
+        if isinstance(condition, Tensor):
+            condition = self.attention.cross_keys_values(condition)
+        m = Modulation(*self.modulation(time).chunk(4, dim=-1))
+        h = modulate(x, m.attention_scale, weight=self.attention_norm.weight, eps=self.attention_norm.eps)
+        h = self.attention(h, cos, sin, *condition)
+        norm = self.attention_out_norm
+        x = gated_residual(x, h, m.attention_gate, weight=norm.weight, eps=norm.eps)
+
+        h = self.mlp(modulate(x, m.mlp_scale, weight=self.mlp_norm.weight, eps=self.mlp_norm.eps))
+        return gated_residual(x, h, m.mlp_gate, weight=self.mlp_out_norm.weight, eps=self.mlp_out_norm.eps)
+
+
+class Dit(nn.Module):
+    def __init__(self, config: DitConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, time_width = config.width, config.time_width
+        self.condition_in = nn.Linear(config.condition_width, width)
+        self.condition_out = nn.Linear(width, width)
+        self.patch_in = nn.Linear(config.in_channels, width)
+        self.time_in = nn.Linear(SINUSOIDS, time_width)
+        self.time_out = nn.Linear(time_width, time_width)
+        self.pooled_norm = LayerNorm(width, QK_EPS)
+        self.pooled_out = nn.Linear(width, time_width)
+        self.blocks = nn.ModuleList(DitBlock(config) for _ in range(config.depth))
+        self.modulation = nn.Linear(time_width, width)
+        self.patch_out = nn.Linear(width, config.in_channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """weight                          distribution
+        every nn.Linear                   N(0, 1 / fan_in), bias 0
+        time_in, time_out                 N(0, 0.02^2), bias 0
+        modulation (the blocks', last)    0: each block starts as the identity
+        patch_out                         0: the first prediction is 0
+        cross_gate                        0: the condition comes in slowly
+        norms                             weight 1, bias 0
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm | LayerNorm):
+                nn.init.ones_(module.weight)
+            if isinstance(module, LayerNorm):
+                nn.init.zeros_(module.bias)
+        for linear in (self.time_in, self.time_out):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.modulation, self.patch_out, *(block.modulation for block in self.blocks)):
+            nn.init.zeros_(linear.weight)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.cross_gate)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """The language model's hidden states at the queries [B, Q, condition_width] -> the condition [B, Q, D]."""
+        if hidden.dim() != 3 or hidden.shape[-1] != self.config.condition_width:
+            raise ValueError(f"hidden must be [B, Q, {self.config.condition_width}], got {list(hidden.shape)}")
+        return self.condition_out(F.gelu(self.condition_in(hidden), approximate="tanh"))
+
+    def context(self, condition: Tensor) -> Context:
+        """All that the network ever needs of a condition [B, Q, D]. Use it where one condition serves many steps."""
+        pairs = [block.attention.cross_keys_values(condition) for block in self.blocks]
+        return Context(self._pool(condition), tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
+
+    def _pool(self, condition: Tensor) -> Tensor:
+        return self.pooled_out(self.pooled_norm(condition.mean(1)))
+
+    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | Context) -> Tensor:
+        """x [B, N, in_channels], timestep [B] in 0..1000 (1000: x is all noise) -> the prediction [B, N, in_channels].
+
+        condition   [B', Q, D] from `project`, or a `Context` of it. B must be a multiple of B': then B / B' rows of x
+                    that follow each other share a row of the condition, whose keys and values are computed once.
+        """
+        config = self.config
+        batch = len(x)
+        if x.shape[1:] != (config.grid**2, config.in_channels):
+            raise ValueError(f"x must be [B, {config.grid**2}, {config.in_channels}], got {list(x.shape)}")
+        if timestep.shape != (batch,):
+            raise ValueError(f"timestep must be [{batch}], one for each row of x, got {list(timestep.shape)}")
+        pooled = condition.pooled if isinstance(condition, Context) else self._pool(condition)
+        if batch % len(pooled):
+            raise ValueError(f"x must have a multiple of the condition's {len(pooled)} rows, got {batch}")
+        repeats = batch // len(pooled)
+
+        cos, sin = rope_table_2d(config.grid, config.grid, config.width // config.num_heads, config.rope_theta)
+        cos, sin = cos.to(x.device).repeat(repeats, 1), sin.to(x.device).repeat(repeats, 1)  # [B/B' N, K/2]
+        time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype))))
+        time = F.silu(time + pooled.repeat_interleave(repeats, 0) if repeats > 1 else time + pooled)  # [B, M]
+
+        h = self.patch_in(x)
+        for index, block in enumerate(self.blocks):
+            shared = (condition.keys[index], condition.values[index]) if isinstance(condition, Context) else condition
+            h = block(h, time, cos, sin, shared)
+        scale = self.modulation(time)
+        return self.patch_out(modulate(h, scale, eps=OUT_EPS, norm="layer"))

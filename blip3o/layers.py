@@ -1,0 +1,79 @@
+"""What the networks share: the kernels' functions under one roof, and two modules that hold a norm's weights.
+
+The networks import their operations from here and from nowhere else, so this file is the whole seam between model and
+kernels. Functions are shared, blocks are not: CLIP, the language model and the diffusion transformer look alike and
+stay separate.
+
+Shapes: D the width of a token; [..., D] any leading dimensions.
+"""
+
+import torch
+from blip3o_kernels import (
+    attention,
+    gated_residual,
+    layer_norm,
+    linear_cross_entropy,
+    modulate,
+    rms_norm,
+    rope,
+    rope_table,
+    rope_table_2d,
+    rope_table_multimodal,
+    swiglu,
+    timestep_embedding,
+)
+from torch import Tensor, nn
+
+__all__ = [
+    "LayerNorm",
+    "RMSNorm",
+    "attention",
+    "gated_residual",
+    "layer_norm",
+    "linear_cross_entropy",
+    "modulate",
+    "patchify",
+    "rms_norm",
+    "rope",
+    "rope_table",
+    "rope_table_2d",
+    "rope_table_multimodal",
+    "swiglu",
+    "timestep_embedding",
+]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; x [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / std(x) * weight + bias over the last dimension; x [..., D] -> [..., D]."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """images [B, 3, S, S] -> [B, N, 3 P^2]: square patches, row by row, each as (channel, row, column).
+
+    A linear layer on these is a convolution whose kernel equals its stride.
+    """
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.view(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, rows * columns, channels * patch_size**2)

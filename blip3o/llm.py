@@ -1,0 +1,283 @@
+"""The language model: Qwen2.5-VL's decoder.
+
+RMSNorm before each part, grouped-query attention with biases on query, key and value, rotary positions on three axes
+(time, height, width; equal for text), SwiGLU. It knows no pictures: features of a picture take the place of the
+embeddings of its tokens (`scatter_features`), and `multimodal_positions` says where those tokens are.
+
+Padding. Attention is causal, so padding at the END needs no mask: no real token sees it, and what is computed there is
+for the caller to ignore. Padding at the START (decoding a batch) needs the mask.
+
+Shapes: B batch, T tokens of this call, S tokens so far (the cache's included), D width, H heads, G key-value heads, K head_dim.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip3o.config import LlmConfig
+from blip3o.layers import RMSNorm, attention, rope, rope_table, rope_table_multimodal, swiglu
+
+
+class KvCache:
+    """Keys and values of the tokens so far, for decoding a batch. Create one per batch; `Llm.forward` fills it.
+
+    `length` tokens are stored, padding included. `rewind` forgets the last ones, so that one prompt can be continued
+    many times.
+    """
+
+    def __init__(
+        self, config: LlmConfig, batch: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
+        shape = (config.depth, batch, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # [depth, B, G, capacity, K]
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.kept = torch.ones(batch, capacity, device=device, dtype=torch.bool)  # False at padding
+        self.next_position = torch.zeros(batch, device=device, dtype=torch.int64)  # of each row's next text token
+        self.length = 0
+        self.padded = False
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key, value [B, G, T, K] of this call behind the `length` tokens; returns all, [B, G, S, K]."""
+        end = self.length + key.shape[2]
+        self.keys[block, :, :, self.length : end] = key
+        self.values[block, :, :, self.length : end] = value
+        return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+
+    def rewind(self, length: int, next_position: Tensor) -> None:
+        """Forget all but the first `length` tokens. `next_position` [B] is what the attribute of that name was then."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must lie in 0..{self.length}, the tokens stored, got {length}")
+        self.kept[:, length:] = True
+        self.length = length
+        self.next_position = next_position
+
+
+class LlmAttention(nn.Module):
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv = nn.Linear(config.width, heads * config.head_dim, bias=config.qkv_bias)  # query, key, value
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+    ) -> Tensor:
+        batch, tokens, _ = x.shape
+        heads = self.qkv(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
+        turned = rope(heads[:, : self.num_heads + self.num_kv_heads], cos, sin)  # queries and keys in one go
+        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
+        value = heads[:, self.num_heads + self.num_kv_heads :]
+        if cache is not None:
+            key, value = cache.append(block, key, value)
+        mixed = attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+
+
+class LlmMlp(nn.Module):
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
+        self.down = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(swiglu(gate, up))
+
+
+class LlmBlock(nn.Module):
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.width, config.eps)
+        self.attention = LlmAttention(config)
+        self.mlp_norm = RMSNorm(config.width, config.eps)
+        self.mlp = LlmMlp(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache, block)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llm(nn.Module):
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(LlmBlock(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, config.eps)
+        self.out = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """weight                          distribution
+        embedding, every nn.Linear        N(0, 0.02^2), bias 0
+        attention.out, mlp.down           N(0, 0.02^2 / (2 depth)): what the blocks add up to has the size of one
+        norms                             1
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        for block in self.blocks:
+            for linear in (block.attention.out, block.mlp.down):
+                nn.init.normal_(linear.weight, std=0.02 * (2 * self.config.depth) ** -0.5)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] int64 -> [B, T, D]."""
+        return self.embedding(ids)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's matrix [vocab_size, D]; the embedding's where the two are tied."""
+        return self.embedding.weight if self.out is None else self.out.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> [..., vocab_size]."""
+        return F.linear(hidden, self.output_weight)
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KvCache | None = None,
+    ) -> Tensor:
+        """embeddings [B, T, D] -> hidden states after the last norm [B, T, D].
+
+        positions   [3, B, T] int64 from `multimodal_positions`; None: each row counts its real tokens, going on from
+                    the cache.
+        mask        [B, T] bool, False at padding; None: none of these tokens is padding, or it all comes last. The
+                    hidden states at padding mean nothing.
+        cache       keys and values of the tokens before these; these are added to it.
+        """
+        batch, tokens, _ = embeddings.shape
+        if mask is not None and (mask.shape != (batch, tokens) or mask.dtype != torch.bool):
+            raise ValueError(f"mask must be bool [{batch}, {tokens}], got {mask.dtype} {list(mask.shape)}")
+        if positions is not None and positions.shape != (3, batch, tokens):
+            raise ValueError(f"positions must be [3, {batch}, {tokens}], got {list(positions.shape)}")
+        if cache is not None and cache.length + tokens > cache.capacity:
+            raise ValueError(
+                f"cache has room for {cache.capacity - cache.length} more tokens (capacity {cache.capacity}), got {tokens}"
+            )
+        cos, sin = self._rope_tables(embeddings, positions, mask, cache)
+        visible = _visible(mask, cache, tokens)
+        x = embeddings
+        for index, block in enumerate(self.blocks):
+            x = block(x, cos, sin, visible, cache, index)
+        if cache is not None:
+            cache.length += tokens
+        return self.norm(x)
+
+    def _rope_tables(
+        self, embeddings: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KvCache | None
+    ) -> tuple[Tensor, Tensor]:
+        """cos, sin [T, K/2] or [B, T, K/2]; moves the cache's next positions on."""
+        config, tokens, device = self.config, embeddings.shape[1], embeddings.device
+        if positions is not None:
+            if cache is not None:
+                last = positions.amax(0)
+                last = last.amax(1) if mask is None else last.masked_fill(~mask, -1).amax(1)
+                cache.next_position = torch.maximum(cache.next_position, last + 1)
+            return rope_table_multimodal(positions, config.head_dim, config.rope_theta, config.mrope_section)
+        if mask is not None:
+            text = mask.long().cumsum(1) - 1  # [B, T]
+        else:
+            text = torch.arange(tokens, device=device)
+        if cache is not None:
+            text = text + cache.next_position[:, None]
+            count = tokens if mask is None else mask.sum(1)
+            cache.next_position = cache.next_position + count
+        return rope_table(text.clamp_min(0), config.head_dim, config.rope_theta)
+
+
+def _visible(mask: Tensor | None, cache: KvCache | None, tokens: int) -> Tensor | None:
+    """What each token sees, bool [B, 1, T, S]; None where plain causal attention says it all."""
+    if cache is None:
+        if mask is None:
+            return None
+        return mask[:, None, None] & torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    end = cache.length + tokens
+    if mask is not None:
+        cache.kept[:, cache.length : end] = mask
+        cache.padded = True
+    if not cache.padded:
+        return None
+    kept = cache.kept[:, None, None, :end]
+    if tokens == 1:
+        return kept
+    return kept & torch.ones(tokens, end, dtype=torch.bool, device=kept.device).tril(cache.length)
+
+
+def multimodal_positions(ids: Tensor, mask: Tensor | None, image_token: int, grid: tuple[int, int] | Tensor) -> Tensor:
+    """Qwen2.5-VL's positions [3, B, T] (time, height, width) for texts with pictures.
+
+        a text token      (p, p, p), and p moves on by 1
+        a picture         (p, p + row, p + column) at each of its height x width tokens, then p moves on by
+                          max(height, width)
+        padding           (0, 0, 0)
+
+    ids   [B, T] int64; each run of `image_token` is one or more whole pictures
+    mask  [B, T] bool, False at padding; None: no padding
+    grid  (height, width) of every picture in tokens, or an int64 tensor [pictures, 2] in reading order
+    ValueError if the image tokens are not whole pictures.
+    """
+    batch, tokens = ids.shape
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    image = (ids == image_token) & kept
+    counts = image.sum(1)  # [B]
+    if isinstance(grid, tuple):
+        pictures = -(-int(counts.sum()) // (grid[0] * grid[1]))
+        grid = torch.tensor(grid, device=ids.device).expand(pictures, 2)
+    sizes, steps = grid.prod(1), grid.amax(1)
+    ends = sizes.cumsum(0)  # image tokens up to and with each picture, over the whole batch
+    row_ends = counts.cumsum(0)
+    whole = torch.isin(row_ends, F.pad(ends, (1, 0)))
+    if not bool(whole.all()) or int(row_ends[-1]) != int(sizes.sum()):
+        raise ValueError(
+            f"ids must hold whole pictures: the rows have {counts.tolist()} image tokens, "
+            f"the pictures of grid have {sizes.tolist()}"
+        )
+    before = (image.flatten().cumsum(0) - image.flatten().long()).view(batch, tokens)  # image tokens before each
+    finished = torch.searchsorted(ends, before, right=True)  # pictures before each token
+    moved = F.pad(steps.cumsum(0), (1, 0))  # [pictures + 1]
+    earlier_rows = torch.searchsorted(ends, row_ends - counts, right=True)
+    text = (kept & ~image).long()
+    base = text.cumsum(1) - text + moved[finished] - moved[earlier_rows][:, None]  # [B, T]
+    if len(sizes) == 0:
+        return (base * kept).expand(3, batch, tokens)
+    current = finished.clamp_max(len(sizes) - 1)
+    inside = before - (ends - sizes)[current]
+    width = grid[:, 1][current]
+    row = torch.where(image, inside // width, 0)
+    column = torch.where(image, inside % width, 0)
+    return torch.stack([base, base + row, base + column]) * kept
+
+
+def scatter_features(embeddings: Tensor, ids: Tensor, image_token: int, features: Tensor) -> Tensor:
+    """Put features [..., D], in reading order, where `ids` [B, T] is `image_token`; returns a new [B, T, D].
+
+    ValueError if there are not exactly as many features as image tokens.
+    """
+    width = embeddings.shape[-1]
+    if features.shape[-1] != width:
+        raise ValueError(f"features must have width {width}, as the embeddings, got {features.shape[-1]}")
+    image = ids == image_token
+    count, given = int(image.sum()), features.numel() // width
+    if count != given:
+        raise ValueError(f"features must be one for each of the {count} image tokens in ids, got {given}")
+    return embeddings.masked_scatter(image.unsqueeze(-1), features.to(embeddings.dtype))
