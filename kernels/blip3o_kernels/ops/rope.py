@@ -1,0 +1,113 @@
+"""Rotary position embedding, and the tables for one axis, for the language model's three axes and for a 2-D grid.
+
+    halves       (y[i], y[i + R/2])   = (x[i] cos[i] - x[i + R/2] sin[i],   x[i + R/2] cos[i] + x[i] sin[i])      i < R/2
+    interleaved  (y[2i], y[2i + 1])   = (x[2i] cos[i] - x[2i + 1] sin[i],   x[2i + 1] cos[i] + x[2i] sin[i])      i < R/2
+
+x [B, H, T, K] float (SDPA's layout); cos and sin float32 [T, R/2] or [B, T, R/2] with R <= K: the first R dims are rotated, the rest
+pass through. y has the shape and dtype of x. Computed in float32 (float64 for float64 x), rounded once. The tables carry no gradient.
+Errors: TypeError for a dtype, ValueError for a shape or device. Source: Su et al. 2021, arXiv:2104.09864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks
+from ..dispatch import Op, choose
+from ..samples import Draw, Sample
+
+
+def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    dtype = checks.wide(x.dtype)
+    half = cos.shape[-1]
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    wide = x.to(dtype)
+    if interleaved:
+        first, second = wide[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
+        rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        parts = [rotated]
+    else:
+        first, second = wide[..., :half], wide[..., half : 2 * half]
+        parts = [first * cos - second * sin, second * cos + first * sin]
+    if 2 * half < x.shape[-1]:
+        parts.append(wide[..., 2 * half :])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Rotate the first R dims of x [B, H, T, K] by the angles of the tables; see the module's docstring."""
+    checks.floating("x", x)
+    if x.dim() != 4:
+        checks.fail("x", "shape [B, H, T, K]", list(x.shape))
+    batch, _, tokens, head_dim = x.shape
+    half = cos.shape[-1]
+    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
+        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
+    if 2 * half > head_dim:
+        checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
+    if cos.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"cos: expected float32, got {cos.dtype}")
+    checks.like("sin", sin, "cos", cos)
+    checks.same_device("cos", cos, "x", x)
+    choose(OP, x)
+    return reference(x, cos, sin, interleaved=interleaved)
+
+
+def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [..., dim/2], of positions[...] * theta^(-2i/dim). Angles are computed in float64."""
+    if dim % 2:
+        checks.fail("dim", "an even number", dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
+    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+
+
+def rope_table_multimodal(positions: Tensor, dim: int, theta: float, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [B, T, dim/2], for positions [3, B, T] (time, height, width).
+
+    The dim/2 frequencies are those of `rope_table`, cut into consecutive sections; section i uses axis i mod 3.
+    """
+    if positions.dim() != 3 or positions.shape[0] != 3:
+        checks.fail("positions", "shape [3, B, T]", list(positions.shape))
+    if sum(sections) != dim // 2:
+        checks.fail("sections", f"a sum of dim/2 = {dim // 2}", list(sections))
+    cos, sin = rope_table(positions, dim, theta)  # [3, B, T, dim/2]
+    pick = [part[i % 3] for i, part in enumerate(cos.split(list(sections), dim=-1))]
+    pick_sin = [part[i % 3] for i, part in enumerate(sin.split(list(sections), dim=-1))]
+    return torch.cat(pick, dim=-1), torch.cat(pick_sin, dim=-1)
+
+
+def rope_table_2d(
+    height: int, width: int, dim: int, theta: float, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [height * width, dim/2], row-major: angles h0, w0, h1, w1, ... with dim/4 frequencies per axis.
+
+    Frequency i of an axis is theta^(-2i/(dim/2)). This is Lumina's table; use it with interleaved=True.
+    """
+    if dim % 4:
+        checks.fail("dim", "a multiple of 4", dim)
+    index = torch.arange(height * width, device=device)
+    rows = rope_table(index // width, dim // 2, theta)
+    columns = rope_table(index % width, dim // 2, theta)
+    cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in zip(rows, columns, strict=True))
+    return cos, sin
+
+
+def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
+    draw = Draw(dtype, device)
+    for interleaved in (False, True):
+        style: dict[str, object] = {"interleaved": interleaved}
+        for shape, rotated in (((1, 1, 1, 2), 2), ((2, 3, 5, 16), 16), ((1, 2, 7, 24), 12), ((2, 2, 33, 64), 64)):
+            table = rope_table(torch.arange(shape[2], device=device), rotated, 10000.0)
+            yield Sample(f"{shape} rotates {rotated} interleaved={interleaved}", (draw(*shape), *table), style)
+        table = rope_table(draw.integers(50, 2, 5), 16, 10000.0)
+        yield Sample(f"per sample interleaved={interleaved}", (draw(2, 5, 3, 16).transpose(1, 2), *table), style)
+    yield Sample("grid", (draw(2, 2, 12, 16), *rope_table_2d(3, 4, 16, 10000.0, device)), {"interleaved": True})
+
+
+OP = Op("rope", rope, reference, samples, differentiable=("x",))
