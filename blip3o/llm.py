@@ -43,7 +43,13 @@ class KvCache:
         return self.keys.shape[3]
 
     def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store key, value [B, G, T, K] of this call behind the `length` tokens; returns all, [B, G, S, K]."""
+        """Store key, value [B, G, T, K] of this call behind the `length` tokens; returns all, [B, G, S, K].
+
+        What needs a gradient is joined, not stored: autograd keeps the earlier blocks' keys, so none may be written to.
+        """
+        if key.requires_grad:
+            stored_keys, stored_values = self.keys[block, :, :, : self.length], self.values[block, :, :, : self.length]
+            return torch.cat([stored_keys, key], dim=2), torch.cat([stored_values, value], dim=2)
         end = self.length + key.shape[2]
         self.keys[block, :, :, self.length : end] = key
         self.values[block, :, :, self.length : end] = value
@@ -73,9 +79,8 @@ class LlmAttention(nn.Module):
     ) -> Tensor:
         batch, tokens, _ = x.shape
         heads = self.qkv(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
-        turned = rope(heads[:, : self.num_heads + self.num_kv_heads], cos, sin)  # queries and keys in one go
-        query, key = turned[:, : self.num_heads], turned[:, self.num_heads :]
-        value = heads[:, self.num_heads + self.num_kv_heads :]
+        turning, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        query, key = rope(turning, cos, sin).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             key, value = cache.append(block, key, value)
         mixed = attention(
@@ -179,7 +184,7 @@ class Llm(nn.Module):
         x = embeddings
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, visible, cache, index)
-        if cache is not None:
+        if cache is not None and not x.requires_grad:
             cache.length += tokens
         return self.norm(x)
 
