@@ -35,8 +35,8 @@ __all__ = [
 
 
 def drawing_prompt(ids: Sequence[int]) -> list[int]:
-    """<bos> <user> words <assistant> <image_start>: the model appends its queries to this."""
-    return [BOS, USER, *ids, ASSISTANT, IMAGE_START]
+    """<bos> words <image_start>: the model appends its queries to this. Captions to answer questions on begin the same way."""
+    return [BOS, *ids, IMAGE_START]
 
 
 def question_prompt(ids: Sequence[int], image_tokens: int = 4) -> list[int]:
@@ -69,7 +69,7 @@ def _framed(front: Sequence[int], ids: Tensor, back: Sequence[int]) -> tuple[Ten
 
 def drawing_prompts(said: Captions) -> tuple[Tensor, Tensor]:
     """`drawing_prompt` of a batch of captions: ids int64 [N, L], mask bool [N, L], padded at the front."""
-    return _framed((BOS, USER), said.ids, (ASSISTANT, IMAGE_START))
+    return _framed((BOS,), said.ids, (IMAGE_START,))
 
 
 def question_prompts(asked: Questions, image_tokens: int = 4) -> tuple[Tensor, Tensor]:

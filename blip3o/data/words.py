@@ -19,10 +19,10 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<image>
 PLURALS = tuple(shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three")
 _COMMON = """
-top bottom left right above below of to the its it on in at a an and with , ? is are there here this that these
-picture image drawing photo scene draw paint show make create generate render please me i want see you can do does
-what which where how many colour shape size position object objects nothing yes no relative compared
-describe count tell contain containing only exactly for
+top bottom left right above below of to the its it in at a an and with , ? is are there here this these
+picture image drawing photo scene draw paint show make create generate render please me i want see you do does
+what which where how many colour shape size position object objects yes no relative compared
+describe count tell contain exactly
 """
 WORDS = (*SPECIAL, *COLORS, *SHAPES, *PLURALS, *SIZES, *NUMBERS, *_COMMON.split())
 VOCAB_SIZE = 128  # of which len(WORDS) are in use

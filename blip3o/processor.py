@@ -1,0 +1,159 @@
+"""From what people type and save to what the model reads, and back: words <-> ids, image files <-> tensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+
+from blip3o.data.words import EOS, SPECIAL, TOKEN
+
+MAX_PIXELS = 64_000_000  # larger files are refused before they are decoded
+
+# What people write -> what the world says. Whole words, applied in this order after lower-casing.
+ALIASES: Mapping[str, str] = {
+    "colou?rs?": "colour",
+    "(big|huge|giant|bigger)": "large",
+    "(little|tiny|smaller)": "small",
+    "(violet|magenta)": "purple",
+    "(turquoise|aqua)": "cyan",
+    "(disc|disk|dot|ball)": "circle",
+    "(discs|disks|dots|balls)": "circles",
+    "plus": "cross",
+    "(beneath|under|underneath)": "below",
+    "(over|on top of)": "above",
+    "(pictures|pic)": "picture",
+    "images": "image",
+    "(photos|photograph)": "photo",
+    "(things|items|shapes)": "objects",
+    "(thing|item)": "object",
+    "upper": "top",
+    "lower": "bottom",
+    "(on|at|in) the left (hand )?side of": "to the left of",
+    "(on|at|in) the right (hand )?side of": "to the right of",
+    "(on|at|in) the left of": "to the left of",
+    "(on|at|in) the right of": "to the right of",
+    "(corner|side|half|part)": "",
+    "(can|could|would|will) you": "please",
+    "(containing|that contains|that has)": "with",
+    "(none|no)(?= (circle|square|triangle|crosse|object)s)": "zero",
+    "0": "zero",
+    "1": "one",
+    "2": "two",
+    "3": "three",
+    "on": "at",
+}
+
+
+def build_tokenizer() -> Tokenizer:
+    """The word-level tokenizer of the world: lower-cases, rewrites ALIASES, splits at blanks and punctuation."""
+    tokenizer = Tokenizer(models.WordLevel(dict(TOKEN), unk_token="<unk>"))
+    rewrite = [normalizers.Replace(Regex(rf"\b(?:{pattern})\b"), word) for pattern, word in ALIASES.items()]
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace("&", " and "),
+            normalizers.Replace(Regex(r"[.!;:\"'`()\-_]+"), " "),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            *rewrite,
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    return tokenizer
+
+
+class Processor:
+    """A tokenizer and a picture size.
+
+    image_size: side of the square pictures that the model reads.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None, image_size: int = 32) -> None:
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        self.tokenizer = build_tokenizer() if tokenizer is None else tokenizer
+        self.image_size = image_size
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as tokenizer.json (the format of the `tokenizers` library) into the folder `path`."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path, image_size: int = 32) -> Processor:
+        """Read tokenizer.json from the folder `path`. Raises FileNotFoundError, or ValueError for what is no such file."""
+        file = Path(path) / "tokenizer.json"
+        content = file.read_text(encoding="utf-8")
+        try:
+            model = json.loads(content)["model"]
+            vocabulary = model["vocab"]
+            usable = model["type"] == "WordLevel" and vocabulary[model["unk_token"]] >= 0
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+        if not usable:
+            raise ValueError(f"{file} must hold a WordLevel tokenizer, got {model['type']!r}")
+        return cls(Tokenizer.from_str(content), image_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Raises TypeError when it is no string, ValueError when it is empty or holds unknown words."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        if not encoding.ids:
+            raise ValueError(f"text must hold at least one word, got {text!r}")
+        unknown = self.tokenizer.token_to_id("<unk>")
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        words = list(dict.fromkeys(text[start:end].strip() for i, (start, end) in spans if i == unknown))
+        if words:
+            raise ValueError(
+                f"text must use the words of this world; unknown: {', '.join(repr(word) for word in words)} in {text!r}"
+            )
+        return list(encoding.ids)
+
+    def decode(self, ids: Tensor | Sequence[int]) -> str:
+        """Words of ids [L] up to the first <eos>, special tokens left out. Raises ValueError for an id of no word."""
+        words = []
+        for i in ids.tolist() if isinstance(ids, Tensor) else ids:
+            if i == EOS:
+                break
+            word = self.tokenizer.id_to_token(i) if i >= 0 else None
+            if word is None:
+                raise ValueError(f"ids must be below {self.tokenizer.get_vocab_size()}, got {i}")
+            if word not in SPECIAL:
+                words.append(word)
+        return " ".join(words)
+
+    def load_image(self, path: str | Path) -> Tensor:
+        """An image file as float32 [3, S, S] in 0..1: upright, RGB, transparency on white, resized with antialiasing.
+
+        Raises ValueError, which names the path, for a file that is missing, no image, damaged or above MAX_PIXELS.
+        """
+        try:
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+                upright = ImageOps.exif_transpose(image).convert("RGBA")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
+        white = Image.new("RGBA", upright.size, "white")
+        picture = Image.alpha_composite(white, upright).convert("RGB")
+        side = self.image_size
+        smaller = min(picture.size) >= side
+        picture = picture.resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        return pixels.view(side, side, 3).permute(2, 0, 1).float().div(255).contiguous()
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W] in 0..1 as an 8-bit RGB image. Raises ValueError for another shape."""
+    if picture.ndim != 3 or picture.shape[0] != 3:
+        raise ValueError(f"picture must have shape [3, H, W], got {list(picture.shape)}")
+    pixels = picture.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.frombytes("RGB", (picture.shape[2], picture.shape[1]), bytes(pixels.flatten().tolist()))
