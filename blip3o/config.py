@@ -10,7 +10,9 @@ the feed-forward part, grid the tokens along one side of a square, eps the term 
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from blip3o.flow import FlowConfig
 
 Config = TypeVar("Config")
 
@@ -179,24 +181,17 @@ class DecoderConfig:
     time_width: int
     eps: float
     rope_theta: float
+    flow: FlowConfig  # how its pixels are noised, and what it predicts
 
     def __post_init__(self) -> None:
-        _require_positive(self, *(field.name for field in fields(self)))
+        _require_positive(self, *(field.name for field in fields(self) if field.name != "flow"))
         _require_multiple(self, "width", self.width, 4 * self.num_heads, "4 num_heads")
         _require_multiple(
             self, "image_size", self.image_size, self.patch_size * self.feature_grid, "patch_size x feature_grid"
         )
 
 
-TOKENS = (
-    "pad_token",
-    "end_token",
-    "image_start_token",
-    "image_end_token",
-    "image_token",
-    "query_start_token",
-    "query_token",
-)
+TOKENS = ("pad_token", "end_token", "image_token", "query_start_token")
 
 
 @dataclass(frozen=True)
@@ -211,13 +206,11 @@ class Blip3oConfig:
     decoder: DecoderConfig | None
     num_queries: int
     feature_grid: int  # CLIP's patch tokens are pooled to feature_grid x feature_grid features
+    flow: FlowConfig  # how the diffusion transformer's features are noised, and what it predicts
     pad_token: int
     end_token: int  # ends a turn
-    image_start_token: int  # before a picture that is shown
-    image_end_token: int  # after it
     image_token: int  # stands for one token of a picture that is shown
     query_start_token: int  # asks for a picture; the queries follow
-    query_token: int  # stands for one query
 
     def __post_init__(self) -> None:
         _require_positive(self, "num_queries", "feature_grid")
@@ -268,6 +261,10 @@ def _from_plain(hint: Any, value: Any, where: str) -> Any:
         if unknown or missing:
             raise ValueError(f"{where}: unknown fields {unknown}, missing fields {missing}; it has {list(hints)}")
         return cast(type, hint)(**{name: _from_plain(hints[name], value[name], f"{where}.{name}") for name in hints})
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} must be one of {get_args(hint)}, got {value!r}")
+        return value
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or any(type(item) is not int for item in value):
             raise ValueError(f"{where} must be a list of integers, got {value!r}")
@@ -296,6 +293,8 @@ def _qwen_vision(out_width: int) -> VisionConfig:
         rope_theta=1e4,
     )
 
+
+RELEASED_FLOW = FlowConfig(prediction="velocity", sigma="uniform", sigma_mean=0.0, sigma_std=1.0)
 
 EVA_CLIP = ClipConfig(  # EVA02-CLIP-E/14+, the vision tower alone
     image_size=448,
@@ -381,16 +380,15 @@ PRESETS: dict[str, Blip3oConfig] = {
             time_width=128,
             eps=1e-6,
             rope_theta=1e4,
+            flow=FlowConfig(prediction="sample", sigma="logit_normal", sigma_mean=0.8, sigma_std=1.0),
         ),
         num_queries=16,
         feature_grid=2,
+        flow=FlowConfig(prediction="sample", sigma="logit_normal", sigma_mean=0.8, sigma_std=1.0),
         pad_token=0,
-        end_token=1,
-        image_start_token=2,
-        image_end_token=3,
-        image_token=4,
-        query_start_token=5,
-        query_token=6,
+        end_token=2,
+        image_token=6,
+        query_start_token=7,
     ),
     "4b": Blip3oConfig(
         name="4b",
@@ -414,13 +412,11 @@ PRESETS: dict[str, Blip3oConfig] = {
         decoder=None,
         num_queries=64,
         feature_grid=8,
+        flow=RELEASED_FLOW,
         pad_token=151643,  # <|endoftext|>
         end_token=151645,  # <|im_end|>
-        image_start_token=151652,  # <|vision_start|>
-        image_end_token=151653,  # <|vision_end|>
         image_token=151655,  # <|image_pad|>
         query_start_token=151665,  # [IMG]
-        query_token=151667,  # <image>
     ),
     "8b": Blip3oConfig(
         name="8b",
@@ -444,13 +440,11 @@ PRESETS: dict[str, Blip3oConfig] = {
         decoder=None,
         num_queries=64,
         feature_grid=8,
+        flow=RELEASED_FLOW,
         pad_token=151643,  # <|endoftext|>
         end_token=151645,  # <|im_end|>
-        image_start_token=151652,  # <|vision_start|>
-        image_end_token=151653,  # <|vision_end|>
         image_token=151655,  # <|image_pad|>
         query_start_token=151665,  # [IMG]
-        query_token=151667,  # <image>
     ),
 }
 

@@ -1,0 +1,110 @@
+"""Drawing from prompts and answering questions with a trained model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from blip3o import flow
+from blip3o.config import Blip3oConfig
+from blip3o.data import text
+from blip3o.flow import TIMESTEPS
+from blip3o.model import Blip3o
+from blip3o.processor import Processor
+
+GUIDANCE = 2.0
+STEPS = 20
+DECODER_STEPS = 4
+LONGEST_ANSWER = 40  # tokens
+
+
+def noise_for(config: Blip3oConfig, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Starting noise of drawings, one per seed: features [B, F, C] and pixels [B, 3, S, S].
+
+    A drawing's noise depends on its own seed alone, so it looks the same alone and in any batch.
+    """
+    features, pixels = [], []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        features.append(torch.randn(config.feature_grid**2, config.clip.width, generator=generator))
+        pixels.append(torch.randn(3, config.clip.image_size, config.clip.image_size, generator=generator))
+    return torch.stack(features), torch.stack(pixels)
+
+
+@torch.inference_mode()
+def draw(
+    model: Blip3o,
+    ids: Tensor,
+    mask: Tensor,
+    seeds: Sequence[int],
+    *,
+    guidance: float = GUIDANCE,
+    steps: int = STEPS,
+    decoder_steps: int = DECODER_STEPS,
+) -> Tensor:
+    """Pictures [B, 3, S, S] in 0..1 for prompts `ids`, `mask` [B, T] (padded on the left), one seed each."""
+    if model.decoder is None:
+        raise ValueError(f"model {model.config.name!r} has no visual decoder of its own")
+    feature_noise, pixel_noise = noise_for(model.config, seeds)
+    hidden = model.condition(ids, mask)
+    condition = model.dit.context(model.dit.project(hidden))
+    nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
+    features = flow.sample(
+        model.config.flow,
+        lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition),
+        feature_noise,
+        predict_unconditional=lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing),
+        guidance=guidance,
+        steps=steps,
+    )
+    return decode(model, features, pixel_noise, steps=decoder_steps)
+
+
+@torch.inference_mode()
+def decode(model: Blip3o, features: Tensor, noise: Tensor, *, steps: int = DECODER_STEPS) -> Tensor:
+    """Standardised CLIP features [B, F, C] -> pictures [B, 3, S, S] in 0..1, from pixel noise [B, 3, S, S]."""
+    assert model.decoder is not None
+    decoder = model.decoder
+    pixels = flow.sample(
+        decoder.config.flow, lambda x, sigma: decoder(x, sigma * TIMESTEPS, features), noise, steps=steps
+    )
+    return ((pixels + 1) / 2).clamp(0, 1)
+
+
+@torch.inference_mode()
+def answer_ids(model: Blip3o, ids: Tensor, mask: Tensor, features: Tensor | None, *, limit: int = LONGEST_ANSWER) -> Tensor:
+    """Greedy answers [B, <= limit] to conversations `ids`, `mask` [B, T] (padded on the left) that end in a question."""
+    embeddings = model.embed(ids, features)
+    cache = model.cache(len(ids), ids.shape[1] + limit)
+    hidden = model.llm(embeddings, None, mask, cache)[:, -1:]
+    answers: list[Tensor] = []
+    done = torch.zeros(len(ids), dtype=torch.bool)
+    for _ in range(limit):
+        token = model.llm.logits(hidden)[:, -1].argmax(-1)
+        token = torch.where(done, text.PAD, token)
+        answers.append(token)
+        done |= token == text.EOS
+        if done.all():
+            break
+        hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)
+    return torch.stack(answers, dim=1)
+
+
+def generate(
+    model: Blip3o, processor: Processor, prompts: Sequence[str], *, n: int = 1, seed: int = 0, guidance: float = GUIDANCE, steps: int = STEPS
+) -> Tensor:
+    """Draw each prompt `n` times: pictures [len(prompts) * n, 3, S, S] in 0..1, the drawings of a prompt side by side.
+
+    Drawing k of a prompt starts from noise `seed + k`. Raises ValueError for an empty prompt or unknown words.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    ids, mask = text.left_pad([text.drawing_prompt(processor.encode(prompt)) for prompt in prompts for _ in range(n)])
+    return draw(model, ids, mask, [seed + k for _ in prompts for k in range(n)], guidance=guidance, steps=steps)
+
+
+def ask(model: Blip3o, processor: Processor, picture: Tensor, question: str) -> str:
+    """Answer a question about a picture [3, S, S] in 0..1. Raises ValueError for an empty question or unknown words."""
+    ids, mask = text.left_pad([text.question_prompt(processor.encode(question), model.config.feature_grid**2)])
+    features = model.features(picture[None])
+    return processor.decode(answer_ids(model, ids, mask, features)[0])

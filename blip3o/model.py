@@ -1,0 +1,105 @@
+"""Blip3o: a language model that reads text and pictures, and learnable queries through which it tells a diffusion
+transformer what to draw.
+
+    understand   picture -> CLIP features -> language model -> answer
+    generate     prompt -> language model -> hidden states at the queries -> diffusion transformer -> CLIP features
+                 -> visual decoder -> picture
+
+Shapes: B batch, T tokens, W language-model width, Q queries, F features of a picture, C their width, S picture side.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from blip3o.clip import Clip, pool_features
+from blip3o.config import Blip3oConfig
+from blip3o.decoder import Decoder
+from blip3o.dit import Dit
+from blip3o.llm import KvCache, Llm, scatter_features
+from blip3o.vision import QwenVision
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures, RGB in 0..1
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Blip3o(nn.Module):
+    def __init__(self, config: Blip3oConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.clip = Clip(config.clip)
+        self.vision = QwenVision(config.vision) if config.vision else None
+        self.llm = Llm(config.llm)
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.llm.width))
+        self.dit = Dit(config.dit)
+        # The tower of the released models ends in the language model's width; a model without one reads CLIP features.
+        self.image_projector = None if config.vision else nn.Linear(config.clip.width, config.llm.width)
+        self.decoder = Decoder(config.decoder) if config.decoder else None
+        # What the diffusion transformer sees has mean 0 and variance 1 per channel; 0 and 1 leave features as they are.
+        self.register_buffer("feature_mean", torch.zeros(config.clip.width))
+        self.register_buffer("feature_std", torch.ones(config.clip.width))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """weight             distribution
+        queries              N(0, 1), as released
+        image_projector      N(0, 1 / fan_in), bias 0
+        each network         its own init_weights
+        """
+        nn.init.normal_(self.queries)
+        if self.image_projector is not None:
+            nn.init.normal_(self.image_projector.weight, std=self.config.clip.width**-0.5)
+            nn.init.zeros_(self.image_projector.bias)
+
+    # pictures to features
+
+    def set_feature_statistics(self, features: Tensor) -> None:
+        """Standardise by these raw features' [N, F, C] mean and deviation per channel, from now on."""
+        flat = features.flatten(0, 1)
+        self.feature_mean.copy_(flat.mean(0))
+        self.feature_std.copy_(flat.std(0).clamp_min(1e-4))
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The CLIP tower's tokens [B, N, C], averaged over square blocks: [B, F, C]."""
+        return pool_features(tokens, self.config.feature_grid)
+
+    @staticmethod
+    def normalize(pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] in 0..1 as the CLIP tower wants them: mean and deviation of CLIP's training pictures."""
+        mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        return (pictures - mean) / std
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] in 0..1 -> standardised pooled CLIP features [B, F, C]: what is generated and read."""
+        pooled = self.pool(self.clip.vision(self.normalize(pictures)))
+        return (pooled - self.feature_mean) / self.feature_std
+
+    # reading
+
+    def embed(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """Embeddings [B, T, W] of `ids` [B, T], with features [B, F, C] in the place of each sequence's F image tokens."""
+        embeddings = self.llm.embed(ids)
+        if features is None:
+            return embeddings
+        assert self.image_projector is not None
+        return scatter_features(embeddings, ids, self.config.image_token, self.image_projector(features).flatten(0, 1))
+
+    def read(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
+        """The language model's hidden states [B, T, W] over `ids` [B, T], padded, if at all, on the right.
+
+        Padding after the tokens needs no mask: causal attention never looks at it.
+        """
+        return self.llm(self.embed(ids, features), None, None)
+
+    def condition(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
+
+        The prompt cannot see the queries, so with a frozen language model autograd keeps nothing of its pass.
+        """
+        cache = self.cache(len(ids), ids.shape[1] + self.config.num_queries)
+        self.llm(self.llm.embed(ids), None, mask, cache)
+        return self.llm(self.queries.expand(len(ids), -1, -1), None, None, cache)
+
+    def cache(self, batch: int, capacity: int) -> KvCache:
+        """An empty cache for `batch` conversations of at most `capacity` tokens, where and as the weights are."""
+        weight = self.llm.output_weight
+        return KvCache(self.config.llm, batch, capacity, device=weight.device, dtype=weight.dtype)

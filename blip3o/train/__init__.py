@@ -1,0 +1,1 @@
+"""Training: the recipes, the stages and the one loop that runs them all."""

@@ -1,0 +1,138 @@
+"""The training loop. One serves every stage: a stage says what to train and what the loss of step k is, no more.
+
+The batch of step k is a function of (seed, k) alone, so a run that was stopped goes on with the very batches it would
+have had: its state is the weights, the optimiser's moments and one integer.
+"""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blip3o.train.recipe import Recipe
+
+LOG_EVERY = 10  # steps
+
+
+class Stage(Protocol):
+    """What the loop asks of a stage."""
+
+    name: str
+    recipe: Recipe
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimiser moves, by name."""
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """The scalar loss of step `step`'s batch, and what else to log."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM arrived; the state up to `step` was handed to `save`."""
+
+    def __init__(self, stage: str, step: int) -> None:
+        super().__init__(f"stopped in stage {stage} after step {step}")
+        self.stage, self.step = stage, step
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss or the gradient became infinite or NaN; the step was not applied."""
+
+
+def optimizer_for(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; matrices decay, gains and biases do not. `fused` is one C++ loop over all parameters."""
+    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * cosine
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGINT and SIGTERM only raise a flag, which the loop reads between two steps."""
+    asked = False
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def train(
+    stage: Stage,
+    *,
+    log: Path,
+    save: Callable[[torch.optim.AdamW, int], None],
+    restore: Callable[[torch.optim.AdamW], int] = lambda optimizer: 0,
+    save_every_seconds: float = 120.0,
+) -> None:
+    """Run `stage` from the step that `restore` returns to its recipe's last.
+
+    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second, seconds
+    save     called with the optimiser and the number of finished steps: now and then, at a stop, and at the end
+    restore  loads what `save` wrote into the optimiser and returns the number of finished steps
+
+    Raises Interrupted after a clean stop, NonFiniteLoss before a step that would have poisoned the weights.
+    """
+    recipe = stage.recipe
+    parameters = stage.trainable()
+    optimizer = optimizer_for(parameters, recipe)
+    start = restore(optimizer)
+    began = saved = logged = time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True)
+    with _stop_requests() as stop_asked, log.open("a") as lines, bar:
+        for step in range(start, recipe.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(recipe, step)
+            loss, extra = stage.loss(step)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise NonFiniteLoss(
+                    f"stage {stage.name}, step {step}: loss {loss.item()}, gradient norm {norm.item()}; step not applied"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update()
+            now = time.perf_counter()
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
+                steps_since = (step + 1) % LOG_EVERY or min(LOG_EVERY, step + 1 - start)
+                rate = recipe.batch_size * steps_since / max(now - logged, 1e-9)
+                row = {
+                    "stage": stage.name, "step": step + 1, "loss": loss.item(), **extra, "grad_norm": norm.item(),
+                    "learning_rate": learning_rate(recipe, step), "samples_per_second": rate, "seconds": now - began,
+                }  # fmt: skip
+                lines.write(json.dumps(row) + "\n")
+                lines.flush()
+                bar.set_postfix_str(f"loss {loss.item():.3f}  {rate:.0f} samples/s")
+                logged = now
+            if stop_asked() or now - saved > save_every_seconds or step + 1 == recipe.steps:
+                save(optimizer, step + 1)
+                saved = time.perf_counter()
+            if stop_asked() and step + 1 < recipe.steps:
+                raise Interrupted(stage.name, step + 1)

@@ -1,0 +1,96 @@
+"""Recipes: everything about a training stage that is a number. One complete literal per preset and stage."""
+
+import dataclasses
+from dataclasses import dataclass
+
+STAGES = ("clip", "understanding", "generation", "decoder")  # the paper's order; the decoder needs the CLIP tower only
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage is trained.
+
+    steps, batch_size     optimiser steps, and samples in each (pictures; for generation, drawings)
+    learning_rate         peak; linear warm-up over `warmup_steps`, then a cosine down to `final_learning_rate`
+    weight_decay          on matrices only; gains, biases and embeddings-like vectors are not decayed
+    clip_norm             largest gradient norm
+    pictures              size of the feature bank that stages after CLIP draw from: frozen features, computed once
+    draws_per_prompt      generation: noises drawn for each prompt, which share one pass of the language model
+    condition_drop        generation: share of prompts whose condition is zeroed, for guidance
+    turns                 understanding: questions about each picture
+    seed                  every sample, noise and initial weight of the stage is a function of it and the step
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    final_learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    pictures: int
+    draws_per_prompt: int
+    condition_drop: float
+    turns: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "pictures", "draws_per_prompt", "turns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.draws_per_prompt:
+            raise ValueError(
+                f"batch_size must be a multiple of draws_per_prompt ({self.draws_per_prompt}), got {self.batch_size}"
+            )
+        if not 0 <= self.condition_drop < 1:
+            raise ValueError(f"condition_drop must be in [0, 1), got {self.condition_drop}")
+        if self.learning_rate <= 0 or self.clip_norm <= 0:
+            raise ValueError(
+                f"learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}"
+            )
+
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "nano": {
+        "clip": Recipe(
+            steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, turns=1,
+            seed=1,
+        ),
+        "understanding": Recipe(
+            steps=1000, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
+            weight_decay=0.05, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, turns=8,
+            seed=2,
+        ),
+        "generation": Recipe(
+            steps=2000, batch_size=512, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
+            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=4, condition_drop=0.1, turns=1,
+            seed=3,
+        ),
+        "decoder": Recipe(
+            steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, turns=1,
+            seed=4,
+        ),
+    },
+}  # fmt: skip
+
+
+def recipe(preset: str, stage: str, overrides: dict[str, str] | None = None) -> Recipe:
+    """The recipe of a preset's stage, with `field=value` overrides parsed to the field's type."""
+    if preset not in RECIPES:
+        raise ValueError(f"preset must be one that has recipes ({', '.join(RECIPES)}), got {preset!r}")
+    if stage not in RECIPES[preset]:
+        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    chosen = RECIPES[preset][stage]
+    types = {field.name: type(getattr(chosen, field.name)) for field in dataclasses.fields(chosen)}
+    changes = {}
+    for name, text in (overrides or {}).items():
+        if name not in types or types[name] not in (int, float):
+            known = ", ".join(field for field, kind in types.items() if kind in (int, float))
+            raise ValueError(f"field must be one of {known}; got {name!r}")
+        try:
+            changes[name] = types[name](text)
+        except ValueError:
+            raise ValueError(f"{name} must be of type {types[name].__name__}, got {text!r}") from None
+    return dataclasses.replace(chosen, **changes)

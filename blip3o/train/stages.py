@@ -1,0 +1,176 @@
+"""The four stages: what each one trains, on which batch, with which loss."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blip3o.data import scenes, text
+from blip3o.flow import TIMESTEPS, draw_sigma, training_loss
+from blip3o.layers import linear_cross_entropy
+from blip3o.model import Blip3o
+from blip3o.train.recipe import Recipe
+
+CHUNK = 512  # pictures rendered and encoded at a time
+
+
+class FeatureBank:
+    """`count` pictures of the world and what the frozen CLIP tower sees in them: computed once, drawn from at every step.
+
+    scenes  the scenes of indices 0..count-1;  features [count, F, C] float32, standardised per channel
+    """
+
+    def __init__(self, model: Blip3o, seed: int, count: int) -> None:
+        self.count = count
+        self.scenes = scenes.sample(seed, torch.arange(count))
+        self.features = torch.empty(count, model.config.feature_grid**2, model.config.clip.width)
+        with torch.inference_mode():
+            for start in range(0, count, CHUNK):
+                chosen = torch.arange(start, min(start + CHUNK, count))
+                pictures = scenes.render(self.scenes[chosen])
+                self.features[chosen] = model.features(pictures)
+
+
+def _generator(recipe: Recipe, step: int) -> torch.Generator:
+    """The step's own random stream: a function of (seed, step)."""
+    return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
+
+
+class ClipStage:
+    """Contrastive image-text learning, with a linear head that must also redraw the picture from the pooled features.
+
+    The contrast makes the features mean something, the head keeps what a contrast may forget: exact places and sizes.
+    Equal captions in a batch share the target mass.
+    """
+
+    name = "clip"
+
+    def __init__(self, model: Blip3o, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        grid, side = model.config.feature_grid, model.config.clip.image_size
+        self.cell = side // grid
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.pixel_head = nn.Linear(model.config.clip.width, 3 * self.cell**2)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        parameters = {f"clip.{name}": parameter for name, parameter in self.model.clip.named_parameters()}
+        return parameters | {f"pixel_head.{name}": parameter for name, parameter in self.pixel_head.named_parameters()}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        index = step * self.recipe.batch_size + torch.arange(self.recipe.batch_size)
+        batch = scenes.sample(self.recipe.seed, index)
+        texts = text.captions(batch, self.recipe.seed, index)
+        pictures = scenes.render(batch)
+
+        clip = self.model.clip
+        tokens = clip.vision(self.model.normalize(pictures))
+        image = clip.image_embedding(tokens)
+        caption = clip.text_embedding(texts.ids, texts.ids != text.PAD)
+        logits = clip.logit_scale.exp().clamp(max=100.0) * image @ caption.T
+        same = (texts.ids[:, None] == texts.ids[None]).all(-1).float()
+        target = same / same.sum(-1, keepdim=True)
+        contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+        grid = self.model.config.feature_grid
+        pooled = self.model.pool(tokens)
+        cells = pictures.unfold(2, self.cell, self.cell).unfold(3, self.cell, self.cell)  # [B, 3, g, g, cell, cell]
+        cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(len(index), grid * grid, -1)
+        pixels = F.mse_loss(self.pixel_head(pooled), (cells - 0.5) * 2)
+        accuracy = (logits.argmax(-1) == torch.arange(len(index))).float().mean().item()
+        return contrast + 10.0 * pixels, {"contrast": contrast.item(), "pixels": pixels.item(), "accuracy": accuracy}
+
+
+class UnderstandingStage:
+    """The language model answers questions about pictures it reads as CLIP features, and about captions it reads as text."""
+
+    name = "understanding"
+
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
+        self.model, self.recipe, self.bank = model, recipe, bank
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name.startswith(("llm.", "image_projector."))
+        }
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Even steps show pictures, odd steps captions; both teach the same words."""
+        size = self.recipe.batch_size
+        number = step * size + torch.arange(size)  # of the conversation, in the whole stage
+        index = torch.randint(self.bank.count, (size,), generator=_generator(self.recipe, step))
+        pictures = step % 4 != 3
+        batch = text.conversations(
+            self.bank.scenes[index], self.recipe.seed, number, self.recipe.turns, image=pictures
+        )
+        features = self.bank.features[index] if pictures else None
+        hidden = self.model.read(batch.ids, features)
+        asked = batch.targets != text.IGNORE
+        loss = linear_cross_entropy(hidden[asked], self.model.llm.output_weight, batch.targets[asked])
+        return loss, {}
+
+
+class GenerationStage:
+    """The diffusion transformer and the queries learn to draw features from prompts; the language model is frozen.
+
+    A prompt is read once for several noises. `condition_drop` of the conditions are zeroed, which teaches the
+    unconditional velocity that guidance needs.
+    """
+
+    name = "generation"
+
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
+        self.model, self.recipe, self.bank = model, recipe, bank
+        model.llm.requires_grad_(False)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name == "queries" or name.startswith("dit.")
+        }
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        recipe, draws = self.recipe, self.recipe.draws_per_prompt
+        generator = _generator(recipe, step)
+        prompts = recipe.batch_size // draws
+        number = step * prompts + torch.arange(prompts)
+        index = torch.randint(self.bank.count, (prompts,), generator=generator)
+        said = text.captions(self.bank.scenes[index], recipe.seed, number)
+        condition = self.model.condition(*text.drawing_prompts(said))  # [prompts, Q, W]
+        kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
+        condition = self.model.dit.project(condition * kept[:, None, None])  # one row serves its prompt's draws
+
+        x = self.bank.features[index].repeat_interleave(draws, 0)
+        noise = torch.randn(x.shape, generator=generator)
+        sigma = draw_sigma(self.model.config.flow, len(x), generator)
+        loss = training_loss(
+            self.model.config.flow, lambda noisy, level: self.model.dit(noisy, level * TIMESTEPS, condition), x, noise, sigma
+        )
+        return loss, {}
+
+
+class DecoderStage:
+    """The visual decoder learns to turn features into pixels."""
+
+    name = "decoder"
+
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
+        self.model, self.recipe, self.bank = model, recipe, bank
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {f"decoder.{name}": parameter for name, parameter in self.model.decoder.named_parameters()}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        recipe = self.recipe
+        generator = _generator(recipe, step)
+        index = torch.randint(self.bank.count, (recipe.batch_size,), generator=generator)
+        pictures = scenes.render(self.bank.scenes[index]) * 2 - 1
+        features = self.bank.features[index]
+        noise = torch.randn(pictures.shape, generator=generator)
+        sigma = draw_sigma(self.model.config.decoder.flow, len(index), generator)
+        loss = training_loss(
+            self.model.config.decoder.flow, lambda noisy, level: self.model.decoder(noisy, level * TIMESTEPS, features), pictures, noise, sigma
+        )
+        return loss, {}
