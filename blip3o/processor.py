@@ -81,24 +81,21 @@ class Processor:
         self.image_size = image_size
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer as tokenizer.json (the format of the `tokenizers` library) into the folder `path`."""
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        """Write the tokenizer to the file `path` (tokenizer.json, the format of the `tokenizers` library)."""
+        Path(path).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path, image_size: int = 32) -> Processor:
-        """Read tokenizer.json from the folder `path`. Raises FileNotFoundError, or ValueError for what is no such file."""
-        file = Path(path) / "tokenizer.json"
-        content = file.read_text(encoding="utf-8")
+        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is no word-level tokenizer."""
+        content = Path(path).read_text(encoding="utf-8")
         try:
             model = json.loads(content)["model"]
             vocabulary = model["vocab"]
             usable = model["type"] == "WordLevel" and vocabulary[model["unk_token"]] >= 0
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not a tokenizer.json: {error}") from error
+            raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         if not usable:
-            raise ValueError(f"{file} must hold a WordLevel tokenizer, got {model['type']!r}")
+            raise ValueError(f"{path} must hold a WordLevel tokenizer, got {model['type']!r}")
         return cls(Tokenizer.from_str(content), image_size)
 
     def encode(self, text: str) -> list[int]:

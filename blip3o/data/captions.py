@@ -5,12 +5,13 @@ Shape legend: N captions, O = 3 object slots in the order of mention, L tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from blip3o.data.scenes import KINDS, MAX_OBJECTS, Scenes, sample, uniform
+from blip3o.data.scenes import KINDS, MAX_OBJECTS, Scenes, choose, sample, uniform
 from blip3o.data.words import (
     COLOR_IDS,
     COLUMN_IDS,
@@ -76,6 +77,8 @@ _SLOTS = [f"{name}{o}" for name in _PER_OBJECT for o in range(MAX_OBJECTS)]
 _SLOTS += ["number", "plural0", "near0", "near1", "to0", "to1", "to2", "to3", "its0", "its1", "its2", "comma1", "comma2"]
 _SLOT = {name: number for number, name in enumerate(_SLOTS)}
 _PREFIX = compile_templates(PREFIXES, {})
+_PLURAL_PREFIX = torch.where(_PREFIX == TOKEN["is"], TOKEN["are"], _PREFIX)
+_PLURAL_PREFIX = torch.where(_PREFIX == TOKEN["this"], TOKEN["these"], _PLURAL_PREFIX)
 _BODY = compile_templates([body for kind in BODIES for body in kind], _SLOT)
 _BODY_COUNT = torch.tensor([len(kind) for kind in BODIES])
 _BODY_START = _BODY_COUNT.cumsum(0) - _BODY_COUNT
@@ -110,7 +113,7 @@ class Captions:
 def concatenate(parts: list[Captions]) -> Captions:
     """One batch from several, padded to the longest."""
     width = max(part.ids.shape[1] for part in parts)
-    ids = torch.cat([torch.nn.functional.pad(part.ids, (0, width - part.ids.shape[1]), value=PAD) for part in parts])
+    ids = torch.cat([pad(part.ids, (0, width - part.ids.shape[1]), value=PAD) for part in parts])
     rest = (torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Captions)[1:])
     return Captions(ids, *rest)
 
@@ -133,16 +136,9 @@ def applicable(scenes: Scenes) -> Tensor:
     )  # fmt: skip
 
 
-def choose(weights: Tensor, u: Tensor) -> Tensor:
-    """A column of each row with probability in proportion to its weight. weights [N, K] >= 0, u [N] in [0, 1) -> [N]."""
-    total = weights.cumsum(1)
-    return (total <= (u * total[:, -1])[:, None]).sum(1).clamp(max=weights.shape[1] - 1)
-
-
-def _compose(scenes: Scenes, u: Tensor, kind: Tensor | None) -> Captions:
-    """One caption per scene from its own random numbers u [N, _DRAWS]."""
+def _compose(scenes: Scenes, u: Tensor, kind: Tensor | None) -> tuple[Captions, Tensor]:
+    """One caption per scene from its own random numbers u [N, _DRAWS], and its body before the prefix, with holes."""
     count = scenes.count
-    n = len(scenes)
     if kind is None:
         kind = choose(applicable(scenes) * KIND_WEIGHTS, u[:, 0])
     is_kind = kind[:, None] == torch.arange(len(CAPTION_KINDS))
@@ -175,7 +171,7 @@ def _compose(scenes: Scenes, u: Tensor, kind: Tensor | None) -> Captions:
     position = torch.where(present & placed[:, None], position, -1)
 
     # words
-    prefix = (u[:, 12] * len(PREFIXES)).long()
+    prefix = _first_prefix(u)
     article = torch.where(few[:, None] & (u[:, 13:14] < 0.25), TOKEN["one"], TOKEN["a"])
     said = position >= 0
     values = torch.cat(
@@ -187,24 +183,27 @@ def _compose(scenes: Scenes, u: Tensor, kind: Tensor | None) -> Captions:
         ],
         dim=1,
     )  # fmt: skip
-    body = _BODY_START[kind] + (u[:, 14] * _BODY_COUNT[kind]).long()
-    opening = _PREFIX[prefix]
-    plural = counting[:, None] & (opening == TOKEN["is"])
-    opening = torch.where(plural, TOKEN["are"], opening)
-    opening = torch.where(counting[:, None] & (opening == TOKEN["this"]), TOKEN["these"], opening)
-    ids, length = squeeze(torch.cat([opening, fill(_BODY[body], values)], dim=1))
-    assert ids.shape[0] == n
-    return Captions(ids, length, kind, count, color, shape, size, position, relation)
+    which = _BODY_START[kind] + (u[:, 14] * _BODY_COUNT[kind]).long()
+    body = fill(_BODY[which], values)
+    ids, length = _open(prefix, counting, body)
+    return Captions(ids, length, kind, count, color, shape, size, position, relation), body
+
+
+def _open(prefix: Tensor, plural: Tensor, body: Tensor) -> tuple[Tensor, Tensor]:
+    """Put a prefix [N] (of PREFIXES) before a body [N, T] with holes -> ids [N, L], length [N]."""
+    opening = torch.where(plural[:, None], _PLURAL_PREFIX[prefix], _PREFIX[prefix])
+    ids, length = squeeze(torch.cat([opening, body], dim=1))
+    return ids, length
 
 
 def captions(
-    scenes: Scenes, seed: int, index: Tensor, *, kind: Tensor | int | None = None, part: int | None = 0
+    scenes: Scenes, seed: int, index: Tensor, *, kind: Tensor | int | None = None, train_only: bool = True
 ) -> Captions:
     """One caption per scene, a pure function of (scene, seed, index[i]).
 
     index: int64 [N], the sample numbers; kind: of CAPTION_KINDS (must apply to the scene), None draws one that does;
-    part: only sentences of that part of `split` (0 train, 1 tune, 2 report): others are drawn again; None takes any.
-    Raises ValueError when a kind does not apply to its scene or no sentence of that part can be found.
+    train_only: a caption that `split` does not put into train is begun in another way (the next of PREFIXES) until it
+    does. Raises ValueError for an index of another shape and when a kind does not apply to its scene.
     """
     n = len(scenes)
     if index.shape != (n,):
@@ -213,26 +212,31 @@ def captions(
         kind = torch.full((n,), kind)
     if kind is not None and n and not bool(applicable(scenes).gather(1, kind[:, None]).all()):
         raise ValueError("kind must apply to its scene (captions.applicable says which do)")
-    drawn = _compose(scenes, uniform(seed, _STREAM, index, _DRAWS), kind)
-    if part is None:
-        return drawn
-    rows, parts = torch.arange(n), [drawn]
-    source = torch.arange(n)  # which row of the concatenated parts each caption comes from
-    missing = (split(drawn.ids) != part).nonzero()[:, 0]
-    total, stream, tries = n, _STREAM + 1, 4 if part == 0 else 12
-    while len(missing):
-        if stream > _STREAM + 64:
-            raise ValueError(f"no caption of part {SPLITS[part]!r} found for {len(missing)} scenes")
-        again = missing.repeat_interleave(tries)
-        attempt = torch.arange(tries).repeat(len(missing))
-        u = uniform(seed, stream, index[again] * tries + attempt, _DRAWS)
-        drawn = _compose(scenes[again], u, None if kind is None else kind[again])
-        good = (split(drawn.ids) == part).view(-1, tries)
-        found, best = good.any(1), good.int().argmax(1)
-        source[missing[found]] = total + (rows[: len(missing)] * tries + best)[found]
-        parts.append(drawn)
-        total, stream, missing = total + len(again), stream + 1, missing[~found]
-    return concatenate(parts)[source] if len(parts) > 1 else parts[0]
+    u = uniform(seed, _STREAM, index, _DRAWS)
+    said, body = _compose(scenes, u, kind)
+    if not train_only:
+        return said
+    ids, length, first = said.ids, said.length, _first_prefix(u)
+    missing = (split(ids) != 0).nonzero()[:, 0]
+    for tried in (range(1, 7), range(7, len(PREFIXES))):
+        if len(missing) == 0:
+            break
+        tries, again = len(tried), missing.repeat_interleave(len(tried))
+        prefix = (first[again] + torch.tensor(tried).repeat(len(missing))) % len(PREFIXES)
+        more, more_length = _open(prefix, said.kind[again] == COUNTING, body[again])
+        good = (split(more) == 0).view(-1, tries)
+        best = torch.arange(len(missing)) * tries + good.int().argmax(1)
+        width = max(ids.shape[1], more.shape[1])
+        ids = pad(ids, (0, width - ids.shape[1]))
+        ids[missing], length[missing] = pad(more, (0, width - more.shape[1]))[best], more_length[best]
+        missing = missing[~good.any(1)]
+    if len(missing):
+        raise ValueError(f"seed must leave a training sentence for every scene, got none for sample {index[missing[0]]}")
+    return replace(said, ids=ids[:, : int(length.max()) if n else 0], length=length)
+
+
+def _first_prefix(u: Tensor) -> Tensor:
+    return (u[:, 12] * len(PREFIXES)).long()
 
 
 _SCENE_KIND = {SINGLE: "one", TWO: "two", COUNTING: "count", COLORED: "one", POSITION: "relation", ATTRIBUTE: "relation"}
@@ -255,11 +259,10 @@ def prompts(category: str, part: int, n: int, seed: int = 0) -> Captions:
     kept: list[Captions] = []
     size = max(256, 8 * n)
     for start in range(0, 40 * size, size):
-        index = torch.arange(start, start + size) // len(kinds) + (start << 1)
-        which = torch.arange(start, start + size) % len(kinds)
         index = torch.arange(start, start + size)
+        which = index % len(kinds)
         scenes = sample(seed + 7_919, index, kind=scene_kinds[which], held_out="only" if held else "exclude")
-        drawn = _compose(scenes, uniform(seed + 7_919, _STREAM + 100 + part, index, _DRAWS), kinds[which])
+        drawn, _ = _compose(scenes, uniform(seed + 7_919, _STREAM + 100 + part, index, _DRAWS), kinds[which])
         new = []
         usable = split(drawn.ids) == part
         if category == "color_attribution":

@@ -49,28 +49,35 @@ for _color, _shape in HELD_OUT:
 # --- counter-based randomness -----------------------------------------------------------------------------------------
 
 _MASK = (1 << 64) - 1
-_GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN, _MUL1, _MUL2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
+    """The low 64 bits of an integer as a signed one, which is what int64 tensors hold."""
     value &= _MASK
     return value - (1 << 64) if value >> 63 else value
 
 
 def mix64(x: Tensor) -> Tensor:
     """splitmix64's finaliser, a bijection of 64-bit integers. x int64 of any shape -> int64."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _signed(_MUL1)
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _signed(_MUL2)
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * signed(_MUL1)
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * signed(_MUL2)
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def uniform(seed: int, stream: int, index: Tensor, draws: int) -> Tensor:
     """Numbers in [0, 1): row i depends on (seed, stream, index[i]) alone. index int64 [N] -> float32 [N, draws]."""
-    key = int(mix64(torch.tensor(_signed(seed * _GOLDEN + (stream + 1) * _MUL2))))
-    row = mix64(index * _signed(_GOLDEN) + key)
-    column = torch.arange(1, draws + 1, device=index.device) * _signed(_MUL1)
+    key = int(mix64(torch.tensor(signed(seed * GOLDEN + (stream + 1) * _MUL2))))
+    row = mix64(index * signed(GOLDEN) + key)
+    column = torch.arange(1, draws + 1, device=index.device) * signed(_MUL1)
     bits = mix64(row[:, None] + column)
     return ((bits >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
+
+
+def choose(weights: Tensor, u: Tensor) -> Tensor:
+    """A column of each row with probability in proportion to its weight. weights [N, K] >= 0, u [N] in [0, 1) -> [N]."""
+    total = weights.cumsum(1)
+    return (total <= (u * total[:, -1])[:, None]).sum(1).clamp(max=weights.shape[1] - 1)
 
 
 # --- scenes -----------------------------------------------------------------------------------------------------------

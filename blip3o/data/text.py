@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from blip3o.data.captions import CAPTION_KINDS, CATEGORIES, SPLITS, Captions, captions, prompts
-from blip3o.data.questions import QUESTION_TYPES, Conversations, Questions, conversations, questions
+from blip3o.data.conversations import Conversations, Questions, conversations, questions
+from blip3o.data.questions import FORMS, QUESTION_TYPES
 from blip3o.data.words import (
     ASSISTANT,
     BOS,
@@ -27,7 +28,7 @@ from blip3o.data.words import (
 )
 
 __all__ = [
-    "ASSISTANT", "BOS", "CAPTION_KINDS", "CATEGORIES", "EOS", "IGNORE", "IMAGE", "IMAGE_START", "PAD",
+    "ASSISTANT", "BOS", "CAPTION_KINDS", "CATEGORIES", "EOS", "FORMS", "IGNORE", "IMAGE", "IMAGE_START", "PAD",
     "QUESTION_TYPES", "SPECIAL", "SPLITS", "UNK", "USER", "VOCAB_SIZE", "WORDS", "Captions", "Conversations",
     "Questions", "captions", "conversations", "decode", "drawing_prompt", "drawing_prompts", "left_pad", "prompts",
     "question_prompt", "question_prompts", "questions", "split",

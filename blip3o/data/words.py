@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from blip3o.data.scenes import _GOLDEN, COLORS, SHAPES, SIZES, _signed, mix64
+from blip3o.data.scenes import COLORS, GOLDEN, SHAPES, SIZES, mix64, signed
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<image>", "<image_start>")
 PLURALS = tuple(shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES)
@@ -93,7 +93,7 @@ def split(ids: Tensor) -> Tensor:
 
     ids int64 [N, L], padded with PAD at the end by any amount -> int64 [N].
     """
-    place = torch.arange(1, ids.shape[1] + 1) * _signed(_GOLDEN)
+    place = torch.arange(1, ids.shape[1] + 1) * signed(GOLDEN)
     hashed = mix64((mix64(ids + place) * (ids != PAD)).sum(1))
     percent = (hashed & ((1 << 62) - 1)) % 100
     return (percent >= 70).long() + (percent >= 85).long()

@@ -1,0 +1,209 @@
+"""Conversations about pictures and captions to train on, and single questions to evaluate with.
+
+Shape legend: N pictures, Q turns, L tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from blip3o.data.captions import captions
+from blip3o.data.facts import caption_facts, picture_facts
+from blip3o.data.questions import (
+    COUNT,
+    COUNT_ALL,
+    DRAWS,
+    EXIST,
+    FORM_TYPE,
+    FORM_WEIGHT,
+    FORMS,
+    QUERY_HELD_OUT,
+    QUESTION_TYPES,
+    REL_IS,
+    REL_WHERE,
+    answerable,
+    ask,
+)
+from blip3o.data.scenes import Scenes, sample, uniform
+from blip3o.data.words import (
+    ASSISTANT,
+    BOS,
+    COLOR_IDS,
+    COLUMN_IDS,
+    EOS,
+    HOLE,
+    IGNORE,
+    IMAGE,
+    ROW_IDS,
+    SHAPE_IDS,
+    SIZE_IDS,
+    USER,
+    compile_templates,
+    decode,
+    literal,
+    pick,
+    squeeze,
+)
+
+_DESCRIBE = ("describe the picture", "what is in the picture ?", "what do you see ?", "describe what you see")
+_DESCRIBE_IDS = compile_templates(_DESCRIBE, {})
+_TYPE_WEIGHT = torch.zeros(len(QUESTION_TYPES)).index_add(0, FORM_TYPE, FORM_WEIGHT)
+# most captions settle little but what there is: without this, half of the questions about captions would ask for that
+_TEXT_BALANCE = torch.ones(len(FORMS))
+_TEXT_BALANCE[[COUNT_ALL, COUNT, EXIST]] = 0.4
+_TEXT_BALANCE[REL_IS : REL_WHERE + 1] = 2.0
+_FRESH = 104_729  # added to the seed: evaluation pictures are not those of a training run with the same seed
+_STREAM = 128  # streams 128.. of the hash: about pictures, about captions, for evaluation
+
+
+def description(scenes: Scenes) -> Tensor:
+    """The full caption of each picture, in reading order, with holes: int64 [N, 20]."""
+    order = scenes.cell.float().masked_fill(scenes.cell < 0, 9.0).argsort(1)
+    color, shape, size, cell = (x.gather(1, order) for x in (scenes.color, scenes.shape, scenes.size, scenes.cell))
+    present = shape >= 0
+    comma = literal(",", present)
+    comma[:, 0] = HOLE
+    words = [
+        comma, literal("a", present), pick(SIZE_IDS, size), pick(COLOR_IDS, color), pick(SHAPE_IDS, shape),
+        pick(ROW_IDS, cell), pick(COLUMN_IDS, cell),
+    ]  # fmt: skip
+    return torch.stack(words, dim=2).flatten(1)
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Token rows ready for a language model."""
+
+    ids: Tensor  # [N, L] int64, padded with PAD at the end
+    targets: Tensor  # [N, L] int64: the token after each place where it belongs to an answer, else -100
+    segment: Tensor  # [N, L] int64: 0 picture or caption, 1.. the turn, -1 padding
+    types: Tensor  # [N, Q] int64, of QUESTION_TYPES
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+def conversations(
+    scenes: Scenes,
+    seed: int,
+    index: Tensor,
+    turns: int = 8,
+    *,
+    image: bool = True,
+    image_tokens: int = 4,
+    describe: float = 0.5,
+    weights: Tensor | None = None,
+) -> Conversations:
+    """`turns` questions about each picture, row i a pure function of (scene, seed, index[i]).
+
+    image=True: <bos> <image> x image_tokens (<user> question <assistant> answer <eos>) x turns; image=False: a training
+    caption in place of the picture, and only questions it determines. With probability `describe` the last turn asks
+    for a full description (pictures only). weights: float [8], relative frequencies of QUESTION_TYPES (describe's is
+    ignored). Raises ValueError for a wrong index shape or turns < 1.
+    """
+    n = len(scenes)
+    if index.shape != (n,):
+        raise ValueError(f"index must have shape [{n}], one per scene, got {list(index.shape)}")
+    if turns < 1:
+        raise ValueError(f"turns must be at least 1, got {turns}")
+    weight = FORM_WEIGHT if weights is None else (FORM_WEIGHT / _TYPE_WEIGHT[FORM_TYPE]) * weights[FORM_TYPE]
+    u = uniform(seed, _STREAM if image else _STREAM + 1, index, 2 + turns * DRAWS)
+    described = (u[:, 0] < describe) & image
+    if image:
+        facts = picture_facts(scenes)
+        start = torch.full((n, 1 + image_tokens), IMAGE)
+    else:
+        said = captions(scenes, seed, index)
+        facts, weight = caption_facts(said), weight * _TEXT_BALANCE
+        start = pad(said.ids, (1, 0))
+    start[:, 0] = BOS
+
+    asked = ask(facts, weight, QUERY_HELD_OUT, u[:, 2:].reshape(n * turns, DRAWS), turns)
+    shown = torch.ones(n, turns, dtype=torch.bool)
+    shown[:, -1] = ~described
+    body, taught = _frame(asked.question.view(n, turns, -1), asked.answer.view(n, turns, -1), shown)
+    types = FORM_TYPE[asked.form].view(n, turns)
+    pieces, answers = [start, body.flatten(1)], [torch.zeros(start.shape[1], dtype=torch.bool), taught.repeat(turns)]
+    segments = [torch.zeros(start.shape[1], dtype=torch.int64), torch.arange(1, turns + 1).repeat_interleave(len(taught))]
+    if image:
+        request = _DESCRIBE_IDS[(u[:, 1] * len(_DESCRIBE)).long()]
+        final, taught = _frame(request, description(scenes), described)
+        pieces.append(final)
+        answers.append(taught)
+        segments.append(torch.full((len(taught),), turns))
+        types[:, -1] = torch.where(described, QUESTION_TYPES.index("describe"), types[:, -1])
+
+    whole = torch.cat(pieces, dim=1)
+    ids, answer, segment, _ = squeeze(
+        whole, torch.cat(answers).expand_as(whole), torch.cat(segments).expand_as(whole), fills=(0, -1)
+    )
+    targets = torch.where(answer, ids, IGNORE)
+    targets = torch.cat([targets[:, 1:], targets.new_full((n, 1), IGNORE)], dim=1)
+    return Conversations(ids, targets, segment, types)
+
+
+def _frame(question: Tensor, answer: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """<user> question <assistant> answer <eos>, all holes where not shown: [..., T], and bool [T], what is to be taught."""
+
+    def mark(token: int) -> Tensor:
+        return (shown * token)[..., None]
+
+    kept = shown[..., None]
+    turn = torch.cat([mark(USER), question * kept, mark(ASSISTANT), answer * kept, mark(EOS)], dim=-1)
+    return turn, torch.arange(turn.shape[-1]) >= turn.shape[-1] - answer.shape[-1] - 1
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Evaluation questions about fresh pictures."""
+
+    scenes: Scenes
+    form: Tensor  # [n] int64, of FORMS; -1 for descriptions
+    question: Tensor  # [n, Lq] int64, words only, padded with PAD at the end
+    answer: Tensor  # [n, La] int64, words only, padded with PAD at the end
+
+    def __len__(self) -> int:
+        return self.question.shape[0]
+
+    def question_text(self) -> list[str]:
+        return [decode(row) for row in self.question]
+
+    def answer_text(self) -> list[str]:
+        return [decode(row) for row in self.answer]
+
+
+def questions(kind: str, n: int, seed: int, *, held_out: bool = False) -> Questions:
+    """`n` questions of one of QUESTION_TYPES, each about a fresh picture.
+
+    held_out=True: every object of every picture is a held-out (colour, shape) pair, and what is not there may be any
+    pair; otherwise no held-out pair occurs. Answers of "count" are as even as the pictures allow. Raises ValueError for
+    an unknown kind or n < 1.
+    """
+    if kind not in QUESTION_TYPES:
+        raise ValueError(f"kind must be one of {QUESTION_TYPES}, got {kind!r}")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    index = torch.arange(4 * n + 64)
+    scenes = sample(seed + _FRESH, index, held_out="only" if held_out else "exclude")
+    if kind == "describe":
+        scenes, none = scenes[:n], torch.full((n,), -1)
+        return Questions(scenes, none, squeeze(_DESCRIBE_IDS[index[:n] % 4])[0], squeeze(description(scenes))[0])
+    weight = torch.where(FORM_TYPE == QUESTION_TYPES.index(kind), FORM_WEIGHT, 0.0)
+    hidden = QUERY_HELD_OUT & (not held_out)
+    facts = picture_facts(scenes)
+    usable = ((answerable(facts, hidden).weight * weight).sum(1) > 0).nonzero()[:, 0]
+    asked = ask(facts[usable], weight, hidden, uniform(seed + _FRESH, _STREAM + 2, usable, DRAWS), 1)
+    if kind == "count":  # the k-th question of each answer comes before the k + 1-th of any
+        same = asked.answer[:, :1] == asked.answer[:, 0]
+        turn = (same & torch.ones_like(same).tril(-1)).sum(1)
+        chosen = turn.argsort(stable=True)[:n].sort().values
+    else:
+        chosen = torch.arange(min(n, len(usable)))
+    if len(chosen) < n:
+        raise ValueError(f"n must be at most {len(chosen)} for {kind!r} questions of seed {seed}, got {n}")
+    question, answer = squeeze(asked.question[chosen])[0], squeeze(asked.answer[chosen])[0]
+    return Questions(scenes[usable[chosen]], asked.form[chosen], question, answer)
