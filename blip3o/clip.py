@@ -4,7 +4,8 @@ The vision tower is EVA-CLIP's: patches, a class token and learned positions; bl
 (post-norm inside the residual); no norm at the end. Its patch tokens, pooled to a small grid, are what the diffusion
 transformer learns to draw. The text tower and the projections exist where a CLIP is trained from scratch.
 
-Shapes: B batch, S picture side, P patch side, N = (S / P)^2 patches, T tokens, D width, H heads, K head_dim, E embed_dim.
+Shapes: B batch, S picture side, P patch side, N = (S / P)^2 patches, T tokens, D width, H heads, K head_dim,
+E embed_dim.
 """
 
 import math
@@ -135,9 +136,10 @@ class ClipText(nn.Module):
         """
         _init_linears_and_norms(self)
         with torch.no_grad():
-            for block in self.blocks:
-                for linear in (block.attention.out, block.mlp.down):
-                    linear.weight.mul_((2 * self.config.depth) ** -0.5)
+            for module in self.modules():
+                if isinstance(module, ClipAttention | ClipMlp):
+                    added = module.out if isinstance(module, ClipAttention) else module.down
+                    added.weight.mul_((2 * self.config.depth) ** -0.5)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
 

@@ -56,7 +56,7 @@ class ClipTextConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """The CLIP whose patch features are what the diffusion transformer draws. `text` is None for a vision tower alone."""
+    """The CLIP whose patch features the diffusion transformer draws. `text` is None for a vision tower alone."""
 
     image_size: int
     patch_size: int
@@ -105,7 +105,8 @@ class VisionConfig:
         outside = [block for block in self.full_attention_blocks if not 0 <= block < self.depth]
         if outside:
             raise ValueError(
-                f"VisionConfig.full_attention_blocks must lie in 0..{self.depth - 1} (depth {self.depth}), got {outside}"
+                f"VisionConfig.full_attention_blocks must lie in 0..{self.depth - 1} (depth {self.depth}), "
+                f"got {outside}"
             )
 
     @property

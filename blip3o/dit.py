@@ -10,7 +10,7 @@ Shapes: B batch, N = grid^2 tokens, Q queries, D width, H heads, G key-value hea
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,10 +172,12 @@ class Dit(nn.Module):
                 nn.init.zeros_(module.bias)
         for linear in (self.time_in, self.time_out):
             nn.init.normal_(linear.weight, std=0.02)
-        for linear in (self.modulation, self.patch_out, *(block.modulation for block in self.blocks)):
-            nn.init.zeros_(linear.weight)
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.cross_gate)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.patch_out.weight)
+        for module in self.modules():
+            if isinstance(module, DitBlock):
+                nn.init.zeros_(module.modulation.weight)
+                nn.init.zeros_(module.attention.cross_gate)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The language model's hidden states at the queries [B, Q, condition_width] -> the condition [B, Q, D]."""
@@ -185,7 +187,7 @@ class Dit(nn.Module):
 
     def context(self, condition: Tensor) -> Context:
         """All that the network ever needs of a condition [B, Q, D]. Use it where one condition serves many steps."""
-        pairs = [block.attention.cross_keys_values(condition) for block in self.blocks]
+        pairs = [cast(DitBlock, block).attention.cross_keys_values(condition) for block in self.blocks]
         return Context(self._pool(condition), tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
 
     def _pool(self, condition: Tensor) -> Tensor:
@@ -208,8 +210,9 @@ class Dit(nn.Module):
             raise ValueError(f"x must have a multiple of the condition's {len(pooled)} rows, got {batch}")
         repeats = batch // len(pooled)
 
-        cos, sin = rope_table_2d(config.grid, config.grid, config.width // config.num_heads, config.rope_theta)
-        cos, sin = cos.to(x.device).repeat(repeats, 1), sin.to(x.device).repeat(repeats, 1)  # [B/B' N, K/2]
+        head_dim = config.width // config.num_heads
+        cos, sin = rope_table_2d(config.grid, config.grid, head_dim, config.rope_theta, x.device)
+        cos, sin = cos.repeat(repeats, 1), sin.repeat(repeats, 1)  # [B/B' N, K/2]
         time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype))))
         time = F.silu(time + pooled.repeat_interleave(repeats, 0) if repeats > 1 else time + pooled)  # [B, M]
 

@@ -8,6 +8,8 @@ Shapes: D the width of a token; [..., D] any leading dimensions.
 """
 
 import torch
+from torch import Tensor, nn
+
 from blip3o_kernels import (
     attention,
     gated_residual,
@@ -22,7 +24,6 @@ from blip3o_kernels import (
     swiglu,
     timestep_embedding,
 )
-from torch import Tensor, nn
 
 __all__ = [
     "LayerNorm",

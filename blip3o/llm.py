@@ -7,7 +7,8 @@ embeddings of its tokens (`scatter_features`), and `multimodal_positions` says w
 Padding. Attention is causal, so padding at the END needs no mask: no real token sees it, and what is computed there is
 for the caller to ignore. Padding at the START (decoding a batch) needs the mask.
 
-Shapes: B batch, T tokens of this call, S tokens so far (the cache's included), D width, H heads, G key-value heads, K head_dim.
+Shapes: B batch, T tokens of this call, S tokens so far (the cache's included), D width, H heads, G key-value heads,
+K head_dim.
 """
 
 import torch
@@ -138,9 +139,10 @@ class Llm(nn.Module):
                 nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):
                 nn.init.ones_(module.weight)
-        for block in self.blocks:
-            for linear in (block.attention.out, block.mlp.down):
-                nn.init.normal_(linear.weight, std=0.02 * (2 * self.config.depth) ** -0.5)
+        for module in self.modules():
+            if isinstance(module, LlmAttention | LlmMlp):
+                added = module.out if isinstance(module, LlmAttention) else module.down
+                nn.init.normal_(added.weight, std=0.02 * (2 * self.config.depth) ** -0.5)
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 -> [B, T, D]."""
@@ -176,9 +178,8 @@ class Llm(nn.Module):
         if positions is not None and positions.shape != (3, batch, tokens):
             raise ValueError(f"positions must be [3, {batch}, {tokens}], got {list(positions.shape)}")
         if cache is not None and cache.length + tokens > cache.capacity:
-            raise ValueError(
-                f"cache has room for {cache.capacity - cache.length} more tokens (capacity {cache.capacity}), got {tokens}"
-            )
+            room = cache.capacity - cache.length
+            raise ValueError(f"cache has room for {room} more tokens (capacity {cache.capacity}), got {tokens}")
         cos, sin = self._rope_tables(embeddings, positions, mask, cache)
         visible = _visible(mask, cache, tokens)
         x = embeddings

@@ -1,0 +1,144 @@
+"""The vision tower against transformers' Qwen2.5-VL vision model: same weights, float32, 1e-5."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o.config import VisionConfig, preset
+from blip3o.vision import QwenVision, window_order
+
+LIMIT = 1e-5
+TINY = VisionConfig(
+    width=32,
+    depth=2,
+    num_heads=2,
+    mlp_width=64,
+    patch_size=14,
+    temporal_patch_size=2,
+    merge_size=2,
+    window_size=112,
+    full_attention_blocks=(1,),
+    out_width=64,
+    eps=1e-6,
+    rope_theta=1e4,
+)
+
+
+def qwen_vision(config: VisionConfig) -> torch.nn.Module:
+    module = pytest.importorskip(
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", reason="transformers is not installed"
+    )
+    settings = module.Qwen2_5_VLVisionConfig(
+        depth=config.depth,
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_heads=config.num_heads,
+        patch_size=config.patch_size,
+        spatial_merge_size=config.merge_size,
+        temporal_patch_size=config.temporal_patch_size,
+        window_size=config.window_size,
+        out_hidden_size=config.out_width,
+        fullatt_block_indexes=list(config.full_attention_blocks),
+    )
+    settings._attn_implementation = "eager"
+    return module.Qwen2_5_VisionTransformerPretrainedModel(settings)
+
+
+def copy_to_ours(theirs: torch.nn.Module, ours: QwenVision) -> None:
+    source = theirs.state_dict()
+    state = {
+        "patch_in.weight": source["patch_embed.proj.weight"].flatten(1),
+        "merger.norm.weight": source["merger.ln_q.weight"],
+    }
+    for kind in ("weight", "bias"):
+        state[f"merger.up.{kind}"] = source[f"merger.mlp.0.{kind}"]
+        state[f"merger.down.{kind}"] = source[f"merger.mlp.2.{kind}"]
+    for i in range(ours.config.depth):
+        here = f"blocks.{i}."
+        state[f"{here}attention_norm.weight"] = source[f"{here}norm1.weight"]
+        state[f"{here}mlp_norm.weight"] = source[f"{here}norm2.weight"]
+        for kind in ("weight", "bias"):
+            state[f"{here}attention.qkv.{kind}"] = source[f"{here}attn.qkv.{kind}"]
+            state[f"{here}attention.out.{kind}"] = source[f"{here}attn.proj.{kind}"]
+            state[f"{here}mlp.down.{kind}"] = source[f"{here}mlp.down_proj.{kind}"]
+            gate_up = [source[f"{here}mlp.{part}_proj.{kind}"] for part in ("gate", "up")]
+            state[f"{here}mlp.gate_up.{kind}"] = torch.cat(gate_up)
+    ours.load_state_dict(state)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    theirs = qwen_vision(TINY).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in theirs.named_parameters():
+        middle = 1.0 if "norm" in name or "ln_q" in name else 0.0
+        parameter.data = middle + 0.1 * torch.randn(parameter.shape, generator=generator)
+    ours = QwenVision(TINY).eval()
+    copy_to_ours(theirs, ours)
+    return ours.requires_grad_(False), theirs.requires_grad_(False)
+
+
+def patches(grids: list[tuple[int, int, int]]) -> Tensor:
+    count = sum(frames * rows * columns for frames, rows, columns in grids)
+    return torch.randn(count, TINY.patch_values, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [
+        [(1, 8, 8)],  # one window
+        [(1, 16, 16), (1, 16, 16)],  # whole windows
+        [(1, 4, 6)],  # smaller than a window
+        [(1, 20, 10)],  # windows cut off at both edges
+        [(1, 18, 12), (2, 8, 10), (1, 2, 2)],  # pictures of different sizes, one of two frames
+    ],
+    ids=str,
+)
+def test_equals_transformers(pair, grids: list[tuple[int, int, int]]) -> None:
+    ours, theirs = pair
+    x = patches(grids)
+    expected = theirs(x, torch.tensor(grids)).pooler_output
+    difference = (ours(x, grids) - expected).abs().max().item()
+    assert difference <= LIMIT, f"max difference {difference:.2e} over {LIMIT:.0e}"
+
+
+def test_gradients_match(pair) -> None:
+    ours, theirs = pair
+    grids = [(1, 18, 12), (1, 8, 8)]
+    mine, other = (patches(grids).requires_grad_() for _ in range(2))
+    weight = torch.randn(70, 64, generator=torch.Generator().manual_seed(2))
+    (ours(mine, grids) * weight).sum().backward()
+    (theirs(other, torch.tensor(grids)).pooler_output * weight).sum().backward()
+    assert (mine.grad - other.grad).abs().max() <= LIMIT * other.grad.abs().max()
+
+
+def test_windows_are_squares() -> None:
+    order, lengths = window_order([(1, 4, 6)], merge=1, window=2)
+    assert lengths.tolist() == [4] * 6
+    assert order.view(6, 4).tolist()[:4] == [[0, 1, 6, 7], [2, 3, 8, 9], [4, 5, 10, 11], [12, 13, 18, 19]]
+
+
+def test_a_picture_knows_nothing_of_its_neighbour(pair) -> None:
+    ours, _ = pair
+    both = patches([(1, 10, 8), (1, 4, 4)])
+    together = ours(both, [(1, 10, 8), (1, 4, 4)])
+    torch.testing.assert_close(together[:20], ours(both[:80], [(1, 10, 8)]), rtol=0, atol=LIMIT)
+    torch.testing.assert_close(together[20:], ours(both[80:], [(1, 4, 4)]), rtol=0, atol=LIMIT)
+
+
+def test_wrong_arguments_are_named() -> None:
+    tower = QwenVision(TINY)
+    with pytest.raises(ValueError, match=r"patches must be \[16, 1176\], got \[15, 1176\]"):
+        tower(torch.zeros(15, 1176), [(1, 4, 4)])
+    with pytest.raises(ValueError, match="multiples of merge_size 2, got"):
+        tower(torch.zeros(12, 1176), [(1, 3, 4)])
+
+
+@pytest.mark.parametrize("name", ["4b", "8b"])
+def test_released_sizes(name: str) -> None:
+    config = preset(name).vision
+    assert config is not None
+    with torch.device("meta"):
+        theirs = sum(p.numel() for p in qwen_vision(config).parameters())
+        ours = sum(p.numel() for p in QwenVision(config).parameters())
+    assert ours == theirs
