@@ -22,6 +22,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from .samples import Sample
 
@@ -66,7 +70,8 @@ class Op:
 
     def __post_init__(self) -> None:
         for body in reversed(self.bodies):  # the first body in the tuple is preferred
-            if not body.missing:
+            interpreted = body.backend == "triton" and body.device == "cpu"  # for tests, far slower than the reference
+            if not body.missing and not interpreted:
                 self.table.update({(body.device, dtype): body.backend for dtype in body.dtypes})
 
 
@@ -116,6 +121,22 @@ def choose(op: Op, x: Tensor) -> str:
         if why_not:
             raise BackendError(f"{op.name}: the backend {forced.backend!r} was asked for, but {why_not}")
     return forced.backend
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a C function may read the memory of `x` right now.
+
+    It may not if `x` is a subclass (fake, distributed, ...), or negated lazily, or if a mode, a functorch transform or
+    forward-mode differentiation is active: all of these must see the call, so it goes through the registered op instead.
+    """
+    return (
+        (type(x) is Tensor or type(x) is Parameter)
+        and not _len_torch_dispatch_stack()
+        and not _len_torch_function_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not x.is_neg()
+    )
 
 
 def refusal(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:

@@ -5,21 +5,24 @@
     y    = round(round(x * rstd) * gain)                  [..., D]   round_before_weight=True: Llama, Qwen
     y    = round(x * rstd * gain)                         [..., D]   round_before_weight=False: Gemma
 
-x [..., D] float; weight [D] float or None (no gain); y has the shape and dtype of x. Everything between loading and storing is
-float32 (float64 for float64 x); `round` rounds to x's dtype. The gradients are those of the exact expression: rounding
-passes gradients through. Errors: TypeError for a dtype, ValueError for a shape, device or eps.
-Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+x [..., D] float; weight [D] float or None (no gain); y has the shape and dtype of x. Everything between loading
+and storing is float32 (float64 for float64 x); `round` rounds to x's dtype. The gradients are those of the exact
+expression: rounding passes gradients through. The native and Triton bodies cannot be differentiated twice.
+Errors: TypeError for a dtype, ValueError for a shape or device. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch, native, triton_ops
+from ..dispatch import Body, Op, choose, direct
+from ..registered import LIBRARY, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -52,13 +55,209 @@ def rms_norm(
     round_before_weight: bool = True,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension; see the module's docstring."""
-    checks.floating("x", x)
+    dtype, shape = x.dtype, x.shape
+    if dtype not in checks.FLOATING:
+        checks.floating("x", x)
+    if not shape or not shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(shape))
     if weight is not None:
-        checks.floating("weight", weight)
-        checks.shape("weight", weight, x.shape[-1:])
-        checks.same_device("weight", weight, "x", x)
-    choose(OP, x)
-    return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+        if weight.dtype not in checks.FLOATING:
+            checks.floating("weight", weight)
+        if weight.shape != shape[-1:]:
+            checks.shape("weight", weight, shape[-1:])
+        if weight.device != x.device:
+            checks.same_device("weight", weight, "x", x)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, the formula is left for Inductor to fuse with its neighbours; docs/decisions.md has the measurement.
+    backend = "reference" if compiling and dispatch.forced is None else choose(OP, x)
+    if backend == "reference":
+        return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    if weight is not None and weight.dtype is not dtype and weight.dtype is not torch.float32:
+        weight = weight.to(torch.float32)
+    if compiling or not direct(x) or not (weight is None or direct(weight)):
+        y: Tensor = _forward_op(x, weight, eps, weight_offset, round_before_weight, backend)
+        return y
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        y = _RmsNorm.apply(x, weight, eps, weight_offset, round_before_weight, backend)
+        return y
+    return _forward(x, weight, eps, weight_offset, round_before_weight, backend)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
+        context.save_for_backward(x, weight)
+        context.options = options
+        return _forward(x, weight, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = context.saved_tensors
+        wanted = weight is not None and context.needs_input_grad[1]
+        if direct(dy):
+            dx, dweight = _backward(dy, x, weight, wanted, *context.options)
+        else:
+            dx, dweight = _backward_op(dy, x, weight, wanted, *context.options)
+        return dx, dweight if wanted else None, None, None, None, None
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x with rows one stride apart, without a copy where that is possible, and the stride."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x, x.stride(0)
+    return x.contiguous(), x.shape[-1]
+
+
+def _mode(x: Tensor, weight: Tensor | None, round_before_weight: bool) -> int:
+    forced = dispatch.forced
+    return (
+        native.DTYPES[x.dtype]
+        + 4 * native.DTYPES[x.dtype if weight is None else weight.dtype]
+        + (0 if forced is None else 16 * forced.instruction_set)
+        + 64 * round_before_weight
+    )
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool, backend: str
+) -> Tensor:
+    if backend == "triton":
+        from ..triton_ops import rms_norm as triton_body
+
+        return triton_body.forward(x, weight, eps, weight_offset, round_before_weight)
+    x, stride = _rows(x)
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    arguments = (
+        y.data_ptr(),
+        x.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        x.numel() // width,
+        width,
+        stride,
+        eps,
+        weight_offset,
+        _mode(x, weight, round_before_weight),
+    )
+    if x.is_cpu:
+        status = _CPU_FORWARD(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(x.device):
+            status = _CUDA_FORWARD(*arguments, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise native.failed("rms_norm", status)
+    return y
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    wanted: bool,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """dx, and dweight if it is wanted (otherwise an empty tensor)."""
+    if backend == "triton":
+        from ..triton_ops import rms_norm as triton_body
+
+        return triton_body.backward(dy, x, weight, wanted, eps, weight_offset)
+    x, stride = _rows(x)
+    dy = dy.contiguous()
+    dx = torch.empty_like(dy)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
+    blocks = max(1, min(64 if x.is_cpu else 256, rows // 32))
+    if weight is not None and wanted:
+        weight = weight.contiguous()
+        dweight = torch.empty_like(weight)
+        partial = torch.empty(blocks, width, dtype=torch.float32, device=x.device)
+        sums = (dweight.data_ptr(), partial.data_ptr())
+    else:
+        dweight = x.new_empty(0)
+        sums = (None, None)
+    arguments = (
+        dx.data_ptr(),
+        *sums,
+        dy.data_ptr(),
+        x.data_ptr(),
+        None if weight is None else weight.data_ptr(),
+        rows,
+        width,
+        stride,
+        blocks,
+        eps,
+        weight_offset,
+        _mode(x, weight, round_before_weight),
+    )
+    if x.is_cpu:
+        status = _CPU_BACKWARD(*arguments, torch.get_num_threads())
+    else:
+        with torch.cuda.device(x.device):
+            status = _CUDA_BACKWARD(*arguments, torch.cuda.current_stream().cuda_stream)
+    if status:
+        raise native.failed("rms_norm", status)
+    return dx, dweight
+
+
+_CPU_FORWARD = native.function("blip3o_cpu_rms_norm")
+_CPU_BACKWARD = native.function("blip3o_cpu_rms_norm_backward")
+_CUDA_FORWARD = native.function("blip3o_cuda_rms_norm")
+_CUDA_BACKWARD = native.function("blip3o_cuda_rms_norm_backward")
+
+
+# As torch knows it: torch.ops.blip3o.rms_norm.
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor | None, wanted: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    dweight = torch.empty_like(weight) if weight is not None and wanted else x.new_empty(0)
+    return x.new_empty(x.shape), dweight
+
+
+def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, *context.options = inputs
+    context.save_for_backward(x, weight)
+
+
+def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = context.saved_tensors
+    wanted = weight is not None and context.needs_input_grad[1]
+    dx, dweight = _backward_op(dy, x, weight, wanted, *context.options)
+    return dx, dweight if wanted else None, None, None, None, None
+
+
+def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, weight: Tensor | None, *options: Any) -> Any:
+    """vmap: over x the batch is more rows; over the weight the formula is used, whose gain broadcasts."""
+    x_dim, weight_dim = dims[:2]
+    x = x.expand(info.batch_size, *x.shape) if x_dim is None else x.movedim(x_dim, 0)
+    if weight is None or weight_dim is None:
+        return _forward_op(x, weight, *options), 0
+    gains = weight.movedim(weight_dim, 0).view(info.batch_size, *[1] * (x.dim() - 2), -1)
+    eps, weight_offset, round_before_weight, _ = options
+    return reference(x, gains, eps, weight_offset=weight_offset, round_before_weight=round_before_weight), 0
+
+
+_options = "float eps, float weight_offset, bool round_before_weight, str backend"
+_forward_op = register(
+    f"rms_norm(Tensor x, Tensor? weight, {_options}) -> Tensor",
+    _forward,
+    lambda x, *_: x.new_empty(x.shape),
+    lambda x, *_, **__: 4 * x.numel() if isinstance(x, Tensor) else 4 * torch.Size(x).numel(),
+)
+_backward_op = register(
+    f"rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, bool wanted, {_options}) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    lambda dy, *_, **__: 11 * torch.Size(dy).numel(),
+)
+register_gradient("rms_norm", _gradient, _setup)
+torch.library.register_vmap("blip3o::rms_norm", _batched, lib=LIBRARY)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
@@ -77,4 +276,16 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("no rows", (draw(0, 8), draw(8)))
 
 
-OP = Op("rms_norm", rms_norm, reference, samples, differentiable=("x", "weight"))
+OP = Op(
+    "rms_norm",
+    rms_norm,
+    reference,
+    samples,
+    differentiable=("x", "weight"),
+    bodies=(
+        Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),
+        Body("native", "cuda", (torch.float32, torch.bfloat16, torch.float16), True, native.CUDA_MISSING),
+        Body("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16), True, triton_ops.GPU_MISSING),
+        Body("triton", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, triton_ops.CPU_MISSING),
+    ),
+)

@@ -1,0 +1,129 @@
+// BLIP3O_LANES floats at a time, as the compiler's vector type: the same source becomes SSE2, NEON, AVX2 or AVX-512.
+// Included once per instruction set by instruction_sets.h, inside its namespace: no include guard, no includes.
+//
+//   load(p), load(p, n)          BLIP3O_LANES or n elements, converted to float; the rest is 0
+//   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
+//   rounded<T>(v)                what store and load again would give
+//   sum(v)                       in a fixed order
+
+typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * BLIP3O_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * BLIP3O_LANES)));
+
+template <class To, class From>
+static inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+static inline Floats all(float value) { return Floats{} + value; }
+
+static inline Words bfloat16_bits(Floats v) {  // in the upper halves
+  const Words bits = bits_of<Words>(v);
+  const Words even = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  const Words nan = Words{} + 0x7fc00000u;
+  return bits_of<Words>(Integers(v != v)) == 0u ? even : nan;
+}
+
+#if BLIP3O_LANES == 16
+static inline Floats from_float16(Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
+static inline Halves to_float16(Floats v) { return (Halves)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif BLIP3O_LANES == 8
+static inline Floats from_float16(Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+static inline Halves to_float16(Floats v) { return (Halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+static inline float half_to_float(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_of<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and makes subnormals normal.
+  const float scaled = bits_of<float>(magnitude << 13) * 0x1p112f;
+  return bits_of<float>(sign | bits_of<uint32_t>(scaled));
+}
+static inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bits_of<uint32_t>(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // from 65520 on: infinity
+  if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the end of the sum
+    const float shifted = bits_of<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bits_of<uint32_t>(shifted) - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13);
+}
+static inline Floats from_float16(Halves h) {
+  Floats v{};
+  for (int i = 0; i < BLIP3O_LANES; ++i) v[i] = half_to_float(h[i]);
+  return v;
+}
+static inline Halves to_float16(Floats v) {
+  Halves h{};
+  for (int i = 0; i < BLIP3O_LANES; ++i) h[i] = float_to_half(v[i]);
+  return h;
+}
+#endif
+
+static inline Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline Floats load(const bfloat16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return bits_of<Floats>(__builtin_convertvector(h, Words) << 16);
+}
+static inline Floats load(const float16* p) {
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  return from_float16(h);
+}
+
+static inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(bfloat16* p, Floats v) {
+  const Halves h = __builtin_convertvector(bfloat16_bits(v) >> 16, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+static inline void store(float16* p, Floats v) {
+  const Halves h = to_float16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+template <class T>
+static inline Floats load(const T* p, int64_t n) {
+  T padded[BLIP3O_LANES] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+template <class T>
+static inline void store(T* p, Floats v, int64_t n) {
+  T padded[BLIP3O_LANES];
+  store(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+}
+
+template <class T>
+struct Rounding;
+template <>
+struct Rounding<float> {
+  static inline Floats round(Floats v) { return v; }
+};
+template <>
+struct Rounding<bfloat16> {
+  static inline Floats round(Floats v) { return bits_of<Floats>(bfloat16_bits(v)); }
+};
+template <>
+struct Rounding<float16> {
+  static inline Floats round(Floats v) { return from_float16(to_float16(v)); }
+};
+template <class T>
+static inline Floats rounded(Floats v) {
+  return Rounding<T>::round(v);
+}
+
+static inline float sum(Floats v) {
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
