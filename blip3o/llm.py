@@ -168,8 +168,8 @@ class Llm(nn.Module):
 
         positions   [3, B, T] int64 from `multimodal_positions`; None: each row counts its real tokens, going on from
                     the cache.
-        mask        [B, T] bool, False at padding; None: none of these tokens is padding, or it all comes last. The
-                    hidden states at padding mean nothing.
+        mask        [B, T] bool, False at padding; None: none of these tokens is padding, or it all comes last and no
+                    cache will carry it on. The hidden states at padding mean nothing.
         cache       keys and values of the tokens before these; these are added to it.
         """
         batch, tokens, _ = embeddings.shape

@@ -213,6 +213,20 @@ def test_cached_decoding_of_a_padded_batch_with_pictures(pair) -> None:
         close(hidden[row : row + 1, -whole.shape[1] :], alone)
 
 
+def test_cached_decoding_after_right_padding(pair) -> None:
+    """Padding between a short prompt and its continuation is neither seen nor counted."""
+    ours, theirs = pair
+    ids, more = texts(), texts(3, 2, seed=6)
+    lengths = [11, 7, 1]
+    mask = torch.arange(11) < torch.tensor(lengths)[:, None]
+    cache = KvCache(TINY, 3, 13, device="cpu", dtype=torch.float32)
+    ours(ours.embed(ids), mask=mask, cache=cache)
+    hidden = torch.cat([ours(ours.embed(token), cache=cache) for token in more.split(1, dim=1)], dim=1)
+    for row, length in enumerate(lengths):
+        whole = torch.cat([ids[row, :length], more[row]])[None]
+        close(hidden[row], theirs(input_ids=whole, use_cache=False).last_hidden_state[0, -2:])
+
+
 def test_rewind_continues_one_prompt_twice(pair) -> None:
     ours, _ = pair
     ids, ends = texts(), [texts(3, 2, seed=7), texts(3, 2, seed=8)]
