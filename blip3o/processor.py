@@ -86,7 +86,7 @@ class Processor:
 
     @classmethod
     def load(cls, path: str | Path, image_size: int = 32) -> Processor:
-        """Read what `save` wrote. Raises FileNotFoundError, or ValueError for a file that is no word-level tokenizer."""
+        """Read what `save` wrote. Raises FileNotFoundError; ValueError for a file that is no word-level tokenizer."""
         content = Path(path).read_text(encoding="utf-8")
         try:
             model = json.loads(content)["model"]

@@ -1,6 +1,6 @@
 """Captions: what is in a picture, said in one of eight ways; each caption accounts for exactly all of its objects.
 
-Shape legend: N captions, O = 3 object slots in the order of mention, L tokens.
+Shape legend: N captions, O = 3 object slots (in the order of mention, save "a square with a circle above it"), L tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from blip3o.data.words import (
     compile_templates,
     decode,
     fill,
-    ids_of,
     literal,
     pick,
     split,
@@ -47,38 +46,34 @@ PREFIXES = (
     "draw a picture of", "make an image of", "create a picture of", "generate an image of", "i want to see",
     "there is", "here is", "this is", "i see", "a scene with",
 )  # fmt: skip
-_OBJECTS = [f"{{art{o}}} {{size{o}}} {{color{o}}} {{shape{o}}} {{at{o}}} {{the{o}}} {{row{o}}} {{column{o}}}" for o in range(3)]
-_A, _B, _C = _OBJECTS
+_A, _B, _C = (
+    f"{{art{o}}} {{size{o}}} {{color{o}}} {{shape{o}}} {{at{o}}} {{the{o}}} {{row{o}}} {{column{o}}}" for o in range(3)
+)
 _FULL = [f"{{art{o}}} {{size{o}}} {{color{o}}} {{shape{o}}} {{row{o}}} {{column{o}}}" for o in range(3)]
+_NEAR, _TO, _ITS = "{near0} {near1}", "{to0} {to1} {to2} {to3}", "{its0} {its1} {its2}"
 BODIES = (
     (_A, _A),
     (f"{_A} and {_B}", f"{_A} and {_B}", f"{_A} with {_B}", f"{_A} , {_B}"),
     ("{number} {size0} {color0} {plural0}", "exactly {number} {size0} {color0} {plural0}"),
     (_A, _A),
-    (f"{_A} {{near0}} {{near1}} {_B}", f"{_A} {{near0}} {{near1}} {_B}", f"{_A} {{to0}} {{to1}} {{to2}} {{to3}} {_B}", f"{_B} with {_A} {{its0}} {{its1}} {{its2}}"),
+    (f"{_A} {_NEAR} {_B}", f"{_A} {_NEAR} {_B}", f"{_A} {_TO} {_B}", f"{_B} with {_A} {_ITS}"),
     (f"{_A} and {_B}", f"{_A} and {_B}", f"{_A} with {_B}", f"{_A} , {_B}"),
     (f"{_A} , {_B} and {_C}", f"{_A} and {_B} and {_C}", f"{_A} , {_B} , {_C}"),
     (f"{_FULL[0]} {{comma1}} {_FULL[1]} {{comma2}} {_FULL[2]}",),
 )  # fmt: skip
 # a relation in three wordings: [relation, word]
-NEAR_IDS = torch.stack([ids_of(words) for words in (("left", "of"), ("right", "of"), ("above", ""), ("below", ""))])
-TO_IDS = torch.stack(
-    [
-        ids_of(words)
-        for words in (("to", "the", "left", "of"), ("to", "the", "right", "of"), ("above", "", "", ""), ("below", "", "", ""))
-    ]
-)
-ITS_IDS = torch.stack(
-    [ids_of(words) for words in (("to", "its", "left"), ("to", "its", "right"), ("above", "it", ""), ("below", "it", ""))]
-)
+NEAR_IDS = compile_templates(("left of", "right of", "above", "below"), {})
+TO_IDS = compile_templates(("to the left of", "to the right of", "above", "below"), {})
+ITS_IDS = compile_templates(("to its left", "to its right", "above it", "below it"), {})
 
 _PER_OBJECT = ("art", "size", "color", "shape", "at", "the", "row", "column")
 _SLOTS = [f"{name}{o}" for name in _PER_OBJECT for o in range(MAX_OBJECTS)]
-_SLOTS += ["number", "plural0", "near0", "near1", "to0", "to1", "to2", "to3", "its0", "its1", "its2", "comma1", "comma2"]
+_SLOTS += [f"{name}{k}" for name, n in (("near", 2), ("to", 4), ("its", 3)) for k in range(n)]
+_SLOTS += ["number", "plural0", "comma1", "comma2"]
 _SLOT = {name: number for number, name in enumerate(_SLOTS)}
 _PREFIX = compile_templates(PREFIXES, {})
-_PLURAL_PREFIX = torch.where(_PREFIX == TOKEN["is"], TOKEN["are"], _PREFIX)
-_PLURAL_PREFIX = torch.where(_PREFIX == TOKEN["this"], TOKEN["these"], _PLURAL_PREFIX)
+_PLURAL_PREFIX = torch.where(_PREFIX.eq(TOKEN["is"]), TOKEN["are"], _PREFIX)
+_PLURAL_PREFIX = torch.where(_PREFIX.eq(TOKEN["this"]), TOKEN["these"], _PLURAL_PREFIX)
 _BODY = compile_templates([body for kind in BODIES for body in kind], _SLOT)
 _BODY_COUNT = torch.tensor([len(kind) for kind in BODIES])
 _BODY_START = _BODY_COUNT.cumsum(0) - _BODY_COUNT
@@ -178,8 +173,8 @@ def _compose(scenes: Scenes, u: Tensor, kind: Tensor | None) -> tuple[Captions, 
         [
             present * article, pick(SIZE_IDS, size), pick(COLOR_IDS, color), pick(SHAPE_IDS, shape),
             literal("at", said), literal("the", said), pick(ROW_IDS, position), pick(COLUMN_IDS, position),
-            NUMBER_IDS[count][:, None], PLURAL_IDS[shape[:, :1]], NEAR_IDS[relation], TO_IDS[relation],
-            ITS_IDS[relation], literal(",", present[:, 1:]),
+            NEAR_IDS[relation], TO_IDS[relation], ITS_IDS[relation], NUMBER_IDS[count][:, None],
+            PLURAL_IDS[shape[:, :1]], literal(",", present[:, 1:]),
         ],
         dim=1,
     )  # fmt: skip
@@ -231,7 +226,7 @@ def captions(
         ids[missing], length[missing] = pad(more, (0, width - more.shape[1]))[best], more_length[best]
         missing = missing[~good.any(1)]
     if len(missing):
-        raise ValueError(f"seed must leave a training sentence for every scene, got none for sample {index[missing[0]]}")
+        raise ValueError(f"seed must leave every scene a training caption, sample {index[missing[0]]} has none")
     return replace(said, ids=ids[:, : int(length.max()) if n else 0], length=length)
 
 
@@ -239,7 +234,7 @@ def _first_prefix(u: Tensor) -> Tensor:
     return (u[:, 12] * len(PREFIXES)).long()
 
 
-_SCENE_KIND = {SINGLE: "one", TWO: "two", COUNTING: "count", COLORED: "one", POSITION: "relation", ATTRIBUTE: "relation"}
+_SCENE_KIND = ("one", "two", "count", "one", "relation", "relation")  # what a category's prompts are about
 
 
 def prompts(category: str, part: int, n: int, seed: int = 0) -> Captions:

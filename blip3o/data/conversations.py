@@ -128,7 +128,7 @@ def conversations(
     body, taught = _frame(asked.question.view(n, turns, -1), asked.answer.view(n, turns, -1), shown)
     types = FORM_TYPE[asked.form].view(n, turns)
     pieces, answers = [start, body.flatten(1)], [torch.zeros(start.shape[1], dtype=torch.bool), taught.repeat(turns)]
-    segments = [torch.zeros(start.shape[1], dtype=torch.int64), torch.arange(1, turns + 1).repeat_interleave(len(taught))]
+    segments = [torch.arange(turns + 1).repeat_interleave(torch.tensor([start.shape[1], *[len(taught)] * turns]))]
     if image:
         request = _DESCRIBE_IDS[(u[:, 1] * len(_DESCRIBE)).long()]
         final, taught = _frame(request, description(scenes), described)
@@ -147,7 +147,7 @@ def conversations(
 
 
 def _frame(question: Tensor, answer: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
-    """<user> question <assistant> answer <eos>, all holes where not shown: [..., T], and bool [T], what is to be taught."""
+    """<user> question <assistant> answer <eos>, or holes only where not shown: [..., T]; bool [T], what is taught."""
 
     def mark(token: int) -> Tensor:
         return (shown * token)[..., None]
@@ -192,8 +192,8 @@ def questions(kind: str, n: int, seed: int, *, held_out: bool = False) -> Questi
     if kind == "describe":
         scenes, none = scenes[:n], torch.full((n,), -1)
         return Questions(scenes, none, squeeze(_DESCRIBE_IDS[index[:n] % 4])[0], squeeze(description(scenes))[0])
-    weight = torch.where(FORM_TYPE == QUESTION_TYPES.index(kind), FORM_WEIGHT, 0.0)
-    hidden = QUERY_HELD_OUT & (not held_out)
+    weight = FORM_WEIGHT * FORM_TYPE.eq(QUESTION_TYPES.index(kind))
+    hidden = QUERY_HELD_OUT if not held_out else torch.zeros_like(QUERY_HELD_OUT)
     facts = picture_facts(scenes)
     usable = ((answerable(facts, hidden).weight * weight).sum(1) > 0).nonzero()[:, 0]
     asked = ask(facts[usable], weight, hidden, uniform(seed + _FRESH, _STREAM + 2, usable, DRAWS), 1)

@@ -1,4 +1,4 @@
-"""What is known of a picture: everything if one sees it, what is stated and what follows from it if one reads a caption.
+"""What is known of a picture: everything, if one sees it; what is stated and what follows from it, if one reads of it.
 
 Shape legend: N pictures, O = 3 object slots.
 """

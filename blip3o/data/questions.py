@@ -33,23 +33,28 @@ from blip3o.data.words import (
 )
 
 QUESTION_TYPES = ("color", "shape", "count", "existence", "relation", "position", "size", "describe")
-# form -> (type, weight, phrasings)
+# type, weight, phrasings
 FORMS = (
-    ("color", 0.12, ("what colour is {a}", "which colour is {a}", "what is the colour of {a}", "tell me the colour of {a}")),
-    ("shape", 0.12, ("what shape is {a}", "which shape is {a}", "what is the shape of {a}", "tell me the shape of {a}")),
-    ("count", 0.04, ("how many objects are there", "how many objects are in the picture", "how many objects do you see", "count the objects")),
-    ("count", 0.12, ("how many {qs} are there", "how many {qs} are in the picture", "how many {qs} do you see", "count the {qs}")),
-    ("existence", 0.18, ("is there a {q}", "is there a {q} in the picture", "do you see a {q}", "does the picture contain a {q}")),
-    ("relation", 0.16, ("is {a} {near} {b}", "is {a} {to} {b}", "is {a} {near} {b}")),
-    ("relation", 0.10, ("what is {near} {b}", "what is {to} {b}", "which object is {near} {b}")),
-    ("relation", 0.06, ("where is {a} relative to {b}", "where is {a} compared to {b}")),
-    ("position", 0.06, ("where is {a}", "what is the position of {a}")),
-    ("position", 0.05, ("is {a} at the {p}", "is {a} in the {p}")),
-    ("position", 0.04, ("what is at the {p}", "what is in the {p}", "which object is at the {p}")),
-    ("size", 0.03, ("what size is {a}", "which size is {a}", "what is the size of {a}")),
-    ("size", 0.02, ("is {a} {size}",)),
-)  # fmt: skip
-COLOR, SHAPE, COUNT_ALL, COUNT, EXIST, REL_IS, REL_WHAT, REL_WHERE, POS_WHERE, POS_IS, POS_WHAT, SIZE, SIZE_IS = range(13)
+    ("color", 0.12, "what colour is {a} | which colour is {a} | what is the colour of {a} | tell me the colour of {a}"),
+    ("shape", 0.12, "what shape is {a} | which shape is {a} | what is the shape of {a} | tell me the shape of {a}"),
+    (
+        "count",
+        0.04,
+        "how many objects are there | how many objects are {in} | how many objects {see} | count the objects",
+    ),
+    ("count", 0.12, "how many {qs} are there | how many {qs} are {in} | how many {qs} {see} | count the {qs}"),
+    ("existence", 0.18, "is there a {q} | is there a {q} {in} | {see} a {q} | does the picture contain a {q}"),
+    ("relation", 0.16, "is {a} {near} {b} | is {a} {to} {b} | is {a} {near} {b}"),
+    ("relation", 0.10, "what is {near} {b} | what is {to} {b} | which object is {near} {b}"),
+    ("relation", 0.06, "where is {a} relative to {b} | where is {a} compared to {b}"),
+    ("position", 0.06, "where is {a} | what is the position of {a}"),
+    ("position", 0.05, "is {a} at the {p} | is {a} in the {p}"),
+    ("position", 0.04, "what is at the {p} | what is in the {p} | which object is at the {p}"),
+    ("size", 0.03, "what size is {a} | which size is {a} | what is the size of {a}"),
+    ("size", 0.02, "is {a} {size}"),
+)
+COLOR, SHAPE, COUNT_ALL, COUNT, EXIST, REL_IS, REL_WHAT, REL_WHERE, POS_WHERE, POS_IS, POS_WHAT = range(11)
+SIZE, SIZE_IS = 11, 12
 FORM_TYPE = torch.tensor([QUESTION_TYPES.index(form[0]) for form in FORMS])
 FORM_WEIGHT = torch.tensor([form[1] for form in FORMS])
 _EXPAND = {
@@ -60,6 +65,8 @@ _EXPAND = {
     "{near}": "{near0} {near1}",
     "{to}": "{to0} {to1} {to2} {to3}",
     "{p}": "{p_row} {p_column}",
+    "{in}": "in the picture",
+    "{see}": "do you see",
 }
 _SLOTS = (
     "a_row", "a_column", "a_color", "a_noun", "b_row", "b_column", "b_color", "b_noun", "q_color", "q_noun", "q_nouns",
@@ -70,11 +77,14 @@ _SLOTS = (
 def _expand(template: str) -> str:
     for short, long in _EXPAND.items():
         template = template.replace(short, long)
-    return template + ("" if template.startswith(("tell", "count", "describe")) else " {mark}")
+    return template + ("" if template.startswith(("tell", "count")) else " {mark}")
 
 
-_QUESTION = compile_templates([_expand(text) for form in FORMS for text in form[2]], {s: i for i, s in enumerate(_SLOTS)})
-_QUESTION_COUNT = torch.tensor([len(form[2]) for form in FORMS])
+_PHRASINGS = [form[2].split(" | ") for form in FORMS]
+_QUESTION = compile_templates(
+    [_expand(text) for form in _PHRASINGS for text in form], {s: i for i, s in enumerate(_SLOTS)}
+)
+_QUESTION_COUNT = torch.tensor([len(form) for form in _PHRASINGS])
 _QUESTION_START = _QUESTION_COUNT.cumsum(0) - _QUESTION_COUNT
 # how an object may be named, per form: by (colour, shape), by shape, by colour, by cell
 _NAMING = torch.tensor(
@@ -165,7 +175,7 @@ def answerable(facts: Facts, hidden: Tensor) -> Answerable:
     known = shapes_known[:, None] & (colors_known[:, None] | (_QUERY_CLASS == 0))
     counts = torch.where(known & ~(hidden & (counts == 0)), counts, -1)
     number = counts[..., None] == torch.arange(4)
-    numbers = torch.stack([(number & (_QUERY_CLASS == k)[:, None]).any(1) for k in range(3)], dim=1)
+    numbers = torch.stack([(number & _QUERY_CLASS.eq(k)[:, None]).any(1) for k in range(3)], dim=1)
 
     # relations
     true, both = facts.related == 1, present[:, :, None] & present[:, None] & ~itself
@@ -234,7 +244,7 @@ def ask(facts: Facts, weight: Tensor, hidden: Tensor, u: Tensor, turns: int) -> 
     kind = torch.where((counts[:, len(SHAPES)] >= 0), kind, 0)  # colours are not known
     wanted = choose(able.numbers[picture, kind] * _WANTED, u[:, 13])
     fits = torch.where(looking[:, None], (counts > 0) == coin[:, None], counts == wanted[:, None])
-    fits &= (_QUERY_CLASS == kind[:, None]) & (counts >= 0)
+    fits &= _QUERY_CLASS.eq(kind[:, None]) & (counts >= 0)
     hard = able.near[picture] * (u[:, 14:15] < _HARD)
     query = ((u[:, 15:49] + 1e-6 + hard) * fits).argmax(1)
     query_color, query_shape = _QUERY_COLOR[query], _QUERY_SHAPE[query]
@@ -251,7 +261,7 @@ def ask(facts: Facts, weight: Tensor, hidden: Tensor, u: Tensor, turns: int) -> 
     truths = able.truths[picture, a]
     as_cell = ((truths == 1) & _IS_CELL).any(1)  # both truth values can be had; so can they for halves
     by_cell = as_cell & (u[:, 54] < 0.5)
-    place = _any_of((truths == coin[:, None].long()) & (_IS_CELL == by_cell[:, None]), u[:, 55:63])
+    place = _any_of((truths == coin[:, None].long()) & _IS_CELL.eq(by_cell[:, None]), u[:, 55:63])
     row, column = facts.row[picture, a], facts.column[picture, a]
     home = torch.where(row < 0, 6 + column, torch.where(column < 0, 4 + row, 2 * row + column))
     place = torch.where(form == POS_IS, place, home)
@@ -282,7 +292,8 @@ def ask(facts: Facts, weight: Tensor, hidden: Tensor, u: Tensor, turns: int) -> 
     total, number = NUMBER_IDS[facts.count[picture]], NUMBER_IDS[counts[rows, query].clamp(min=0)]
     color, shape, near = pick(COLOR_IDS, color_a), pick(SHAPE_IDS, shape_a), NEAR_IDS[relation]
     place_row, place_column, none = pick(ROW_IDS, home), pick(COLUMN_IDS, home), torch.zeros_like(color)
-    first = (color, shape, total, number, yes, yes, color, near[:, 0], place_row, yes, color, pick(SIZE_IDS, size_a), yes)
+    size = pick(SIZE_IDS, size_a)
+    first = (color, shape, total, number, yes, yes, color, near[:, 0], place_row, yes, color, size, yes)
     second = (none, none, none, none, none, none, shape, near[:, 1], place_column, none, shape, none, none)
     answer = torch.stack([torch.stack(first, 1)[rows, form], torch.stack(second, 1)[rows, form]], dim=1)
     return Asked(form, fill(_QUESTION[phrasing], values), answer)

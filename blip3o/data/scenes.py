@@ -75,7 +75,7 @@ def uniform(seed: int, stream: int, index: Tensor, draws: int) -> Tensor:
 
 
 def choose(weights: Tensor, u: Tensor) -> Tensor:
-    """A column of each row with probability in proportion to its weight. weights [N, K] >= 0, u [N] in [0, 1) -> [N]."""
+    """A random column of each row, in proportion to its weight. weights [N, K] >= 0, u [N] in [0, 1) -> int64 [N]."""
     total = weights.cumsum(1)
     return (total <= (u * total[:, -1])[:, None]).sum(1).clamp(max=weights.shape[1] - 1)
 
@@ -131,7 +131,7 @@ def sample(seed: int, index: Tensor, *, kind: Tensor | int | None = None, held_o
         kind = torch.bucketize(u[:, 0].contiguous(), edges, right=True)
     elif isinstance(kind, int):
         kind = torch.full((n,), kind)
-    if n and not (0 <= int(kind.min()) and int(kind.max()) < len(KINDS)):
+    if n and not (int(kind.min()) >= 0 and int(kind.max()) < len(KINDS)):
         raise ValueError(f"kind must be 0..{len(KINDS) - 1} (one of {KINDS}), got {kind.min()}..{kind.max()}")
 
     # (colour, shape) pairs: random keys, the largest win; an object's pair excludes some pairs for the next ones

@@ -36,7 +36,7 @@ __all__ = [
 
 
 def drawing_prompt(ids: Sequence[int]) -> list[int]:
-    """<bos> words <image_start>: the model appends its queries to this. Captions to answer questions on begin the same way."""
+    """<bos> words <image_start>, to which the model appends its queries. Text to be asked about begins the same way."""
     return [BOS, *ids, IMAGE_START]
 
 
@@ -46,7 +46,7 @@ def question_prompt(ids: Sequence[int], image_tokens: int = 4) -> list[int]:
 
 
 def left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of ids of any lengths as one batch, padded at the front: ids int64 [N, L], mask bool [N, L] (False: padding)."""
+    """Rows of ids of any lengths as one batch, padded at the front: ids int64 [N, L], mask bool [N, L] (False: pad)."""
     if not rows:
         raise ValueError("rows must hold at least one row of ids, got none")
     width = max(len(row) for row in rows)

@@ -74,8 +74,8 @@ def fill(templates: Tensor, values: Tensor) -> Tensor:
 def squeeze(ids: Tensor, *others: Tensor, fills: Sequence[int] = ()) -> tuple[Tensor, ...]:
     """Move the holes of every row to its end, order kept, and cut the width to the longest row.
 
-    ids int64 [N, T]; others: tensors [N, T] moved alike, their tails filled with `fills` -> (ids [N, L], *others [N, L],
-    length [N]).
+    ids int64 [N, T]; others: tensors [N, T] moved alike, their tails filled with `fills`
+    -> (ids [N, L], *others [N, L], length [N]).
     """
     keep = ids != HOLE
     length = keep.sum(1)
