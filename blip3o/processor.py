@@ -59,7 +59,7 @@ def build_tokenizer() -> Tokenizer:
             normalizers.NFKC(),
             normalizers.Lowercase(),
             normalizers.Replace("&", " and "),
-            normalizers.Replace(Regex(r"[.!;:\"'`()\-_]+"), " "),
+            normalizers.Replace(Regex(r"[.!;:\"'`()\-_\x{2010}-\x{201F}]+"), " "),
             normalizers.Replace(Regex(r"\s+"), " "),
             *rewrite,
         ]
@@ -90,12 +90,13 @@ class Processor:
         content = Path(path).read_text(encoding="utf-8")
         try:
             model = json.loads(content)["model"]
-            vocabulary = model["vocab"]
-            usable = model["type"] == "WordLevel" and vocabulary[model["unk_token"]] >= 0
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            kind, ids, unknown = model["type"], model["vocab"], model["unk_token"]
+            usable = kind == "WordLevel" and sorted(ids.values()) == list(range(len(ids)))
+            usable = usable and unknown == "<unk>" and all(ids.get(word) == TOKEN[word] for word in SPECIAL)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
         if not usable:
-            raise ValueError(f"{path} must hold a WordLevel tokenizer, got {model['type']!r}")
+            raise ValueError(f"{path} must hold a WordLevel vocabulary that begins with {SPECIAL}, got {kind!r}")
         return cls(Tokenizer.from_str(content), image_size)
 
     def encode(self, text: str) -> list[int]:

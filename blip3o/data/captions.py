@@ -1,6 +1,7 @@
 """Captions: what is in a picture, said in one of eight ways; each caption accounts for exactly all of its objects.
 
-Shape legend: N captions, O = 3 object slots (in the order of mention, save "a square with a circle above it"), L tokens.
+Shape legend: N captions, L tokens, O = 3 object slots in the order of mention ("a square with a circle above it" says
+where the circle is: the circle is object 0).
 """
 
 from __future__ import annotations
@@ -252,7 +253,7 @@ def prompts(category: str, part: int, n: int, seed: int = 0) -> Captions:
     scene_kinds = torch.tensor([KINDS.index(_SCENE_KIND[kind]) for kind in kinds.tolist()])
     seen: set[tuple[int, ...]] = set()
     kept: list[Captions] = []
-    size = max(256, 8 * n)
+    size = max(4096, 8 * n)
     for start in range(0, 40 * size, size):
         index = torch.arange(start, start + size)
         which = index % len(kinds)
@@ -272,4 +273,6 @@ def prompts(category: str, part: int, n: int, seed: int = 0) -> Captions:
         kept.append(drawn[torch.tensor(new, dtype=torch.int64)])
         if len(seen) == n:
             return concatenate(kept)
+        if not new:
+            break
     raise ValueError(f"n must be at most {len(seen)} for category {category!r} of part {SPLITS[part]!r}, got {n}")
