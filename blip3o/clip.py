@@ -166,12 +166,13 @@ class Clip(nn.Module):
         if config.text is None:
             raise ValueError("Clip needs a text tower (config.text is None); build ClipVision for features alone")
         self.vision = ClipVision(config)
-        self.text = ClipText(config.text)
-        self.image_norm = LayerNorm(config.width, config.eps)
-        self.image_out = nn.Linear(config.width, config.embed_dim, bias=False)
-        self.text_out = nn.Linear(config.text.width, config.embed_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(0.0))
-        self._init_heads()
+        self.text = ClipText(config.text) if config.text else None
+        if config.text:
+            self.image_norm = LayerNorm(config.width, config.eps)
+            self.image_out = nn.Linear(config.width, config.embed_dim, bias=False)
+            self.text_out = nn.Linear(config.text.width, config.embed_dim, bias=False)
+            self.logit_scale = nn.Parameter(torch.tensor(0.0))
+            self._init_heads()
 
     def init_weights(self) -> None:
         """The towers', and:
@@ -182,8 +183,9 @@ class Clip(nn.Module):
         logit_scale                  log(1 / 0.07), as in CLIP
         """
         self.vision.init_weights()
-        self.text.init_weights()
-        self._init_heads()
+        if self.text is not None:
+            self.text.init_weights()
+            self._init_heads()
 
     def _init_heads(self) -> None:
         nn.init.ones_(self.image_norm.weight)
@@ -198,6 +200,8 @@ class Clip(nn.Module):
 
     def text_embedding(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids [B, T], mask [B, T] bool -> [B, E] of length 1."""
+        if self.text is None:
+            raise ValueError("this CLIP has no text tower (config.text is None)")
         return F.normalize(self.text_out(self.text(ids, mask)), dim=-1)
 
 

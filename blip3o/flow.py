@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from blip3o_kernels import flow_interpolate, flow_loss, flow_step
 from torch import Tensor
+
+from blip3o_kernels import flow_interpolate, flow_loss, flow_step
 
 TIMESTEPS = 1000.0  # networks read sigma as a time in 0..1000, 1000 being pure noise
 SMALLEST_SIGMA = 1e-3  # the released schedule's last noise level; keeps the division by sigma finite

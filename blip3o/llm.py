@@ -128,13 +128,14 @@ class Llm(nn.Module):
 
     def init_weights(self) -> None:
         """weight                          distribution
-        embedding, every nn.Linear        N(0, 0.02^2), bias 0
-        attention.out, mlp.down           N(0, 0.02^2 / (2 depth)): what the blocks add up to has the size of one
+        embedding, every nn.Linear        N(0, 1 / width), bias 0: 0.02 at width 2048, and no dead start at width 128
+        attention.out, mlp.down           N(0, 1 / (2 depth width)): what the blocks add up to has the size of one
         norms                             1
         """
+        std = self.config.width**-0.5
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):

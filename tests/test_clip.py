@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.clip import Clip, ClipText, ClipVision, pool_features
-from blip3o.config import ClipConfig, ClipTextConfig, preset
+from blip3o.config import ClipConfig, ClipTextConfig
+from blip3o.presets import preset
 
 LIMIT = 1e-5
 TEXT = ClipTextConfig(vocab_size=50, context=12, width=24, depth=2, num_heads=3, mlp_width=48, eps=1e-6)
@@ -152,7 +153,7 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"mask must be bool \[1, 3\], got torch.int64"):
         clip.text(torch.zeros(1, 3).long(), torch.ones(1, 3).long())
     with pytest.raises(ValueError, match=r"config\.text is None"):
-        Clip(replace(TINY, text=None))
+        Clip(replace(TINY, text=None)).text_embedding(torch.zeros(1, 3).long(), torch.ones(1, 3, dtype=torch.bool))
 
 
 def test_released_size() -> None:

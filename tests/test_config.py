@@ -10,9 +10,10 @@ import torch
 
 from blip3o import config as config_module
 from blip3o.clip import Clip
-from blip3o.config import PRESETS, Blip3oConfig, ClipConfig, DitConfig, LlmConfig, from_dict, preset, to_dict
+from blip3o.config import Blip3oConfig, ClipConfig, DitConfig, LlmConfig, from_dict, to_dict
 from blip3o.dit import Dit
 from blip3o.llm import Llm
+from blip3o.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

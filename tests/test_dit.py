@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o.config import DitConfig, preset
+from blip3o.config import DitConfig
 from blip3o.dit import Dit
+from blip3o.presets import preset
 
 LIMIT = 1e-5
 TINY = DitConfig(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o.config import LlmConfig, preset
+from blip3o.config import LlmConfig
 from blip3o.llm import KvCache, Llm, multimodal_positions, scatter_features
+from blip3o.presets import preset
 
 LIMIT = 1e-5
 IMAGE = 300

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o.config import VisionConfig, preset
+from blip3o.config import VisionConfig
+from blip3o.presets import preset
 from blip3o.vision import QwenVision, window_order
 
 LIMIT = 1e-5

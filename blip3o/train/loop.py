@@ -35,6 +35,9 @@ class Stage(Protocol):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """The scalar loss of step `step`'s batch, and what else to log."""
 
+    def finish(self) -> None:
+        """What is to be done once after the last step, before the model is saved."""
+
 
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM arrived; the state up to `step` was handed to `save`."""
@@ -92,7 +95,8 @@ def train(
 ) -> None:
     """Run `stage` from the step that `restore` returns to its recipe's last.
 
-    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second, seconds
+    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second and
+             seconds
     save     called with the optimiser and the number of finished steps: now and then, at a stop, and at the end
     restore  loads what `save` wrote into the optimiser and returns the number of finished steps
 
@@ -114,7 +118,8 @@ def train(
             norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
             if not math.isfinite(loss.item() + norm.item()):
                 raise NonFiniteLoss(
-                    f"stage {stage.name}, step {step}: loss {loss.item()}, gradient norm {norm.item()}; step not applied"
+                    f"stage {stage.name}: step {step} was not applied, its loss is {loss.item()}, "
+                    f"its gradient norm {norm.item()}"
                 )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -131,6 +136,8 @@ def train(
                 lines.flush()
                 bar.set_postfix_str(f"loss {loss.item():.3f}  {rate:.0f} samples/s")
                 logged = now
+            if step + 1 == recipe.steps:
+                stage.finish()
             if stop_asked() or now - saved > save_every_seconds or step + 1 == recipe.steps:
                 save(optimizer, step + 1)
                 saved = time.perf_counter()

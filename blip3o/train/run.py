@@ -5,6 +5,7 @@
     RUN/log.jsonl     one line every few steps
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o.config import preset
+from blip3o.evaluate.exam import answer_questions
 from blip3o.model import Blip3o
+from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
 from blip3o.train.recipe import STAGES, Recipe
@@ -25,6 +27,22 @@ from blip3o.weights import CorruptModel, check_folder, commit_folder, save_pretr
 
 BANK_SEED = 7  # the pictures behind the feature bank; evaluation uses other seeds
 WEIGHT_SEED = 0
+FINGERPRINT_QUESTIONS = 40  # of each type
+
+
+def fingerprint(model: Blip3o) -> str:
+    """SHA-256 over all that answers: the CLIP tower, the projector, the language model, and its answers to an exam."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(("clip.", "image_projector.", "llm.", "feature_")):
+            digest.update(name.encode())
+            digest.update(tensor.numpy().tobytes())
+    training = model.training
+    answered, _ = answer_questions(model.eval(), "tune", FINGERPRINT_QUESTIONS)
+    model.train(training)
+    for kind in sorted(answered):
+        digest.update(answered[kind].answers.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Run:
@@ -39,6 +57,8 @@ class Run:
             self.model = Blip3o(self.config)
         self.finished: dict[str, float] = {}  # seconds that each finished stage took
         self.stage, self.step, self.seconds = "", 0, 0.0  # of the stage in progress
+        self.recipe_of_step: dict[str, object] = {}
+        self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
         self._bank: FeatureBank | None = None
         self._tensors: dict[str, Tensor] = {}
         if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
@@ -50,7 +70,7 @@ class Run:
         state = json.loads((folder / "training.json").read_text())
         if state["preset"] != self.config.name:
             raise ValueError(f"{folder} holds a run of preset {state['preset']!r}, not {self.config.name!r}")
-        self.finished, self.stage = state["finished"], state["stage"]
+        self.finished, self.stage, self.understood = state["finished"], state["stage"], state["understood"]
         self.step, self.seconds, self.recipe_of_step = state["step"], state["seconds"], state["recipe"]
         self._tensors = load_file(folder / "state.safetensors")
         own = self.model.state_dict()
@@ -60,7 +80,7 @@ class Run:
         self.model.load_state_dict(weights)
 
     def bank(self, pictures: int) -> FeatureBank:
-        """The frozen features, computed once a process; also sets the model's feature statistics, the first time."""
+        """The frozen features, computed once a process."""
         if self._bank is None or self._bank.count != pictures:
             self._bank = FeatureBank(self.model, BANK_SEED, pictures)
         return self._bank
@@ -91,6 +111,8 @@ class Run:
             self.stage, self.step, self.seconds = name, step, time.perf_counter() - began
             if step == recipe.steps:
                 self.finished[name], self.stage, self.step = self.seconds, "", 0
+                if name == "understanding":
+                    self.understood = fingerprint(self.model)
             self._save(stage, optimizer, recipe)
 
         def restore(optimizer: torch.optim.Optimizer) -> int:
@@ -100,8 +122,6 @@ class Run:
             loop.train(stage, log=self.folder / "log.jsonl", save=save, restore=restore)
         finally:
             self.model.requires_grad_(True).eval()
-        if name == "clip":
-            self.model.set_feature_statistics(BANK_SEED)
 
     def _save(self, stage: loop.Stage, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -114,7 +134,7 @@ class Run:
         save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, staged / "state.safetensors")
         state = {
             "preset": self.config.name, "stage": self.stage, "step": self.step, "seconds": self.seconds,
-            "finished": self.finished, "recipe": asdict(recipe),
+            "finished": self.finished, "understood": self.understood, "recipe": asdict(recipe),
         }  # fmt: skip
         (staged / "training.json").write_text(json.dumps(state, indent=2) + "\n")
         commit_folder(staged, self.folder / "checkpoint")
@@ -122,7 +142,7 @@ class Run:
 
     def _restore(self, stage: loop.Stage, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
         if asdict(recipe) != self.recipe_of_step:
-            raise ValueError(f"{self.folder} was started with another recipe for stage {stage.name}: {self.recipe_of_step}")
+            raise ValueError(f"{self.folder} was begun with another recipe of {stage.name}: {self.recipe_of_step}")
         with torch.no_grad():
             for name, parameter in stage.trainable().items():
                 parameter.copy_(self._tensors[f"trained.{name}"])

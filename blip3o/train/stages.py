@@ -11,10 +11,11 @@ from blip3o.model import Blip3o
 from blip3o.train.recipe import Recipe
 
 CHUNK = 512  # pictures rendered and encoded at a time
+STATISTICS = 4096  # pictures behind the features' mean and deviation
 
 
 class FeatureBank:
-    """`count` pictures of the world and what the frozen CLIP tower sees in them: computed once, drawn from at every step.
+    """`count` pictures of the world and what the frozen CLIP tower sees in them: computed once, used at every step.
 
     scenes  the scenes of indices 0..count-1;  features [count, F, C] float32, standardised per channel
     """
@@ -79,9 +80,14 @@ class ClipStage:
         accuracy = (logits.argmax(-1) == torch.arange(len(index))).float().mean().item()
         return contrast + 10.0 * pixels, {"contrast": contrast.item(), "pixels": pixels.item(), "accuracy": accuracy}
 
+    def finish(self) -> None:
+        """From here on features are standardised, by the statistics of STATISTICS pictures."""
+        bank = FeatureBank(self.model, self.recipe.seed, STATISTICS)
+        self.model.set_feature_statistics(bank.features)
+
 
 class UnderstandingStage:
-    """The language model answers questions about pictures it reads as CLIP features, and about captions it reads as text."""
+    """The language model answers questions about pictures, read as CLIP features, and about captions, read as text."""
 
     name = "understanding"
 
@@ -96,7 +102,7 @@ class UnderstandingStage:
         }
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Even steps show pictures, odd steps captions; both teach the same words."""
+        """One step in four shows captions in the place of pictures: what is asked of a picture can be asked of a text."""
         size = self.recipe.batch_size
         number = step * size + torch.arange(size)  # of the conversation, in the whole stage
         index = torch.randint(self.bank.count, (size,), generator=_generator(self.recipe, step))
@@ -109,6 +115,9 @@ class UnderstandingStage:
         asked = batch.targets != text.IGNORE
         loss = linear_cross_entropy(hidden[asked], self.model.llm.output_weight, batch.targets[asked])
         return loss, {}
+
+    def finish(self) -> None:
+        pass
 
 
 class GenerationStage:
@@ -145,10 +154,14 @@ class GenerationStage:
         x = self.bank.features[index].repeat_interleave(draws, 0)
         noise = torch.randn(x.shape, generator=generator)
         sigma = draw_sigma(self.model.config.flow, len(x), generator)
-        loss = training_loss(
-            self.model.config.flow, lambda noisy, level: self.model.dit(noisy, level * TIMESTEPS, condition), x, noise, sigma
-        )
-        return loss, {}
+
+        def predict(noisy: Tensor, level: Tensor) -> Tensor:
+            return self.model.dit(noisy, level * TIMESTEPS, condition)
+
+        return training_loss(self.model.config.flow, predict, x, noise, sigma), {}
+
+    def finish(self) -> None:
+        pass
 
 
 class DecoderStage:
@@ -157,20 +170,26 @@ class DecoderStage:
     name = "decoder"
 
     def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
-        self.model, self.recipe, self.bank = model, recipe, bank
+        if model.decoder is None:
+            raise ValueError(f"preset {model.config.name!r} has no visual decoder of its own to train")
+        self.decoder, self.recipe, self.bank = model.decoder, recipe, bank
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {f"decoder.{name}": parameter for name, parameter in self.model.decoder.named_parameters()}
+        return {f"decoder.{name}": parameter for name, parameter in self.decoder.named_parameters()}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        recipe = self.recipe
+        recipe, decoder = self.recipe, self.decoder
         generator = _generator(recipe, step)
         index = torch.randint(self.bank.count, (recipe.batch_size,), generator=generator)
         pictures = scenes.render(self.bank.scenes[index]) * 2 - 1
         features = self.bank.features[index]
         noise = torch.randn(pictures.shape, generator=generator)
-        sigma = draw_sigma(self.model.config.decoder.flow, len(index), generator)
-        loss = training_loss(
-            self.model.config.decoder.flow, lambda noisy, level: self.model.decoder(noisy, level * TIMESTEPS, features), pictures, noise, sigma
-        )
-        return loss, {}
+        sigma = draw_sigma(decoder.config.flow, len(index), generator)
+
+        def predict(noisy: Tensor, level: Tensor) -> Tensor:
+            return decoder(noisy, level * TIMESTEPS, features)
+
+        return training_loss(decoder.config.flow, predict, pictures, noise, sigma), {}
+
+    def finish(self) -> None:
+        pass

@@ -1,0 +1,177 @@
+"""The command line: blip3o demo | train | generate | ask | evaluate | doctor.
+
+What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from blip3o.train.recipe import STAGES
+
+DEMO = Path("runs/demo")
+
+
+def demo(arguments: argparse.Namespace) -> None:
+    from blip3o.demo import demo
+
+    metrics = demo(arguments.out, arguments.preset)
+    print(scores_table(metrics))
+    print(f"open {arguments.out / 'report.html'}; pictures in {arguments.out / 'samples.png'}")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    from blip3o.train.recipe import recipe
+    from blip3o.train.run import Run
+
+    overrides = {}
+    for item in arguments.overrides:
+        name, separator, value = item.partition("=")
+        if not separator:
+            raise ValueError(f"overrides are written field=value, got {item!r}")
+        overrides[name] = value
+    stages = [arguments.stage] if arguments.stage else STAGES
+    recipes = {stage: recipe(arguments.preset, stage, overrides) for stage in stages}
+    run = Run(arguments.out, arguments.preset)
+    for stage in stages:
+        run.run_stage(stage, recipes[stage])
+    print(f"model in {arguments.out / 'model'}")
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from blip3o.generate import generate
+    from blip3o.processor import to_pil
+    from blip3o.weights import from_pretrained
+
+    model, processor = from_pretrained(arguments.model)
+    pictures = generate(
+        model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed,
+        guidance=arguments.guidance, steps=arguments.steps,
+    )  # fmt: skip
+    gap = 2  # white pixels between pictures, before they are enlarged
+    row = pictures.new_ones(3, pictures.shape[2], (pictures.shape[3] + gap) * len(pictures) - gap)
+    for i, picture in enumerate(pictures):
+        start = i * (pictures.shape[3] + gap)
+        row[:, :, start : start + pictures.shape[3]] = picture
+    image = to_pil(row)
+    scale = arguments.scale
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    image.resize((image.width * scale, image.height * scale), 0).save(arguments.out)
+    print(f"{arguments.out}: {len(pictures)} drawings of {arguments.prompt!r}, seeds {arguments.seed}.."
+          f"{arguments.seed + arguments.n - 1}")  # fmt: skip
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    from blip3o.generate import ask
+    from blip3o.weights import from_pretrained
+
+    model, processor = from_pretrained(arguments.model)
+    print(ask(model, processor, processor.load_image(arguments.picture), arguments.question))
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from blip3o.evaluate import exam, scores
+    from blip3o.weights import from_pretrained
+
+    model, _ = from_pretrained(arguments.model)
+    drawn = exam.draw_prompts(model, arguments.part, arguments.prompts)
+    _, verdicts = exam.answer_questions(model, arguments.part, arguments.questions)
+    metrics = scores.evaluation(
+        scores.generation_scores({category: result.verdicts for category, result in drawn.items()}),
+        scores.understanding_scores(verdicts),
+    )
+    print(scores_table(metrics))
+    if arguments.json:
+        scores.write_metrics(arguments.json, metrics)
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    from blip3o.doctor import examine, problems
+
+    found = examine()
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
+    wrong = problems(found)
+    if wrong:
+        raise RuntimeError("; ".join(wrong))
+
+
+def scores_table(metrics: dict[str, object]) -> str:
+    """Scores with their intervals as aligned lines."""
+    lines = []
+    for group in ("generation", "understanding"):
+        for name, value in metrics[group].items():  # type: ignore[attr-defined]
+            low, high = metrics["intervals"][f"{group}.{name}"]  # type: ignore[index]
+            lines.append(f"{group + '.' + name:32} {value:.3f}   95 % interval {low:.3f} to {high:.3f}")
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="blip3o", description="Train, draw with and ask a BLIP3-o model.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("demo", help="train nano from scratch, examine it, write a report")
+    command.add_argument("--preset", default="nano")
+    command.add_argument("--out", type=Path, default=DEMO, help="folder of the run (default: %(default)s)")
+    command.set_defaults(run=demo)
+
+    command = commands.add_parser("train", help="train one stage, or all of them in order")
+    command.add_argument("--preset", default="nano")
+    command.add_argument("--stage", help=f"one of {', '.join(STAGES)} (default: all)")
+    command.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder of the run (default: %(default)s)")
+    command.add_argument("overrides", nargs="*", metavar="field=value", help="changes to the recipe, such as steps=100")
+    command.set_defaults(run=train)
+
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", type=Path, default=DEMO / "model", help="model folder (default: %(default)s)")
+
+    command = commands.add_parser("generate", help="draw a prompt", parents=[model])
+    command.add_argument("prompt")
+    command.add_argument("-n", type=int, default=1, help="drawings (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the first drawing (default: %(default)s)")
+    command.add_argument("--guidance", type=float, default=None)
+    command.add_argument("--steps", type=int, default=None, help="of the sampler")
+    command.add_argument("--scale", type=int, default=8, help="enlargement of the picture (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("drawing.png"))
+    command.set_defaults(run=generate)
+
+    command = commands.add_parser("ask", help="ask a question about a picture", parents=[model])
+    command.add_argument("picture", type=Path)
+    command.add_argument("question")
+    command.set_defaults(run=ask)
+
+    command = commands.add_parser("evaluate", help="draw and answer the exam", parents=[model])
+    command.add_argument("--part", choices=("tune", "report"), default="report", help="which set of unseen prompts")
+    command.add_argument("--prompts", type=int, default=100, help="of each category (default: %(default)s)")
+    command.add_argument("--questions", type=int, default=400, help="of each type (default: %(default)s)")
+    command.add_argument("--json", type=Path, help="also write the scores here")
+    command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("doctor", help="what this machine has, and which backend each op will use")
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=doctor)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    from blip3o_kernels import BackendError
+
+    from blip3o.train.loop import Interrupted, NonFiniteLoss
+
+    try:
+        arguments.run(arguments)
+    except Interrupted as stop:
+        print(f"\nblip3o: {stop}; the same command goes on from here", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, BackendError, NonFiniteLoss, RuntimeError) as error:
+        print(f"blip3o: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
