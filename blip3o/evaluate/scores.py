@@ -54,8 +54,8 @@ def wilson(value: float, size: float, n: int | None = None) -> Score:
     """Wilson's 95 % score interval of the proportion ``value`` seen in ``size`` independent trials.
 
     (p + z^2/2m -+ z sqrt(p (1 - p) / m + z^2/4m^2)) / (1 + z^2/m) with m = size, which may be fractional (an
-    effective size); ``n`` is the count reported, ``size`` rounded by default. ValueError for a value outside [0, 1] or a
-    size that is not positive.
+    effective size); ``n`` is the count reported, ``size`` rounded by default. ValueError for a value outside [0, 1] or
+    a size that is not positive.
     """
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"value: expected a proportion in [0, 1], got {value}")
@@ -105,8 +105,8 @@ def generation_scores(verdicts: Mapping[str, Tensor]) -> dict[str, Score]:
     """GenEval's table: ``overall`` first, then the six categories, then ``held_out`` if it is given.
 
     ``verdicts`` maps every name of GENERATION_CATEGORIES, and optionally ``held_out``, to bool [P, S]. ``overall`` is
-    the mean of the six category means, as GenEval defines it; ``held_out`` is no part of it. ValueError names missing or
-    unknown categories.
+    the mean of the six category means, as GenEval defines it; ``held_out`` is no part of it. ValueError names missing
+    or unknown categories.
     """
     missing = [name for name in GENERATION_CATEGORIES if name not in verdicts]
     unknown = [name for name in verdicts if name not in (*GENERATION_CATEGORIES, HELD_OUT)]
