@@ -46,7 +46,7 @@ def loss_chart(stage: str, steps: Sequence[int], losses: Sequence[float]) -> str
     last = buckets[-1]
     parts.append(f'<polygon class="band" points="{" ".join(forth + back)}"/><polyline class="mean" points="{line}"/>')
     parts.append(f'<circle class="end" cx="{x(last[0])}" cy="{y(last[1])}" r="2.6"/>')
-    caption = f"<strong>{escape(stage)}</strong> · {last[1]:.4g} after {kept[-1][0]:,} steps{warning}"
+    caption = f"<strong>{escape(stage)}</strong> · loss {last[1]:.4g} after {kept[-1][0]:,} steps{warning}"
     label = escape(f"Loss of stage {stage} over steps {start} to {kept[-1][0]}")
     return (
         f'<figure><figcaption>{caption}</figcaption><svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '

@@ -109,7 +109,7 @@ def _headline(metrics: Mapping[str, object]) -> str:
     intervals = _table(metrics, "intervals")
     entries = []
     for group, title in (("generation", "Generation"), ("understanding", "Understanding")):
-        for name, words in ((OVERALL, title), (HELD_OUT, f"{title}, held-out pairs")):
+        for name, words in ((OVERALL, title), (HELD_OUT, f"{title}, held out")):
             if name in _table(metrics, group):
                 value = _table(metrics, group)[name]
                 entries.append((words, _number(value), _interval(intervals.get(f"{group}.{name}"))))
@@ -129,7 +129,7 @@ def _score_section(metrics: Mapping[str, object]) -> str:
     notes = {
         "generation": "Share of drawings that show exactly what was asked for, by a judge that reads pixels. Prompts "
         "are unseen. Overall is the mean of the six categories; held-out pairs were never seen in training.",
-        "understanding": "Share of questions on held-out pictures answered exactly.",
+        "understanding": "Share of questions on unseen pictures answered exactly. Overall is the mean of the types.",
     }
     for group, title in (("generation", "Generation"), ("understanding", "Understanding")):
         parts.append(f'<h3>{title}</h3><p class="note">{notes[group]}</p>{_score_table(group, metrics)}')
@@ -156,7 +156,7 @@ def _score_table(group: str, metrics: Mapping[str, object]) -> str:
         )
     unit = "Prompts" if group == "generation" else "Questions"
     head = f'<tr><th></th><th class="n">Score</th><th class="n">95 %</th><th></th><th class="n">{unit}</th></tr>'
-    return f'<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    return f'<div class="wide"><table class="scores">{head}{"".join(rows)}</table></div>'
 
 
 def _drawing_section(drawings: Sequence[Drawings], metrics: Mapping[str, object]) -> str:
@@ -214,20 +214,23 @@ def _choice_section(choices: Sequence[Choice]) -> str:
 
 
 def _ledger_section(report: Report) -> str:
-    parts = []
+    costs = []
     if "seconds" in report.metrics:
         rows = [(escape(stage), _duration(float(str(s)))) for stage, s in _table(report.metrics, "seconds").items()]
-        parts.append("<h2>Time</h2>" + _plain_table(("Stage", "Time"), rows))
+        costs.append(_plain_table(("Stage", "Time"), rows))
     if "parameters" in report.metrics:
         rows = [(escape(name), f"{int(str(n)):,}") for name, n in _table(report.metrics, "parameters").items()]
-        parts.append("<h2>Parameters</h2>" + _plain_table(("Part", "Parameters"), rows))
-    details = (("Configuration", report.configuration), ("Versions", report.versions))
+        costs.append(_plain_table(("Part", "Parameters"), rows))
+    parts = [f'<h2>Time and parameters</h2><div class="pair">{"".join(costs)}</div>'] if costs else []
+    details = [("Configuration", report.configuration), ("Versions", report.versions)]
     if any(content for _, content in details):
-        parts.append("<h2>How to get the same</h2>")
+        parts.append("<h2>Configuration and versions</h2>")
     for title, content in details:
         if content:
-            rows = [(f"<code>{escape(name)}</code>", f"<code>{escape(value)}</code>") for name, value in _flat(content)]
-            parts.append(f"<details><summary>{title}</summary>{_plain_table(('Name', 'Value'), rows)}</details>")
+            cells = [
+                (f"<code>{escape(name)}</code>", f"<code>{escape(value)}</code>") for name, value in _flat(content)
+            ]
+            parts.append(f"<details><summary>{title}</summary>{_plain_table(('Name', 'Value'), cells)}</details>")
     return "".join(parts)
 
 
@@ -275,12 +278,10 @@ def _interval(interval: object) -> str:
 
 
 def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    )
+    for unit, length in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s"
 
 
 def _flat(content: Mapping[str, object], prefix: str = "") -> list[tuple[str, str]]:

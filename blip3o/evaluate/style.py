@@ -14,14 +14,18 @@ h2{font-size:1.15rem;font-weight:600;margin:3.5rem 0 .9rem;padding-top:1.1rem;bo
 h3{font-size:.95rem;font-weight:600;margin:1.8rem 0 .6rem}
 h3 small,.note,figcaption,dt,th,.why{color:var(--soft);font-weight:400}
 p{margin:0 0 .8rem;max-width:44rem}.note,.why{font-size:.875rem}a{color:var(--accent)}
-.heads{display:grid;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.5rem;margin:2rem 0 0;padding:0}
+.heads{display:grid;align-items:end;grid-template-columns:repeat(auto-fit,minmax(9.5rem,1fr));gap:1.5rem;
+margin:2rem 0 0;padding:0}
 .heads div{border-left:2px solid var(--line);padding-left:.9rem}.heads dt{font-size:.85rem}
-.heads dd{margin:0;font-size:1.65rem;line-height:1.25;font-weight:600;letter-spacing:-.01em}
+.heads dd{margin:0;font-size:1.65rem;line-height:1.25;font-weight:600;letter-spacing:-.01em;white-space:nowrap}
 .heads dd small{display:block;font-size:.8rem;font-weight:400;letter-spacing:0;color:var(--soft)}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;margin-bottom:1rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.38rem .9rem .38rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 th{font-size:.8rem}td.n,th.n{text-align:right;white-space:nowrap}tr.first td{font-weight:600}
+td:first-child code{white-space:nowrap}.pair{display:grid;gap:0 3rem;
+grid-template-columns:repeat(auto-fit,minmax(15rem,1fr))}.pair td:last-child,.pair th:last-child{text-align:right}
+.scores td:first-child{width:22%}.scores td.n{width:9%}.scores td.n+td.n{width:16%}
 td.bar{width:44%;min-width:9rem;padding-right:1.4rem;vertical-align:middle}
 .track{position:relative;height:.7rem;background:var(--wash);border-radius:2px}
 .track i,.track b{position:absolute;top:0;bottom:0;border-radius:2px}.track i{left:0;background:var(--accent);
