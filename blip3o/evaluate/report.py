@@ -134,8 +134,8 @@ def _score_section(metrics: Mapping[str, object]) -> str:
     for group, title in (("generation", "Generation"), ("understanding", "Understanding")):
         parts.append(f'<h3>{title}</h3><p class="note">{notes[group]}</p>{_score_table(group, metrics)}')
     if unchanged is not None:
-        words = "the same, bit for bit," if unchanged else "<strong>not the same</strong>"
-        parts.append(f'<p class="note">Answers after the generation stage were {words} as before it.</p>')
+        words = "is bit for bit the same" if unchanged else "is <strong>not the same</strong>"
+        parts.append(f'<p class="note">Understanding {words} after the generation stage as before it.</p>')
     data = base64.b64encode(json.dumps(metrics, indent=2).encode()).decode()
     parts.append(
         '<p class="note">Thin lines are 95 % intervals over prompts or questions; they do not cover the randomness of '
