@@ -6,16 +6,12 @@
 #define BLIP3O_BODY "rms_norm.cpp"
 #include "instruction_sets.h"
 
-extern "C" int blip3o_cpu_rms_norm(void* y, const void* x, const void* weight, int64_t rows, int64_t width,
-                                   int64_t stride, float eps, float offset, int mode, int threads) {
-  BLIP3O_RUN(mode >> 4 & 3, rms_norm(y, x, weight, rows, width, stride, eps, offset, mode, threads))
+extern "C" int blip3o_cpu_rms_norm(const blip3o_rms_norm_arguments* a) {
+  BLIP3O_RUN(a->instruction_set, rms_norm(*a))
 }
 
-extern "C" int blip3o_cpu_rms_norm_backward(void* dx, void* dweight, float* partial, const void* dy, const void* x,
-                                            const void* weight, int64_t rows, int64_t width, int64_t stride,
-                                            int64_t blocks, float eps, float offset, int mode, int threads) {
-  BLIP3O_RUN(mode >> 4 & 3, rms_norm_backward(dx, dweight, partial, dy, x, weight, rows, width, stride, blocks, eps,
-                                              offset, mode, threads))
+extern "C" int blip3o_cpu_rms_norm_backward(const blip3o_rms_norm_backward_arguments* a) {
+  BLIP3O_RUN(a->instruction_set, rms_norm_backward(*a))
 }
 
 #else  // once per instruction set
@@ -50,34 +46,32 @@ static inline Floats scaled(Floats x, Floats rstd, Floats weight, Floats offset)
 }
 
 template <class T, class W, int GAIN>
-static int forward(T* y, const T* x, const W* weight, int64_t rows, int64_t width, int64_t stride, float eps,
-                   float offset_, int threads) {
-  const Floats offset = all(offset_);
-  threads = blip3o_threads(threads, rows * width);
+static int forward(const blip3o_rms_norm_arguments& a) {
+  const W* weight = static_cast<const W*>(a.weight);
+  const Floats offset = all(a.offset);
+  const int threads = blip3o_threads(a.threads, a.rows * a.width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows; ++row) {
-    const T* from = x + row * stride;
-    T* to = y + row * width;
-    const Floats rstd = all(reciprocal_rms(from, width, eps));
+  for (int64_t row = 0; row < a.rows; ++row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.stride;
+    T* y = static_cast<T*>(a.y) + row * a.width;
+    const Floats rstd = all(reciprocal_rms(x, a.width, a.eps));
     int64_t i = 0;
-    for (; i + BLIP3O_LANES <= width; i += BLIP3O_LANES) {
+    for (; i + BLIP3O_LANES <= a.width; i += BLIP3O_LANES) {
       const Floats w = GAIN == NO_WEIGHT ? Floats{} : load(weight + i);
-      store(to + i, scaled<T, W, GAIN>(load(from + i), rstd, w, offset));
+      store(y + i, scaled<T, W, GAIN>(load(x + i), rstd, w, offset));
     }
-    if (const int64_t n = width - i) {
+    if (const int64_t n = a.width - i) {
       const Floats w = GAIN == NO_WEIGHT ? Floats{} : load(weight + i, n);
-      store(to + i, scaled<T, W, GAIN>(load(from + i, n), rstd, w, offset), n);
+      store(y + i, scaled<T, W, GAIN>(load(x + i, n), rstd, w, offset), n);
     }
   }
   return BLIP3O_OK;
 }
 
 template <class T, class W>
-static int forward_gain(T* y, const T* x, const W* weight, int64_t rows, int64_t width, int64_t stride, float eps,
-                        float offset, int mode, int threads) {
-  if (!weight) return forward<T, W, NO_WEIGHT>(y, x, weight, rows, width, stride, eps, offset, threads);
-  if (mode & 64) return forward<T, W, ROUND_BEFORE_WEIGHT>(y, x, weight, rows, width, stride, eps, offset, threads);
-  return forward<T, W, ROUND_ONCE>(y, x, weight, rows, width, stride, eps, offset, threads);
+static int run(const blip3o_rms_norm_arguments& a) {
+  if (!a.weight) return forward<T, W, NO_WEIGHT>(a);
+  return a.round_before_weight ? forward<T, W, ROUND_BEFORE_WEIGHT>(a) : forward<T, W, ROUND_ONCE>(a);
 }
 
 // With u = dy * gain and c = rstd^3 / width * sum(u * x):   dx = u * rstd - x * c,   dweight = sum over rows of dy * x * rstd.
@@ -112,72 +106,52 @@ static void backward_row(T* dx, float* dweight, const T* dy, const T* x, const W
 }
 
 template <class T, class W, bool WEIGHTED, bool WANTED>
-static int backward(T* dx, W* dweight, float* partial, const T* dy, const T* x, const W* weight, int64_t rows,
-                    int64_t width, int64_t stride, int64_t blocks, float eps, float offset, int threads) {
-  threads = blip3o_threads(threads, rows * width);
+static int backward(const blip3o_rms_norm_backward_arguments& a) {
+  const W* weight = static_cast<const W*>(a.weight);
+  const int threads = blip3o_threads(a.threads, a.rows * a.width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t block = 0; block < blocks; ++block) {
-    float* sums = WANTED ? partial + block * width : nullptr;
-    if (WANTED) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(width));
-    for (int64_t row = rows * block / blocks; row < rows * (block + 1) / blocks; ++row)
-      backward_row<T, W, WEIGHTED, WANTED>(dx + row * width, sums, dy + row * width, x + row * stride, weight, width,
-                                           eps, all(offset));
+  for (int64_t block = 0; block < a.blocks; ++block) {
+    float* sums = WANTED ? a.partial + block * a.width : nullptr;
+    if (WANTED) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(a.width));
+    for (int64_t row = a.rows * block / a.blocks; row < a.rows * (block + 1) / a.blocks; ++row)
+      backward_row<T, W, WEIGHTED, WANTED>(
+          static_cast<T*>(a.dx) + row * a.width, sums, static_cast<const T*>(a.dy) + row * a.width,
+          static_cast<const T*>(a.x) + row * a.stride, weight, a.width, a.eps, all(a.offset));
   }
-  if (WANTED) {
-    for (int64_t i = 0; i < width; i += BLIP3O_LANES) {
-      const int64_t n = width - i < BLIP3O_LANES ? width - i : BLIP3O_LANES;
-      Floats total{};
-      for (int64_t block = 0; block < blocks; ++block) total += load(partial + block * width + i, n);
-      store(dweight + i, total, n);
-    }
+  for (int64_t i = 0; WANTED && i < a.width; i += BLIP3O_LANES) {
+    const int64_t n = a.width - i < BLIP3O_LANES ? a.width - i : BLIP3O_LANES;
+    Floats total{};
+    for (int64_t block = 0; block < a.blocks; ++block) total += load(a.partial + block * a.width + i, n);
+    store(static_cast<W*>(a.dweight) + i, total, n);
   }
   return BLIP3O_OK;
 }
 
 template <class T, class W>
-static int backward_gain(T* dx, W* dweight, float* partial, const T* dy, const T* x, const W* weight, int64_t rows,
-                         int64_t width, int64_t stride, int64_t blocks, float eps, float offset, int threads) {
-  if (!weight)
-    return backward<T, W, false, false>(dx, dweight, partial, dy, x, weight, rows, width, stride, blocks, eps, offset,
-                                        threads);
-  if (!dweight)
-    return backward<T, W, true, false>(dx, dweight, partial, dy, x, weight, rows, width, stride, blocks, eps, offset,
-                                       threads);
-  return backward<T, W, true, true>(dx, dweight, partial, dy, x, weight, rows, width, stride, blocks, eps, offset,
-                                    threads);
+static int run(const blip3o_rms_norm_backward_arguments& a) {
+  if (!a.weight) return backward<T, W, false, false>(a);
+  return a.dweight ? backward<T, W, true, true>(a) : backward<T, W, true, false>(a);
 }
 
-#define BLIP3O_DTYPES(CALL)                                                                       \
-  switch (mode & 15) {                                                                            \
-    case BLIP3O_FLOAT32 + 4 * BLIP3O_FLOAT32: return CALL(float, float);                          \
-    case BLIP3O_BFLOAT16 + 4 * BLIP3O_BFLOAT16: return CALL(bfloat16, bfloat16);                  \
-    case BLIP3O_BFLOAT16 + 4 * BLIP3O_FLOAT32: return CALL(bfloat16, float);                      \
-    case BLIP3O_FLOAT16 + 4 * BLIP3O_FLOAT16: return CALL(float16, float16);                      \
-    case BLIP3O_FLOAT16 + 4 * BLIP3O_FLOAT32: return CALL(float16, float);                        \
-    default: return BLIP3O_BAD_DTYPE;                                                             \
+template <class Arguments>
+static int run_dtypes(const Arguments& a) {
+  switch (a.dtype * 4 + a.weight_dtype) {
+    case BLIP3O_FLOAT32 * 4 + BLIP3O_FLOAT32: return run<float, float>(a);
+    case BLIP3O_BFLOAT16 * 4 + BLIP3O_BFLOAT16: return run<bfloat16, bfloat16>(a);
+    case BLIP3O_BFLOAT16 * 4 + BLIP3O_FLOAT32: return run<bfloat16, float>(a);
+    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT16: return run<float16, float16>(a);
+    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT32: return run<float16, float>(a);
+    default: return BLIP3O_BAD_DTYPE;
   }
-
-static int rms_norm(void* y, const void* x, const void* weight, int64_t rows, int64_t width, int64_t stride, float eps,
-                    float offset, int mode, int threads) {
-  if (rows < 0 || width < 1) return BLIP3O_BAD_ARGUMENT;
-#define CALL(T, W)                                                                                                \
-  forward_gain(static_cast<T*>(y), static_cast<const T*>(x), static_cast<const W*>(weight), rows, width, stride, \
-               eps, offset, mode, threads)
-  BLIP3O_DTYPES(CALL)
-#undef CALL
 }
 
-static int rms_norm_backward(void* dx, void* dweight, float* partial, const void* dy, const void* x,
-                             const void* weight, int64_t rows, int64_t width, int64_t stride, int64_t blocks, float eps,
-                             float offset, int mode, int threads) {
-  if (rows < 0 || width < 1 || blocks < 1 || (dweight && !partial)) return BLIP3O_BAD_ARGUMENT;
-#define CALL(T, W)                                                                                                  \
-  backward_gain(static_cast<T*>(dx), static_cast<W*>(dweight), partial, static_cast<const T*>(dy),                 \
-                static_cast<const T*>(x), static_cast<const W*>(weight), rows, width, stride, blocks, eps, offset, \
-                threads)
-  BLIP3O_DTYPES(CALL)
-#undef CALL
+static int rms_norm(const blip3o_rms_norm_arguments& a) {
+  return a.rows < 0 || a.width < 1 ? BLIP3O_BAD_ARGUMENT : run_dtypes(a);
 }
-#undef BLIP3O_DTYPES
+
+static int rms_norm_backward(const blip3o_rms_norm_backward_arguments& a) {
+  if (a.rows < 0 || a.width < 1 || a.blocks < 1 || (a.dweight && !(a.partial && a.weight))) return BLIP3O_BAD_ARGUMENT;
+  return run_dtypes(a);
+}
 
 #endif

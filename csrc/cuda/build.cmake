@@ -1,4 +1,5 @@
 # Compiles SOURCES with NVCC for ARCHS into OUTPUT. With REQUIRED off a failure is a warning, and leaves no file.
+# What nvcc reports, registers and spills included, goes to OUTPUT.txt.
 string(REPLACE "," ";" SOURCES "${SOURCES}")
 string(REPLACE "," ";" ARCHS "${ARCHS}")
 get_filename_component(folder ${OUTPUT} DIRECTORY)
@@ -9,11 +10,12 @@ foreach(arch ${ARCHS})
   list(APPEND targets -gencode arch=compute_${arch},code=sm_${arch})
 endforeach()
 execute_process(
-  COMMAND ${NVCC} -ccbin ${HOST_CXX} -std=c++17 -O3 --shared -cudart static -Xcompiler -fPIC,-fvisibility=hidden ${targets}
+  COMMAND ${NVCC} -ccbin ${HOST_CXX} -std=c++17 -O3 -t 0 -Xptxas -v --shared -cudart static -Xcompiler -fPIC,-fvisibility=hidden ${targets}
           -o ${OUTPUT} ${SOURCES}
   RESULT_VARIABLE status
   OUTPUT_VARIABLE output
   ERROR_VARIABLE output)
+file(WRITE ${OUTPUT}.txt "${output}")
 if(NOT status EQUAL 0)
   file(REMOVE ${OUTPUT})
   if(REQUIRED)

@@ -29,6 +29,7 @@ from torch.nn import Parameter
 
 from .samples import Sample
 
+_PLAIN = (Tensor, Parameter)
 BACKENDS = ("reference", "native", "triton")
 INSTRUCTION_SETS = {"": 0, "portable": 1, "avx2": 2, "avx512": 3}  # the codes of csrc/blip3o.h; "" is the chip's best
 
@@ -123,20 +124,36 @@ def choose(op: Op, x: Tensor) -> str:
     return forced.backend
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a C function may read the memory of `x` right now.
+def instruction_set() -> int:
+    """The instruction set the CPU library shall use: a code of INSTRUCTION_SETS, 0 unless one was asked for."""
+    return 0 if forced is None else forced.instruction_set
 
-    It may not if `x` is a subclass (fake, distributed, ...), or negated lazily, or if a mode, a functorch transform or
+
+def transformed() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is active: these need the reference's formula."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def direct(x: Tensor, y: Tensor | None = None) -> bool:
+    """Whether a C function may read the memory of `x` (and `y`) right now.
+
+    It may not if one is a subclass (fake, distributed, ...) or negated lazily, or if a mode, a functorch transform or
     forward-mode differentiation is active: all of these must see the call, so it goes through the registered op instead.
     """
     return (
-        (type(x) is Tensor or type(x) is Parameter)
+        type(x) in _PLAIN
+        and not x.is_neg()
+        and (y is None or (type(y) in _PLAIN and not y.is_neg()))
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and not x.is_neg()
     )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all of `tensors` hold their values in their own memory; `direct` asks that of two and more of the process."""
+    return all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
 
 
 def refusal(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:

@@ -1,0 +1,78 @@
+// The hardware primitives that the kernels use: 16-byte loads, conversions, sums over a warp and over a block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../blip3o.h"
+
+namespace blip3o {
+
+using bfloat16 = __nv_bfloat16;
+using float16 = __half;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float to_float(float16 x) { return __half2float(x); }
+
+template <class T>
+__device__ inline T from_float(float x);
+template <>
+__device__ inline float from_float<float>(float x) { return x; }
+template <>
+__device__ inline bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16_rn(x); }
+template <>
+__device__ inline float16 from_float<float16>(float x) { return __float2half_rn(x); }
+
+// N consecutive elements as floats. With N > 1 the address is a multiple of min(16, N * sizeof(T)) bytes.
+template <int N>
+struct Floats {
+  float v[N];
+};
+
+template <class T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Stored {
+  T v[N];
+};
+
+template <int N, class T>
+__device__ inline Floats<N> load(const T* p) {
+  const Stored<T, N> stored = *reinterpret_cast<const Stored<T, N>*>(p);
+  Floats<N> floats;
+#pragma unroll
+  for (int i = 0; i < N; ++i) floats.v[i] = to_float(stored.v[i]);
+  return floats;
+}
+
+template <int N, class T>
+__device__ inline void store(T* p, const Floats<N>& floats) {
+  Stored<T, N> stored;
+#pragma unroll
+  for (int i = 0; i < N; ++i) stored.v[i] = from_float<T>(floats.v[i]);
+  *reinterpret_cast<Stored<T, N>*>(p) = stored;
+}
+
+// The sum over all threads of the block, in every thread, in an order that the block's size alone decides. `scratch` holds 32
+// floats of shared memory and may be used again after the next __syncthreads().
+template <int THREADS>
+__device__ inline float block_sum(float x, float* scratch) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  if (THREADS == 32) return x;
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  float total = 0;
+#pragma unroll
+  for (int warp = 0; warp < THREADS / 32; ++warp) total += scratch[warp];
+  return total;
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// Remembers a launch's error for blip3o_cuda_error and turns it into a status.
+int launched();
+
+}  // namespace blip3o

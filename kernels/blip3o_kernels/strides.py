@@ -1,0 +1,27 @@
+"""How the native bodies see memory: rows of adjacent elements, one stride apart."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [..., D] as rows that lie one stride apart, without a copy where that is possible, and the stride in elements.
+
+    A part of a split last dimension, such as the queries in a fused projection's result, needs no copy.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    shape, strides = x.shape, x.stride()
+    last = len(shape) - 1
+    if last and strides[last] == 1 and strides[last - 1] >= shape[last]:
+        if all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(last - 1)):
+            return x, strides[last - 1]
+    return x.contiguous(), shape[-1]
+
+
+def conditions(x: Tensor) -> tuple[Tensor, int]:
+    """x [B, D] with adjacent elements in a row, without a copy where that is possible, and the stride between rows."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    return x, x.stride(0)

@@ -1,0 +1,86 @@
+"""The CUDA sources without a GPU: they compile for every architecture, nothing spills, loads are 16 bytes, no atomics."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from blip3o_kernels import native
+
+ROOT = Path(__file__).parents[1]
+ARCHS = ("80", "90a", "100", "120")
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+SCRIPT = ROOT / "csrc/cuda/build.cmake"
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """libblip3o_cuda.so for every architecture, built by the script that the install uses."""
+    cmake = shutil.which("cmake")
+    if NVCC is None or cmake is None:
+        pytest.skip("needs nvcc, CUDA's compiler, and cmake on PATH")
+    output = tmp_path_factory.mktemp("cuda") / "libblip3o_cuda.so"
+    sources = ",".join(str(path) for path in sorted((ROOT / "csrc/cuda").glob("*.cu")))
+    define = [f"-DNVCC={NVCC}", f"-DHOST_CXX={shutil.which('c++')}", f"-DARCHS={','.join(ARCHS)}"]
+    define += [f"-DSOURCES={sources}", f"-DOUTPUT={output}", "-DREQUIRED=ON"]
+    build = subprocess.run([cmake, *define, "-P", str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert build.returncode == 0, build.stderr
+    return output
+
+
+def test_compiles_without_spills(library: Path) -> None:
+    report = Path(f"{library}.txt").read_text()
+    assert "warning" not in report, report
+    for arch in ARCHS:
+        kernels = re.findall(rf"Compiling entry function '\w+' for 'sm_{arch}'", report)
+        assert len(kernels) > 50, f"{len(kernels)} kernels for sm_{arch}"
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert set(spills) == {("0", "0")}
+
+
+def test_instructions(library: Path) -> None:
+    """The machine code holds what is meant: 16-byte loads and stores, no atomics, no double precision."""
+    assert NVCC is not None
+    folders = [Path(NVCC).resolve().parent]
+    triton = find_spec("triton")  # brings a cuobjdump, should nvcc come without
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    dump = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
+    assert dump is not None
+    command = [dump, "-sass", "-arch", "sm_90a", str(library)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "LDG.E.128" in code and "STG.E.128" in code
+    assert not re.search(r"\s(RED|ATOM|ATOMG|DADD|DMUL|DFMA)\b", code)
+
+
+def test_library_loads_without_a_driver(library: Path) -> None:
+    """The CUDA runtime is linked in, so the library needs no driver until it is called, and every function is there."""
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in needed
+    loaded = ctypes.CDLL(str(library))
+    assert loaded.blip3o_cuda_version() == native.VERSION
+    for name in re.findall(r"\bblip3o_cuda_\w+(?=\()", (ROOT / "csrc/blip3o.h").read_text()):
+        assert loaded[name]
+    call = loaded.blip3o_cuda_rms_norm
+    call.argtypes = [ctypes.c_char_p]
+    assert call(native.packer("rms_norm")(0, 0, 0, -1, 8, 8, 1e-6, 0.0, 0, 0, 1, 0, 0, 0)) == 1
+
+
+def test_a_failing_nvcc_costs_only_cuda(tmp_path: Path) -> None:
+    """With REQUIRED off, as at install, a failure is a warning and leaves no library; with REQUIRED on it is an error."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs the cmake program on PATH; pip install cmake")
+    output = tmp_path / "libblip3o_cuda.so"
+    define = ["-DNVCC=/bin/false", "-DHOST_CXX=c++", "-DARCHS=90a", "-DSOURCES=a.cu", f"-DOUTPUT={output}"]
+    for required, status in (("OFF", 0), ("ON", 1)):
+        run = subprocess.run(
+            [cmake, *define, f"-DREQUIRED={required}", "-P", str(SCRIPT)], capture_output=True, text=True, check=False
+        )
+        assert run.returncode == status and "nvcc failed" in run.stderr and not output.exists()

@@ -1,0 +1,266 @@
+"""The native libraries and the way into them: the interface, instruction sets, threads, torch.compile, functorch, meta tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from blip3o_kernels import OPS, BackendError, native, rms_norm, use
+from blip3o_kernels.ops import rms_norm as contract
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+LETTERS = {"float": "f", "int": "i", "int64_t": "q"}
+
+
+def formats(header: str) -> dict[str, str]:
+    """The structs of blip3o.h as `struct` formats."""
+    found = {}
+    header = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    for body, name in re.findall(r"typedef struct \{(.*?)\} blip3o_(\w+)_arguments;", header, flags=re.DOTALL):
+        found[name] = ""
+        for declaration in body.split(";")[:-1]:
+            kind = declaration.split(",")[0].split()
+            letter = "P" if "*" in "".join(kind) else LETTERS[kind[-2]]
+            found[name] += letter * len(declaration.split(","))
+    return found
+
+
+def test_interface_is_the_header() -> None:
+    header = (ROOT / "csrc/blip3o.h").read_text()
+    assert formats(header) == native.FORMATS
+    bodies = {(op.name, body.device) for op in OPS for body in op.bodies if body.backend == "native"}
+    for name in native.FORMATS:
+        for kind in ("cpu", "cuda"):
+            declaration = f"int blip3o_{kind}_{name}(const blip3o_{name}_arguments* arguments);"
+            assert (declaration in header) == ((name.removesuffix("_backward"), kind) in bodies), declaration
+    for constant, value in (("VERSION", native.VERSION),):
+        assert f"#define BLIP3O_{constant} {value}\n" in header
+    for dtype, code in native.DTYPES.items():
+        assert f"BLIP3O_{str(dtype).removeprefix('torch.').upper()} = {code}" in header
+
+
+def test_one_openmp_runtime() -> None:
+    """The library brings none: its symbols come from torch's, wherever that lies."""
+    program = (
+        "import torch; from blip3o_kernels import native, rms_norm; torch.set_num_threads(2);"
+        "rms_norm(torch.randn(4096, 256)); torch.randn(512, 512) @ torch.randn(512, 512);"
+        "names = {line.split()[-1] for line in open('/proc/self/maps') if len(line.split()) > 5};"
+        "print(*[n for n in names if 'omp' in n.rsplit('/', 1)[-1] and '.so' in n], sep='\\n')"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment())
+    assert len(found.stdout.split()) == 1, found.stdout
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}", **extra}
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    x, weight = torch.randn(3000, 130, requires_grad=True), torch.randn(130, requires_grad=True)
+    dy = torch.randn(3000, 130)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            with use("native"):
+                y = rms_norm(x, weight)
+            results.append((y.detach(), *torch.autograd.grad(y, (x, weight), dy)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+def test_instruction_sets() -> None:
+    x = torch.randn(4, 100)
+    best = native.instruction_set()
+    assert best in ("portable", "avx2", "avx512")
+    with use(f"native:{best}"):
+        chosen = rms_norm(x)
+    with use("native"):
+        assert torch.equal(rms_norm(x), chosen)
+    with use("native:portable"):
+        torch.testing.assert_close(rms_norm(x), chosen)
+    if best != "avx512":
+        with use("native:avx512"), pytest.raises(BackendError, match="status 3"):
+            rms_norm(x)
+
+
+def test_special_values() -> None:
+    """NaN and infinity survive every conversion of every instruction set; bfloat16 and float16 round to nearest even."""
+    values = torch.tensor([0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, 1e-40, 3.0e38])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        column = values.to(dtype).view(-1, 1)
+        wide = column.repeat(1, 37)
+        for name in ("portable", "avx2", "avx512"):
+            with use(f"native:{name}"):
+                got = rms_norm(wide, eps=1.0)
+            torch.testing.assert_close(got, contract.reference(wide, eps=1.0), equal_nan=True)
+    # every float16 and every upper half of a float32 there is: load, multiply by 1, store
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.bfloat16, torch.float16):
+        for name in ("portable", "avx2", "avx512"):
+            with use(f"native:{name}"):
+                # the row is one, so x * rstd is exactly weight's factor: weight goes through load and store unchanged
+                got = rms_norm(torch.ones(1, 2**16, dtype=dtype), bits.view(dtype), eps=0.0)[0]
+            assert torch.equal(got.isnan(), bits.view(dtype).isnan())
+            assert torch.equal(got.nan_to_num(), bits.view(dtype).nan_to_num())
+
+
+def test_status_becomes_an_exception() -> None:
+    pack, call = native.packer("rms_norm"), native.function("cpu", "rms_norm")
+    arguments = (0, 0, 0, 0, 8, 8, 1e-6, 0.0, 0, 0, 1, 0, 1, 0)
+    assert call(pack(*arguments)) == 0  # no rows, nothing is read
+    assert call(pack(*arguments[:3], -1, *arguments[4:])) == 1
+    assert call(pack(*arguments[:8], 0, 1, *arguments[10:])) == 2
+    assert call(pack(*arguments[:11], 9, 1, 0)) == 3
+    assert "status 2: there is no body" in str(native.failed("rms_norm", 2))
+
+
+def test_without_the_libraries(tmp_path: Path) -> None:
+    """A pure install: the same package without lib/ runs on the reference and says what is missing."""
+    shutil.copytree(ROOT / "kernels/blip3o_kernels", tmp_path / "blip3o_kernels", ignore=shutil.ignore_patterns("lib"))
+    program = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in type(f).__name__];"
+        f"sys.path.insert(0, {str(tmp_path)!r}); import torch, blip3o_kernels as k;"
+        f"assert k.__file__.startswith({str(tmp_path)!r}); x = torch.randn(2, 8); k.rms_norm(x); print(k.explain('rms_norm', x))"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "rms_norm on cpu torch.float32: reference" in found.stdout
+    assert "native: libblip3o_cpu.so is not installed" in found.stdout
+
+
+def test_triton_stays_optional() -> None:
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch, blip3o_kernels as k;"
+        "k.rms_norm(torch.randn(2, 8)); print(k.explain('rms_norm', torch.randn(2, 8)))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), capture_output=True)
+
+
+def test_environment_variable_forces() -> None:
+    program = "import torch, blip3o_kernels as k; print(k.explain('rms_norm', torch.randn(2, 8)))"
+    run = [sys.executable, "-c", program]
+    found = subprocess.run(run, capture_output=True, text=True, env=environment(BLIP3O_BACKEND="reference"), check=True)
+    assert "reference (asked for by" in found.stdout
+    refused = subprocess.run(run, capture_output=True, text=True, env=environment(BLIP3O_BACKEND="fast"), check=False)
+    assert refused.returncode and "BLIP3O_BACKEND: expected one of reference, native, triton" in refused.stderr
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(5, 24, generator=generator), torch.randn(24, generator=generator)
+    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+
+
+def test_opcheck() -> None:
+    """Schema, fake implementation and autograd registration, as torch itself tests them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = arguments(dtype)
+        for given in (weight, None):
+            torch.library.opcheck(torch.ops.blip3o.rms_norm.default, (x, given, 1e-6, 0.0, True, "native"))
+        plain = (x.detach(), x.detach(), weight.detach(), True, 1e-6, 0.0, True, "native")
+        torch.library.opcheck(torch.ops.blip3o.rms_norm_backward.default, plain)
+
+
+@pytest.mark.parametrize("backend", ["native", None])
+def test_compile(backend: str | None) -> None:
+    """No graph break, forward and backward, in a changing shape: as one opaque op if forced, as the formula if not."""
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x * 2, weight).sin()
+
+    graphs = []
+
+    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for rows in (5, 6, 9):
+        x, weight = torch.randn(rows, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+        if backend is None:
+            got = compiled(x, weight)
+        else:
+            with use(backend):
+                got = compiled(x, weight)
+        expected = step(x, weight)
+        torch.testing.assert_close(got, expected)
+        for mine, eager in zip(
+            torch.autograd.grad(got.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+        ):
+            torch.testing.assert_close(mine, eager)
+    torch._dynamo.reset()
+    seen = torch.compile(step, fullgraph=True, backend=capture)
+    if backend is None:
+        seen(*arguments())
+    else:
+        with use(backend):
+            seen(*arguments())
+    assert ("blip3o.rms_norm" in graphs[0].print_readable(print_output=False)) == (backend is not None)
+
+
+def test_modes_and_subclasses_see_the_call() -> None:
+    """Where a pointer must not be read the registered op runs: fake tensors, FLOP counting, functorch, lazy negation."""
+    x, weight = (tensor.detach() for tensor in arguments())
+    expected = contract.reference(x, weight)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = rms_norm(mode.from_tensor(x), mode.from_tensor(weight))
+    assert isinstance(fake, torch._subclasses.FakeTensor) and fake.shape == x.shape
+    with FlopCounterMode(display=False) as counter, use("native"):
+        rms_norm(x, weight)
+    assert counter.get_total_flops() == 4 * x.numel()
+    batched = torch.vmap(rms_norm, in_dims=(1, None))(x.unsqueeze(1).expand(5, 3, 24), weight)
+    torch.testing.assert_close(batched, expected.expand(3, 5, 24))
+    each = torch.vmap(rms_norm, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
+    torch.testing.assert_close(each, torch.stack((expected, 2 * expected)))
+    gradient = torch.func.grad(lambda x: rms_norm(x, weight).sin().sum())(x)
+    leaf = x.clone().requires_grad_()
+    contract.reference(leaf, weight).sin().sum().backward()
+    torch.testing.assert_close(gradient, leaf.grad)
+    negated = torch._neg_view(x)
+    assert negated.is_neg()
+    torch.testing.assert_close(rms_norm(negated, weight), -expected)
+    assert rms_norm(x.to("meta"), weight.to("meta")).shape == x.shape
+
+
+def test_double_differentiation_raises() -> None:
+    for direct in (True, False):
+        x, weight = arguments()
+        y = rms_norm(x, weight) if direct else torch.ops.blip3o.rms_norm(x, weight, 1e-6, 0.0, True, "native")
+        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate"):
+            gradient.sum().backward()
+
+
+def test_build_without_a_compiler(tmp_path: Path) -> None:
+    """CMake finds none: a pure install, with a message. It finds one that fails: an error."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs the cmake program on PATH; pip install cmake")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    bare = {"PATH": str(tools), "HOME": str(tmp_path)}
+    command = [cmake, "-S", str(ROOT), "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF", "-G", "Unix Makefiles"]
+    for tool in ("make",):
+        found = shutil.which(tool) or shutil.which("true")
+        assert found is not None
+        (tools / tool).symlink_to(found)
+    absent = subprocess.run([*command, "-B", str(tmp_path / "1")], capture_output=True, text=True, env=bare, check=False)
+    assert absent.returncode == 0, absent.stderr
+    assert "no C++ compiler found" in absent.stdout
+    broken = tools / "c++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    failing = subprocess.run([*command, "-B", str(tmp_path / "2")], capture_output=True, text=True, env=bare, check=False)
+    assert failing.returncode != 0

@@ -1,0 +1,249 @@
+"""One conformance test for every op, backend, dtype and sample; what each op has beside its reference; forcing a backend.
+
+Truth is the reference in float64. With err(y) = |y - truth|, a body passes if max err(body) <= 2 max err(eager) + 2 ulp(max
+|truth|) and rms err(body) <= 1.5 rms err(eager), where eager is the reference in the same dtype on the same inputs.
+
+The Triton bodies take part when TRITON_INTERPRET=1; tests/test_triton.py starts this file that way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, ops, rms_norm, rope_table_2d, use
+from blip3o_kernels.dispatch import Op
+from blip3o_kernels.samples import Sample
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+# What every op has beside its reference: (backend, device) -> (dtypes, directions). An op that is not named has nothing.
+MATRIX = {
+    "rms_norm": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+        ("native", "cuda"): (FLOATS, "forward and backward"),
+        ("triton", "cuda"): (FLOATS, "forward and backward"),
+        ("triton", "cpu"): (FLOATS, "forward and backward"),  # in Triton's interpreter only
+    },
+    "layer_norm": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
+    "modulate": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
+    "gated_residual": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
+}
+
+
+def test_matrix() -> None:
+    declared = {
+        op.name: {
+            (body.backend, body.device): (body.dtypes, "forward and backward" if body.backward else "forward")
+            for body in op.bodies
+        }
+        for op in OPS
+        if op.bodies
+    }
+    assert declared == MATRIX
+
+
+def test_native_bodies_are_built() -> None:
+    """What the matrix declares for a CPU runs here: a missing library fails this test instead of shortening the next."""
+    for op in OPS:
+        for body in op.bodies:
+            if (body.backend, body.device) == ("native", "cpu"):
+                assert not body.missing
+
+
+def runs() -> Iterator[object]:
+    for op in OPS:
+        for device in DEVICES:
+            for dtype in FLOATS:
+                yield pytest.param(op, "reference", device, dtype, id=f"{op.name}-reference-{device}-{dtype}")
+        for body in op.bodies:
+            if body.device not in DEVICES or (body.backend == "triton" and body.device == "cpu" and body.missing):
+                continue
+            for dtype in body.dtypes:
+                backends = [body.backend]
+                if (body.backend, body.device) == ("native", "cpu"):
+                    backends += ["native:portable", "native:avx2"]
+                for backend in backends:
+                    yield pytest.param(op, backend, body.device, dtype, id=f"{op.name}-{backend}-{body.device}-{dtype}")
+
+
+def bound(op: Op, sample: Sample) -> dict[str, object]:
+    return dict(inspect.signature(op.reference).bind(*sample.args, **sample.kwargs).arguments)
+
+
+def evaluate(op: Op, function: object, arguments: dict[str, object], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Outputs and gradients by name. dtype: what floating tensors are converted to, None leaves them."""
+    leaves: dict[str, Tensor] = {}
+    converted = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            value = value.detach()
+            if name in op.differentiable:
+                leaves[name] = value.requires_grad_()
+            converted[name] = value
+    assert callable(function)
+    outputs = function(**converted)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
+    for y in outputs:
+        upstream = torch.randn(y.shape, generator=generator).to(torch.bfloat16)  # exact in every dtype but float16
+        total = total + (y * upstream.to(y)).sum(dtype=torch.float64)
+    total.backward()
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, f"{name} has no gradient"
+        assert leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
+        found[f"gradient of {name}"] = leaf.grad
+    return found
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    return info.eps * 2.0 ** math.floor(math.log2(max(value, info.tiny)))
+
+
+@pytest.mark.parametrize(("op", "backend", "device", "dtype"), list(runs()))
+def test_conformance(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
+    for sample in op.samples(dtype, device):
+        arguments = bound(op, sample)
+        truth = evaluate(op, op.reference, arguments, torch.float64)
+        eager = evaluate(op, op.reference, arguments, None)
+        with use(backend):
+            got = evaluate(op, op.function, arguments, None)
+        for name, y in got.items():
+            where = f"{op.name} {sample.name}, {name}"
+            assert y.shape == truth[name].shape and y.dtype == eager[name].dtype, where
+            if not y.numel():
+                continue
+            error, expected = ((value.double() - truth[name]).abs() for value in (y, eager[name]))
+            slack = 2 * ulp(truth[name].abs().max().item(), y.dtype)
+            assert error.max() <= 2 * expected.max() + slack, f"{where}: {error.max()} against {expected.max()}"
+            if y.numel() >= 64:  # of fewer, eager's may be small by luck
+                rms, eager_rms = error.square().mean().sqrt(), expected.square().mean().sqrt()
+                assert rms <= 1.5 * eager_rms, f"{where}: rms {rms} against {eager_rms}"
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_reference_gradients(op: Op) -> None:
+    """The references are differentiated correctly: their gradients against finite differences, in float64."""
+    checked = 0
+    for sample in op.samples(torch.float64):
+        arguments = bound(op, sample)
+        names = [name for name in op.differentiable if isinstance(arguments.get(name), Tensor)]
+        tensors = [arguments[name].detach().double().requires_grad_() for name in names]  # type: ignore[attr-defined]
+        if sum(tensor.numel() for tensor in tensors) > 400 or not all(tensor.numel() for tensor in tensors):
+            continue
+        if sample.name == "large values" or "extreme" in sample.name:  # finite differences need a scale of about 1
+            continue
+
+        def call(*values: Tensor, names: list[str] = names, arguments: dict[str, object] = arguments) -> object:
+            return op.reference(**{**arguments, **dict(zip(names, values, strict=True))})
+
+        assert torch.autograd.gradcheck(call, tensors), sample.name
+        checked += 1
+    assert checked
+
+
+def test_attention_both_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long sequences take different paths through the reference; both mean the same, and causal is bottom-right."""
+    generator = torch.Generator().manual_seed(0)
+    for tokens, keys, causal, masked in ((6, 6, True, False), (3, 7, True, False), (7, 3, True, True), (5, 6, False, True)):
+        query = torch.randn(2, 4, tokens, 8, generator=generator, dtype=torch.float64)
+        key, value = torch.randn(2, 2, 2, keys, 8, generator=generator, dtype=torch.float64).unbind(0)
+        mask = torch.rand(2, 1, tokens, keys, generator=generator) < 0.4 if masked else None
+        arguments = (query, key, value, mask, 0.0, causal, None, True)
+        short = ops.attention.reference(*arguments)
+        with monkeypatch.context() as patched:
+            patched.setattr(ops.attention, "LONG", 0)
+            long = ops.attention.reference(*arguments)
+        torch.testing.assert_close(short, long)
+        allowed = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if causal else torch.ones(tokens, keys) > 0
+        allowed = (allowed & (mask if mask is not None else True)).expand(2, 4, tokens, keys)
+        scores = torch.einsum("bhtk,bhsk->bhts", query, key.repeat_interleave(2, 1)) / 8**0.5
+        weights = scores.exp() * allowed
+        plain = weights @ value.repeat_interleave(2, 1) / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+        torch.testing.assert_close(short, plain)
+
+
+def test_rope_tables() -> None:
+    """Rotation keeps lengths, and a product of two rotated vectors depends on the distance alone."""
+    cos, sin = rope_table_2d(3, 5, 8, 100.0)
+    assert cos.shape == (15, 4)
+    torch.testing.assert_close(cos.square() + sin.square(), torch.ones(15, 4))
+    vectors = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 1, 15, 8)
+    turned = ops.rope.reference(vectors, cos, sin, interleaved=True)
+    torch.testing.assert_close(turned.norm(dim=-1), vectors.norm(dim=-1))
+    products = (turned[0, 0] @ turned[1, 0].t()).view(3, 5, 3, 5)
+    torch.testing.assert_close(products[0, 1, 2, 2], products[0, 3, 2, 4])
+    # angles h0, w0, h1, w1: position (1, 0) turns the even angles alone
+    assert (sin[5] != 0).tolist() == [True, False, True, False]
+
+
+def test_linear_cross_entropy_without_targets() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy(x, torch.randn(5, 4), torch.full((3,), -100))
+    loss.backward()
+    assert loss.item() == 0 and x.grad is not None and not x.grad.any()
+
+
+def test_forced_backend_refuses() -> None:
+    x = torch.randn(2, 8)
+    with use("native"), pytest.raises(BackendError, match="flow_step.*no native body"):
+        ops.flow_step.flow_step(x, x, 0.5)
+    with use("native"), pytest.raises(BackendError, match="does not take torch.float64"):
+        rms_norm(x.double())
+    with use("native"), pytest.raises(BackendError, match="does not run on meta tensors"):
+        rms_norm(x.to("meta"))
+    for word in ("cuda", "native:neon", "triton:avx2", "native:"):
+        with pytest.raises(ValueError, match="use: "), use(word):
+            pass
+    with use("triton"):
+        with use("reference"):
+            rms_norm(x)
+        if not _interpreted():
+            with pytest.raises(BackendError, match="interpreter"):
+                rms_norm(x)
+
+
+def _interpreted() -> bool:
+    return not next(body for body in ops.rms_norm.OP.bodies if (body.backend, body.device) == ("triton", "cpu")).missing
+
+
+def test_explain() -> None:
+    x = torch.randn(2, 8)
+    assert explain(rms_norm, x).startswith("rms_norm on cpu torch.float32: native")
+    with use("reference"):
+        assert explain("rms_norm", x).startswith("rms_norm on cpu torch.float32: reference (asked for")
+    assert "does not take torch.float64" in explain("rms_norm", x.double())
+    with pytest.raises(ValueError, match="op: expected one of rms_norm"):
+        explain("rmsnorm", x)
+
+
+def test_errors_name_the_argument() -> None:
+    x, wrong = torch.randn(2, 3, 8), torch.randn(7)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8\], got \[7\]"):
+        rms_norm(x, wrong)
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
+        rms_norm(torch.ones(3, 8, dtype=torch.int64))
+    with pytest.raises(ValueError, match="dropout_p: expected 0.0"):
+        ops.attention.attention(*torch.randn(3, 1, 1, 2, 4).unbind(0), dropout_p=0.1)
+    with pytest.raises(ValueError, match="key: expected enable_gqa=True"):
+        ops.attention.attention(torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4))
+    with pytest.raises(ValueError, match="scale: expected shape"):
+        ops.modulate.modulate(x, torch.randn(2, 7))
+    with pytest.raises(TypeError, match="target: expected an int64"):
+        linear_cross_entropy(x, torch.randn(5, 8), torch.zeros(2, 3))
