@@ -3,22 +3,28 @@
     n = rms_norm(x) or layer_norm(x), times weight, plus bias     [B, T, D]  float32, not rounded
     y = round(n * (1 + scale) + shift)                            [B, T, D]
 
-x [B, T, D] float; scale and shift [B, D] float, shift may be None; weight and bias [D] or None (bias only with norm="layer");
-norm in {"rms", "layer"}. y has the dtype of x. Computed in float32 (float64 for float64 x), rounded once.
+x [B, T, D] float; scale and shift [B, D] float, shift may be None; weight and bias [D] or None (bias only with
+norm="layer"); norm in {"rms", "layer"}. y has the dtype of x. Computed in float32 (float64 for float64 x), rounded
+once. The native body cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape, device or norm. Source: Peebles and Xie 2022, arXiv:2212.09748.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch, native
+from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
+from ..native import DTYPES
+from ..registered import register, register_gradient
 from ..samples import Draw, Sample
+from ..strides import conditions, rows
 
 
 def reference(
@@ -74,20 +80,253 @@ def modulate(
         checks.fail("norm", '"rms" or "layer"', repr(norm))
     if norm == "rms" and bias is not None:
         checks.fail("bias", 'None with norm="rms"', "a tensor")
-    choose(OP, x)
-    return reference(x, scale, shift, weight=weight, bias=bias, eps=eps, norm=norm)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, the formula is left for Inductor to fuse with its neighbours.
+    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
+    if backend == "reference":
+        return reference(x, scale, shift, weight=weight, bias=bias, eps=eps, norm=norm)
+    if any(p is not None and p.dtype is not x.dtype for p in (scale, shift, weight, bias)):  # one dtype for all four
+        scale = scale.to(torch.float32)
+        shift, weight, bias = (None if p is None else p.to(torch.float32) for p in (shift, weight, bias))
+    options = (eps, norm == "layer")
+    if compiling or not (direct(x, scale) and plain(shift, weight, bias)):
+        y: Tensor = _forward_op(x, scale, shift, weight, bias, *options)[0]
+        return y
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, scale, shift, weight, bias)):
+        y = _Modulate.apply(x, scale, shift, weight, bias, *options)
+        return y
+    return _run(x, scale, shift, weight, bias, *options, saving=False)[0]
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+    ) -> Tensor:
+        y, saved = _forward(x, scale, shift, weight, bias, eps, centred)
+        context.save_for_backward(x, scale, weight, bias, saved)
+        context.options = (shift is not None, centred)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _backward if direct(dy) else _backward_op
+        return _wanted(context, backward(dy, *context.saved_tensors, *context.options))
+
+
+def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of x, scale, shift, weight and bias that autograd asks for; the options have none."""
+    needs = context.needs_input_grad
+    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    return _run(x, scale, shift, weight, bias, eps, centred, saving=True)
+
+
+def _run(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    saving: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
+    x, stride = rows(x)
+    batch, tokens, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
+    scale, scale_stride = conditions(scale)
+    shift, shift_stride = (None, 0) if shift is None else conditions(shift)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    status = _CPU_FORWARD(
+        _PACK(
+            y.data_ptr(),
+            saved.data_ptr() if saving else 0,
+            x.data_ptr(),
+            scale.data_ptr(),
+            0 if shift is None else shift.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            batch,
+            tokens,
+            width,
+            stride,
+            scale_stride,
+            shift_stride,
+            eps,
+            centred,
+            DTYPES[x.dtype],
+            DTYPES[scale.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("modulate", status)
+    return y, saved
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    shifted: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, scale, shift, weight and bias; empty tensors for those that were not given."""
+    x, stride = rows(x)
+    dy = dy.contiguous()
+    batch, tokens, width = x.shape
+    dx, dscale, dshift, dweight, dbias = gradients = _fake_backward(dy, x, scale, weight, bias, saved, shifted, centred)
+    if not x.numel():
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    scale, scale_stride = conditions(scale)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    # Sums over samples are cut by shape alone, so that threads do not change a bit.
+    blocks = min(batch, 64, 1 + x.numel() // 16384)
+    workspace = torch.empty(blocks * 5 * width, dtype=torch.float32)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            dx.data_ptr(),
+            dscale.data_ptr(),
+            dshift.data_ptr() if shifted else 0,
+            0 if weight is None else dweight.data_ptr(),
+            0 if bias is None else dbias.data_ptr(),
+            workspace.data_ptr(),
+            dy.data_ptr(),
+            x.data_ptr(),
+            scale.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            saved.data_ptr(),
+            batch,
+            tokens,
+            width,
+            stride,
+            scale_stride,
+            blocks,
+            centred,
+            DTYPES[x.dtype],
+            DTYPES[scale.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("modulate", status)
+    return gradients
+
+
+_PACK, _PACK_BACKWARD = native.packer("modulate"), native.packer("modulate_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "modulate"), native.function("cpu", "modulate_backward")
+
+
+# As torch knows it: torch.ops.blip3o.modulate.
+def _fake(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
+    centred: bool = inputs[-1]
+    saved = x.new_empty((1 + centred) * x.shape[0] * x.shape[1], dtype=torch.float32)
+    return x.new_empty(x.shape), saved
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    shifted: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def empty(given: bool, *shape: int) -> Tensor:
+        return scale.new_empty(shape if given else 0)
+
+    batch, _, width = x.shape
+    dscale, dshift = empty(True, batch, width), empty(shifted, batch, width)
+    return x.new_empty(x.shape), dscale, dshift, empty(weight is not None, width), empty(bias is not None, width)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, scale, shift, weight, bias, _, centred = inputs
+    ctx.save_for_backward(x, scale, weight, bias, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = (shift is not None, centred)
+
+
+def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _wanted(context, _backward_op(dy, *context.saved_tensors, *context.options))
+
+
+_forward_op = register(
+    "modulate(Tensor x, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, bool centred)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    lambda x, *_, **__: 8 * torch.Size(x).numel(),
+)
+_backward_op = register(
+    "modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor? bias, Tensor saved, bool shifted,"
+    " bool centred) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    lambda dy, *_, **__: 16 * torch.Size(dy).numel(),
+)
+register_gradient("modulate", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
     for norm in ("rms", "layer"):
-        for shape in ((1, 1, 8), (2, 5, 64), (3, 7, 129)):
+        for shape in ((1, 1, 8), (2, 5, 64), (3, 7, 129), (70, 9, 33)):
             batch, _, width = shape
             yield Sample(f"{norm} {shape}", (draw(*shape), draw(batch, width), draw(batch, width)), {"norm": norm})
         yield Sample(f"{norm} weight", (draw(2, 3, 48), draw(2, 48)), {"norm": norm, "weight": draw(48)})
+        yield Sample(f"{norm} many samples", (draw(90, 4, 200), draw(90, 200)), {"norm": norm, "weight": draw(200)})
     affine: dict[str, object] = {"norm": "layer", "weight": draw(48), "bias": draw(48)}
     yield Sample("layer affine", (draw(2, 3, 48), draw(2, 48), draw(2, 48)), affine)
     yield Sample("chunked", (draw(2, 3, 48), *draw(2, 96).chunk(2, dim=-1)))
+    yield Sample("strided rows", (draw(2, 6, 96).chunk(2, dim=-1)[1], draw(2, 48), draw(2, 48)), {"norm": "layer"})
+    yield Sample("transposed", (draw(5, 2, 32).transpose(0, 1), draw(32, 2).t()))
+    wide = torch.promote_types(dtype, torch.float32)
+    yield Sample("float32 condition", (draw(2, 3, 48), draw(2, 48, dtype=wide)), {"weight": draw(48)})
+    yield Sample("no tokens", (draw(2, 0, 8), draw(2, 8), draw(2, 8)))
+    yield Sample("no samples", (draw(0, 3, 8), draw(0, 8)), {"weight": draw(8)})
 
 
-OP = Op("modulate", modulate, reference, samples, differentiable=("x", "scale", "shift", "weight", "bias"))
+OP = Op(
+    "modulate",
+    modulate,
+    reference,
+    samples,
+    differentiable=("x", "scale", "shift", "weight", "bias"),
+    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+)
