@@ -200,7 +200,7 @@ def test_reads_the_facts() -> None:
 
 
 def test_reads_soft_and_noisy_pictures() -> None:
-    scenes, asked = true_pairs(600, CAPTION_KINDS)
+    scenes, asked = true_pairs(400, CAPTION_KINDS)
     clean = render(scenes)
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.randn(clean.shape, generator=generator)

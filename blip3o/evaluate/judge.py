@@ -57,7 +57,7 @@ POSITION_MARGIN = 2.0  # pixels a centre must be away from the line between two 
 RELATION_MARGIN = 8.0  # pixels between the centres
 CHUNK = 256  # pictures at a time: what fits the cache
 
-_ORDERS = torch.tensor(list(itertools.permutations(range(MAX_OBJECTS))))  # [P, O]
+_ORDERS = torch.tensor(list(itertools.permutations(range(MAX_OBJECTS))))  # [P, O]: which detected object is asked o
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,14 @@ class Detections:
 def detect(pictures: Tensor) -> Detections:
     """Reads pictures float [N, 3, 32, 32], RGB in [0, 1] (values outside are clamped; NaN makes a picture not clear).
 
+    The reading is done on the CPU in float32 whatever the pictures' device, so that scores do not depend on it.
+
     Raises ValueError for another shape or dtype.
     """
     expected = (3, PICTURE_SIZE, PICTURE_SIZE)
     if pictures.dim() != 4 or tuple(pictures.shape[1:]) != expected or not pictures.is_floating_point():
         raise ValueError(f"pictures: expected float [N, 3, 32, 32], got {pictures.dtype} {list(pictures.shape)}")
-    chunks = [_read_chunk(chunk) for chunk in torch.split(pictures.detach().float(), CHUNK)]
+    chunks = [_read_chunk(chunk) for chunk in torch.split(pictures.detach().to("cpu", torch.float32), CHUNK)]
     return _concatenate(chunks)
 
 
@@ -102,7 +104,7 @@ def judge(pictures: Tensor, asked: Captions) -> Tensor:
 
 def agree(found: Detections, asked: Captions) -> Tensor:
     """Whether what was found is exactly what is asked for: bool [N]. See ``judge``."""
-    present = torch.arange(MAX_OBJECTS, device=asked.count.device) < asked.count[:, None]  # [N, O]
+    present = torch.arange(MAX_OBJECTS) < asked.count[:, None]  # [N, O]
     center = found.center[:, :MAX_OBJECTS]
     fits = present[:, :, None] == present[:, None, :]  # [N, detected, asked]
     for seen, stated in ((found.color, asked.color), (found.shape, asked.shape), (found.size, asked.size)):
@@ -110,12 +112,11 @@ def agree(found: Detections, asked: Captions) -> Tensor:
     inside = _inside(center).gather(2, asked.position.clamp(min=0)[:, None, :].expand(-1, MAX_OBJECTS, -1))
     fits &= (asked.position[:, None, :] < 0) | inside
 
-    orders = _ORDERS.to(fits.device)  # asked object o is detected object orders[p, o]
-    assigned = fits[:, orders, torch.arange(MAX_OBJECTS, device=fits.device)].all(2)  # [N, P]
-    offset = center[:, orders[:, 0]] - center[:, orders[:, 1]]  # [N, P, 2]
+    assigned = fits[:, _ORDERS, torch.arange(MAX_OBJECTS)].all(2)  # [N, P]
+    offset = center[:, _ORDERS[:, 0]] - center[:, _ORDERS[:, 1]]  # [N, P, 2]
     sides = torch.stack([-offset[..., 0], offset[..., 0], -offset[..., 1], offset[..., 1]], dim=2) > RELATION_MARGIN
     stated = asked.relation[:, None, None]
-    related = (stated < 0) | sides.gather(2, stated.clamp(min=0).expand(-1, len(orders), 1))
+    related = (stated < 0) | sides.gather(2, stated.clamp(min=0).expand(-1, len(_ORDERS), 1))
     return found.clear & (found.count == asked.count) & (assigned & related[..., 0]).any(1)
 
 
@@ -142,7 +143,7 @@ def _moments() -> tuple[Tensor, Tensor]:
 
 def _mass(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Soft masks [M, S, S] -> mass [M] and centroid (x, y) [M, 2]."""
-    place = torch.arange(mask.shape[-1], dtype=mask.dtype, device=mask.device) + 0.5
+    place = torch.arange(mask.shape[-1], dtype=mask.dtype) + 0.5
     mass = mask.sum((1, 2))
     centroid = torch.stack([mask.sum(1) @ place, mask.sum(2) @ place], dim=1) / mass.clamp(min=1e-6)[:, None]
     return mass, centroid
@@ -167,7 +168,7 @@ def _read_chunk(pictures: Tensor) -> Detections:
     """At most two readings of pictures [N, 3, S, S]; what cannot become clear by a second one is not read again."""
     finite = pictures.isfinite().flatten(1).all(1)
     pixels = _unmix(pictures.nan_to_num(0.0).clamp(0.0, 1.0))
-    found = _nothing(len(pictures), pictures.device)
+    found = _nothing(len(pictures))
     rows = (finite & (pixels.leftover <= MAX_LEFTOVER)).nonzero()[:, 0]
     for cut in (False, True):
         reading, again = _read(pixels[rows], cut)
@@ -179,7 +180,7 @@ def _read_chunk(pictures: Tensor) -> Detections:
 
 def _read(pixels: _Pixels, cut: bool) -> tuple[Detections, Tensor]:
     """One reading, and which pictures are not clear only because a component has no clear shape: bool [N]."""
-    colors = torch.arange(len(COLORS), device=pixels.color.device)[:, None, None]
+    colors = torch.arange(len(COLORS))[:, None, None]
     identity = _components(pixels.core[:, None] & (pixels.color[:, None] == colors), cut)
     picture, color, number, area = _list_components(identity)
     large = area >= MIN_AREA
@@ -200,8 +201,8 @@ def _read(pixels: _Pixels, cut: bool) -> tuple[Detections, Tensor]:
 
 def _unmix(pictures: Tensor) -> _Pixels:
     """Pictures [N, 3, S, S] in [0, 1] -> what each pixel holds."""
-    tint = (COLOR_RGB - BACKGROUND_RGB).to(pictures.device)
-    offset = pictures - BACKGROUND_RGB.to(pictures.device)[:, None, None]
+    tint = COLOR_RGB - BACKGROUND_RGB
+    offset = pictures - BACKGROUND_RGB[:, None, None]
     along = torch.einsum("cr,nrhw->nchw", tint, offset)
     norm = tint.square().sum(1)[:, None, None]
     alpha = (along / norm).clamp(0.0, 1.0)
@@ -225,7 +226,7 @@ def _components(mask: Tensor, cut: bool) -> Tensor:
     """Masks [N, C, S, S] -> the number of the component of each pixel, float32: the largest pixel number 1..S^2 in it,
     0 outside. cut: components end at the lines between the cells."""
     side = PICTURE_SIZE // CELL_SIZE
-    number = torch.arange(1.0, PICTURE_SIZE**2 + 1, device=mask.device).view(PICTURE_SIZE, PICTURE_SIZE)
+    number = torch.arange(1.0, PICTURE_SIZE**2 + 1).view(PICTURE_SIZE, PICTURE_SIZE)
     identity = number * mask
     allowed = mask.float()
     if cut:
@@ -243,7 +244,7 @@ def _list_components(identity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Component numbers [N, C, S, S] -> per component its picture, colour, number and area: [M] each, by picture."""
     n, classes = identity.shape[:2]
     pixels = PICTURE_SIZE**2 + 1
-    row = torch.arange(n * classes, device=identity.device).view(n, classes, 1, 1) * pixels
+    row = torch.arange(n * classes).view(n, classes, 1, 1) * pixels
     areas = torch.bincount((identity.long() + row).flatten(), minlength=n * classes * pixels).view(n, classes, pixels)
     areas[:, :, 0] = 0
     picture, color, number = areas.nonzero(as_tuple=True)
@@ -256,9 +257,9 @@ def _recognise(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tint = mask.pow(9).sum((1, 2)) / mask.pow(8).sum((1, 2)).clamp(min=1e-6)
     mask = (mask / tint[:, None, None].clamp(min=1e-6)).clamp(max=1.0)
     mass, centroid = _mass(mask)
-    radius = (mass[:, None] / _AREA.to(mask.device)).sqrt()  # [M, F]
-    center = centroid[:, None] - radius[..., None] * _CENTROID.to(mask.device)  # [M, F, 2]
-    shapes = torch.arange(number, device=mask.device).repeat(m)
+    radius = (mass[:, None] / _AREA).sqrt()  # [M, F]
+    center = centroid[:, None] - radius[..., None] * _CENTROID  # [M, F, 2]
+    shapes = torch.arange(number).repeat(m)
     sharp = coverage(shapes, center.flatten(0, 1), radius.flatten()).view(m, number, *mask.shape[1:])
     overlap = torch.zeros_like(radius)
     for blur in BLURS:
@@ -267,7 +268,7 @@ def _recognise(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         union = (template.sum((2, 3)) + mass[:, None] - both).clamp(min=1e-6)
         overlap = torch.maximum(overlap, both / union)
     (first, second), shape = overlap.topk(2, dim=1).values.unbind(1), overlap.argmax(1)
-    rows = torch.arange(m, device=mask.device)
+    rows = torch.arange(m)
     center, radius = center[rows, shape], radius[rows, shape]
     low, high = RADIUS_LIMITS
     sure = (tint >= MIN_TINT) & (first >= MIN_IOU) & (first - second >= MIN_MARGIN)
@@ -277,22 +278,22 @@ def _recognise(mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _soften(image: Tensor, deviation: float) -> Tensor:
     """Gaussian blur of images [.., S, S]."""
-    place = torch.arange(image.shape[-1], dtype=image.dtype, device=image.device)
+    place = torch.arange(image.shape[-1], dtype=image.dtype)
     kernel = torch.softmax((place[:, None] - place).square() / (-2.0 * deviation**2), dim=1)
     return kernel @ image @ kernel.T
 
 
-def _nothing(n: int, device: torch.device) -> Detections:
+def _nothing(n: int) -> Detections:
     """n pictures that are not clear."""
     slots = (n, MAX_DETECTED)
     return Detections(
-        clear=torch.zeros(n, dtype=torch.bool, device=device),
-        count=torch.zeros(n, dtype=torch.int64, device=device),
-        color=torch.full(slots, -1, device=device),
-        shape=torch.full(slots, -1, device=device),
-        size=torch.full(slots, -1, device=device),
-        center=torch.full((*slots, 2), -1.0, device=device),
-        radius=torch.full(slots, -1.0, device=device),
+        clear=torch.zeros(n, dtype=torch.bool),
+        count=torch.zeros(n, dtype=torch.int64),
+        color=torch.full(slots, -1),
+        shape=torch.full(slots, -1),
+        size=torch.full(slots, -1),
+        center=torch.full((*slots, 2), -1.0),
+        radius=torch.full(slots, -1.0),
     )
 
 
@@ -300,10 +301,10 @@ def _gather(clear: Tensor, picture: Tensor, color: Tensor, shape: Tensor, center
     """Components, sorted by picture, put into the slots of their pictures; a picture that is not clear gets none."""
     kept = clear[picture]
     picture, color, shape, center, radius = (x[kept] for x in (picture, color, shape, center, radius))
-    found = _nothing(len(clear), clear.device)
+    found = _nothing(len(clear))
     found.clear[:] = clear
     found.count[:] = torch.bincount(picture, minlength=len(clear))
-    slot = torch.arange(len(picture), device=picture.device) - (found.count.cumsum(0) - found.count)[picture]
+    slot = torch.arange(len(picture)) - (found.count.cumsum(0) - found.count)[picture]
     found.color[picture, slot] = color
     found.shape[picture, slot] = shape
     found.size[picture, slot] = (radius > SIZE_THRESHOLD).long()
