@@ -1,4 +1,4 @@
-"""The CUDA sources without a GPU: they compile for every architecture, nothing spills, loads are 16 bytes, no atomics."""
+"""The CUDA sources without a GPU: they compile for every architecture, nothing spills, loads are 16 bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from blip3o_kernels import native
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def test_library_loads_without_a_driver(library: Path) -> None:
 
 
 def test_a_failing_nvcc_costs_only_cuda(tmp_path: Path) -> None:
-    """With REQUIRED off, as at install, a failure is a warning and leaves no library; with REQUIRED on it is an error."""
+    """With REQUIRED off, as at install, a failure is a warning and leaves no library; with it on, an error."""
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("needs the cmake program on PATH; pip install cmake")

@@ -1,4 +1,4 @@
-"""The native libraries and the way into them: the interface, instruction sets, threads, torch.compile, functorch, meta tensors."""
+"""The native libraries and the way in: interface, instruction sets, threads, torch.compile, functorch, meta tensors."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from blip3o_kernels import OPS, BackendError, native, rms_norm, use
-from blip3o_kernels.ops import rms_norm as contract
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from blip3o_kernels import OPS, BackendError, native, rms_norm, use
+from blip3o_kernels.ops import rms_norm as contract
 
 ROOT = Path(__file__).parents[1]
 LETTERS = {"float": "f", "int": "i", "int64_t": "q"}
@@ -55,7 +56,9 @@ def test_one_openmp_runtime() -> None:
         "names = {line.split()[-1] for line in open('/proc/self/maps') if len(line.split()) > 5};"
         "print(*[n for n in names if 'omp' in n.rsplit('/', 1)[-1] and '.so' in n], sep='\\n')"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment())
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment()
+    )
     assert len(found.stdout.split()) == 1, found.stdout
 
 
@@ -96,7 +99,7 @@ def test_instruction_sets() -> None:
 
 
 def test_special_values() -> None:
-    """NaN and infinity survive every conversion of every instruction set; bfloat16 and float16 round to nearest even."""
+    """NaN and infinity survive every conversion of every instruction set; rounding is to nearest even."""
     values = torch.tensor([0.0, -0.0, 1.0, float("inf"), -float("inf"), float("nan"), 65504.0, 6e-8, 1e-40, 3.0e38])
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         column = values.to(dtype).view(-1, 1)
@@ -132,7 +135,8 @@ def test_without_the_libraries(tmp_path: Path) -> None:
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in type(f).__name__];"
         f"sys.path.insert(0, {str(tmp_path)!r}); import torch, blip3o_kernels as k;"
-        f"assert k.__file__.startswith({str(tmp_path)!r}); x = torch.randn(2, 8); k.rms_norm(x); print(k.explain('rms_norm', x))"
+        f"assert k.__file__.startswith({str(tmp_path)!r}); "
+        "x = torch.randn(2, 8); k.rms_norm(x); print(k.explain('rms_norm', x))"
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "rms_norm on cpu torch.float32: reference" in found.stdout
@@ -211,7 +215,7 @@ def test_compile(backend: str | None) -> None:
 
 
 def test_modes_and_subclasses_see_the_call() -> None:
-    """Where a pointer must not be read the registered op runs: fake tensors, FLOP counting, functorch, lazy negation."""
+    """Where a pointer must not be read the registered op runs: fake tensors, FLOP counting, lazy negation, ..."""
     x, weight = (tensor.detach() for tensor in arguments())
     expected = contract.reference(x, weight)
     with torch._subclasses.FakeTensorMode() as mode:
@@ -256,11 +260,15 @@ def test_build_without_a_compiler(tmp_path: Path) -> None:
         found = shutil.which(tool) or shutil.which("true")
         assert found is not None
         (tools / tool).symlink_to(found)
-    absent = subprocess.run([*command, "-B", str(tmp_path / "1")], capture_output=True, text=True, env=bare, check=False)
+    absent = subprocess.run(
+        [*command, "-B", str(tmp_path / "1")], capture_output=True, text=True, env=bare, check=False
+    )
     assert absent.returncode == 0, absent.stderr
     assert "no C++ compiler found" in absent.stdout
     broken = tools / "c++"
     broken.write_text("#!/bin/sh\nexit 1\n")
     broken.chmod(0o755)
-    failing = subprocess.run([*command, "-B", str(tmp_path / "2")], capture_output=True, text=True, env=bare, check=False)
+    failing = subprocess.run(
+        [*command, "-B", str(tmp_path / "2")], capture_output=True, text=True, env=bare, check=False
+    )
     assert failing.returncode != 0

@@ -1,7 +1,9 @@
-"""One conformance test for every op, backend, dtype and sample; what each op has beside its reference; forcing a backend.
+"""One conformance test for every op, backend, dtype and sample; what each op has beside its reference; forcing a
+backend.
 
-Truth is the reference in float64. With err(y) = |y - truth|, a body passes if max err(body) <= 2 max err(eager) + 2 ulp(max
-|truth|) and rms err(body) <= 1.5 rms err(eager), where eager is the reference in the same dtype on the same inputs.
+Truth is the reference in float64. With err(y) = |y - truth|, a body passes if max err(body) <= 2 max err(eager) + 2
+ulp(max |truth|) and rms err(body) <= 1.5 rms err(eager), where eager is the reference in the same dtype on the same
+inputs.
 
 The Triton bodies take part when TRITON_INTERPRET=1; tests/test_triton.py starts this file that way.
 """
@@ -14,15 +16,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, ops, rms_norm, rope_table_2d, use
 from blip3o_kernels.dispatch import Op
 from blip3o_kernels.samples import Sample
-from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
-# What every op has beside its reference: (backend, device) -> (dtypes, directions). An op that is not named has nothing.
+# What every op has beside its reference: (backend, device) -> (dtypes, directions). An op that is not named has
+# nothing.
 MATRIX = {
     "rms_norm": {
         ("native", "cpu"): (FLOATS, "forward and backward"),
@@ -55,7 +59,7 @@ def test_matrix() -> None:
 
 
 def test_native_bodies_are_built() -> None:
-    """What the matrix declares for a CPU runs here: a missing library fails this test instead of shortening the next."""
+    """What the matrix declares for a CPU runs here: a missing library fails this test, not shortens the next."""
     for op in OPS:
         for body in op.bodies:
             if (body.backend, body.device) == ("native", "cpu"):
@@ -159,9 +163,14 @@ def test_reference_gradients(op: Op) -> None:
 
 
 def test_attention_both_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short and long sequences take different paths through the reference; both mean the same, and causal is bottom-right."""
+    """Short and long sequences take two paths through the reference: both mean the same; causal is bottom-right."""
     generator = torch.Generator().manual_seed(0)
-    for tokens, keys, causal, masked in ((6, 6, True, False), (3, 7, True, False), (7, 3, True, True), (5, 6, False, True)):
+    for tokens, keys, causal, masked in (
+        (6, 6, True, False),
+        (3, 7, True, False),
+        (7, 3, True, True),
+        (5, 6, False, True),
+    ):
         query = torch.randn(2, 4, tokens, 8, generator=generator, dtype=torch.float64)
         key, value = torch.randn(2, 2, 2, keys, 8, generator=generator, dtype=torch.float64).unbind(0)
         mask = torch.rand(2, 1, tokens, keys, generator=generator) < 0.4 if masked else None
@@ -171,7 +180,9 @@ def test_attention_both_references(monkeypatch: pytest.MonkeyPatch) -> None:
             patched.setattr(ops.attention, "LONG", 0)
             long = ops.attention.reference(*arguments)
         torch.testing.assert_close(short, long)
-        allowed = torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if causal else torch.ones(tokens, keys) > 0
+        allowed = (
+            torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if causal else torch.ones(tokens, keys) > 0
+        )
         allowed = (allowed & (mask if mask is not None else True)).expand(2, 4, tokens, keys)
         scores = torch.einsum("bhtk,bhsk->bhts", query, key.repeat_interleave(2, 1)) / 8**0.5
         weights = scores.exp() * allowed
@@ -202,9 +213,9 @@ def test_linear_cross_entropy_without_targets() -> None:
 
 def test_forced_backend_refuses() -> None:
     x = torch.randn(2, 8)
-    with use("native"), pytest.raises(BackendError, match="flow_step.*no native body"):
+    with use("native"), pytest.raises(BackendError, match=r"flow_step.*no native body"):
         ops.flow_step.flow_step(x, x, 0.5)
-    with use("native"), pytest.raises(BackendError, match="does not take torch.float64"):
+    with use("native"), pytest.raises(BackendError, match=r"does not take torch.float64"):
         rms_norm(x.double())
     with use("native"), pytest.raises(BackendError, match="does not run on meta tensors"):
         rms_norm(x.to("meta"))
@@ -239,7 +250,7 @@ def test_errors_name_the_argument() -> None:
         rms_norm(x, wrong)
     with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
         rms_norm(torch.ones(3, 8, dtype=torch.int64))
-    with pytest.raises(ValueError, match="dropout_p: expected 0.0"):
+    with pytest.raises(ValueError, match=r"dropout_p: expected 0.0"):
         ops.attention.attention(*torch.randn(3, 1, 1, 2, 4).unbind(0), dropout_p=0.1)
     with pytest.raises(ValueError, match="key: expected enable_gqa=True"):
         ops.attention.attention(torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4))

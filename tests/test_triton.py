@@ -35,7 +35,9 @@ def test_conformance_in_the_interpreter() -> None:
 
 
 # Integers are declared multiples of 16, as Triton itself does when they are: 16-byte loads depend on it.
-def compiled(target: GPUTarget, kernel: object, types: dict[str, str], constants: dict[str, object], warps: int) -> object:
+def compiled(
+    target: GPUTarget, kernel: object, types: dict[str, str], constants: dict[str, object], warps: int
+) -> object:
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     names = kernel.arg_names  # type: ignore[attr-defined]
     source = ASTSource(
@@ -66,7 +68,15 @@ def test_compiles_without_spills(target: GPUTarget, monkeypatch: pytest.MonkeyPa
     backward = compiled(
         target,
         rms_norm._backward_kernel,
-        {"dx_ptr": "*bf16", "partial_ptr": "*fp32", "dy_ptr": "*bf16", **pointers, "rows": "i32", "blocks": "i32", **shape},
+        {
+            "dx_ptr": "*bf16",
+            "partial_ptr": "*fp32",
+            "dy_ptr": "*bf16",
+            **pointers,
+            "rows": "i32",
+            "blocks": "i32",
+            **shape,
+        },
         {**constants, "WANTED": True},
         warps,
     )

@@ -1,8 +1,8 @@
 """Which backend runs an op, how to force one, and why it was chosen.
 
 The backends are three words: `reference` (plain PyTorch, every op has it), `native` (C++ on a CPU, CUDA on a GPU) and
-`triton`. What an op has beside its reference is written down in the op's own file as a tuple of `Body`. Choosing is plain
-Python on facts that are constants once the package is imported.
+`triton`. What an op has beside its reference is written down in the op's own file as a tuple of `Body`. Choosing is
+plain Python on facts that are constants once the package is imported.
 
 A forced backend never falls back: it runs, or it raises `BackendError` and says why. Three ways to force one:
 
@@ -58,7 +58,8 @@ class Op:
     """Everything the tests and benchmarks need to know of an op.
 
     name: the one word.  function: the public function.  reference: the specification, same arguments.
-    samples: `samples(dtype, device)` yields inputs.  differentiable: arguments with a gradient.  bodies: the other backends.
+    samples: `samples(dtype, device)` yields inputs.  differentiable: arguments with a gradient.  bodies: the other
+    backends.
     """
 
     name: str
@@ -138,7 +139,8 @@ def direct(x: Tensor, y: Tensor | None = None) -> bool:
     """Whether a C function may read the memory of `x` (and `y`) right now.
 
     It may not if one is a subclass (fake, distributed, ...) or negated lazily, or if a mode, a functorch transform or
-    forward-mode differentiation is active: all of these must see the call, so it goes through the registered op instead.
+    forward-mode differentiation is active: all of these must see the call, so it goes through the registered op
+    instead.
     """
     return (
         type(x) in _PLAIN
@@ -152,7 +154,7 @@ def direct(x: Tensor, y: Tensor | None = None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether all of `tensors` hold their values in their own memory; `direct` asks that of two and more of the process."""
+    """Whether all of `tensors` hold their values in their own memory; `direct` asks that of two, and of the process."""
     return all(x is None or (type(x) in _PLAIN and not x.is_neg()) for x in tensors)
 
 

@@ -4,8 +4,9 @@ They are plain C (`csrc/blip3o.h`): an op's function takes one struct, `FORMATS`
 the two. Packed bytes are one argument to convert instead of a dozen, which is most of what a ctypes call costs.
 A missing library is not an error: `CPU_MISSING` and `CUDA_MISSING` say why it is missing, and are empty if it is there.
 
-The libraries are found through `importlib.resources`: in an editable install they lie in site-packages, not beside this file.
-torch must be imported before the CPU library is loaded, because its OpenMP symbols come from the runtime torch has loaded.
+The libraries are found through `importlib.resources`: in an editable install they lie in site-packages, not beside
+this file. torch must be imported before the CPU library is loaded, because its OpenMP symbols come from the runtime
+torch has loaded.
 """
 
 from __future__ import annotations

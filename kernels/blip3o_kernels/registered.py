@@ -1,6 +1,7 @@
 """The ops as torch knows them: `torch.ops.blip3o.*`, for torch.compile, fake and meta tensors, functorch and modes.
 
-In eager mode a plain tensor does not come this way: a call through here costs several times as much as the C function itself.
+In eager mode a plain tensor does not come this way: a call through here costs several times as much as the C function
+itself.
 """
 
 from __future__ import annotations

@@ -3,11 +3,12 @@
     scores[b, h, t, s] = scale * query[b, h, t] . key[b, g(h), s] + mask      [B, H, T, S]  float32
     y = round(softmax(scores) @ value)                                        [B, H, T, V]
 
-query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype; g(h) = h // (H / G), and G != H needs enable_gqa=True.
-scale defaults to 1/sqrt(K). attn_mask broadcasts to [B, H, T, S]: boolean (True takes part) or additive float; it carries no gradient.
-is_causal is aligned bottom-right, s <= t + S - T, as flash-attn does and torch does not, and may be combined with a mask. A fully
-masked row gives 0, and gradient 0. Scores and probabilities are float32 (float64 for float64), y is rounded once. For T * S >= LONG
-the reference calls torch's fused kernel, which computes the same and rounds the probabilities of half-precision inputs.
+query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype; g(h) = h // (H / G), and G != H needs
+enable_gqa=True. scale defaults to 1/sqrt(K). attn_mask broadcasts to [B, H, T, S]: boolean (True takes part) or
+additive float; it carries no gradient. is_causal is aligned bottom-right, s <= t + S - T, as flash-attn does and
+torch does not, and may be combined with a mask. A fully masked row gives 0, and gradient 0. Scores and probabilities
+are float32 (float64 for float64), y is rounded once. For T * S >= LONG the reference calls torch's fused kernel,
+which computes the same and rounds the probabilities of half-precision inputs.
 Errors: TypeError for a dtype, ValueError for a shape or device and for dropout_p != 0.
 """
 

@@ -3,8 +3,8 @@
     x_sigma  = round((1 - sigma) * x + sigma * noise)      [B, ...]      sigma = 0 is data, sigma = 1 is noise
     velocity = round(noise - x)                            [B, ...]      d x_sigma / d sigma
 
-x and noise [B, ...] float, same dtype; sigma [B] float. Both results have the shape and dtype of x. Computed in float32 (float64 for float64 x),
-each rounded once. Errors: TypeError for a dtype, ValueError for a shape or device.
+x and noise [B, ...] float, same dtype; sigma [B] float. Both results have the shape and dtype of x. Computed in
+float32 (float64 for float64 x), each rounded once. Errors: TypeError for a dtype, ValueError for a shape or device.
 Source: Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
 """
 

@@ -2,8 +2,9 @@
 
     loss = mean over all elements of weight[b] * (prediction - target)^2      scalar float32
 
-prediction and target [B, ...] float, same dtype; weight [B] float or None (1). The result is float32 (float64 for float64 inputs): nothing is
-rounded to the inputs' dtype. Errors: TypeError for a dtype, ValueError for a shape, device or an empty input.
+prediction and target [B, ...] float, same dtype; weight [B] float or None (1). The result is float32 (float64 for
+float64 inputs): nothing is rounded to the inputs' dtype. Errors: TypeError for a dtype, ValueError for a shape,
+device or an empty input.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Guidance and one step of the ODE solver in one pass.
 
     v = unconditional + guidance * (velocity - unconditional)      if unconditional is given
-    v = (v + previous) / 2                                         if previous is given: the second half of Heun's method
+    v = (v + previous) / 2                                         if previous is given: the second half of Heun's
+    method
     y = round(x + step * v)                                        [B, ...]
 
-x, velocity, unconditional and previous [B, ...] float, same dtype; step a float or [B] float; guidance a float. y has the dtype of x. Computed in
+x, velocity, unconditional and previous [B, ...] float, same dtype; step a float or [B] float; guidance a float. y has
+the dtype of x. Computed in
 float32 (float64 for float64 x), rounded once. Errors: TypeError for a dtype, ValueError for a shape or device.
 Source: Ho and Salimans 2022, arXiv:2207.12598 (guidance).
 """

@@ -3,9 +3,10 @@
     logits[n, v] = x[n] . weight[v]                                                      [N, V]   float32, not rounded
     loss = mean over the kept n of logsumexp(logits[n]) - logits[n, target[n]]           scalar float32
 
-x [..., D] and weight [V, D] float, one dtype; target [...] int64 or int32; a row is kept unless its target is ignore_index. With no kept row the loss and its
-gradients are 0. The result is float32 (float64 for float64 x). Errors: TypeError for a dtype, ValueError for a shape or device; a target outside
-[0, V) other than ignore_index raises IndexError on a CPU.
+x [..., D] and weight [V, D] float, one dtype; target [...] int64 or int32; a row is kept unless its target is
+ignore_index. With no kept row the loss and its gradients are 0. The result is float32 (float64 for float64 x).
+Errors: TypeError for a dtype, ValueError for a shape or device; a target outside [0, V) other than ignore_index
+raises IndexError on a CPU.
 """
 
 from __future__ import annotations

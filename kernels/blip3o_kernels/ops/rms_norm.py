@@ -252,7 +252,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     for shape in ((3, 7), (2, 5, 64), (1, 1024), (33, 129), (4, 3, 1000), (257, 16), (2, 9001)):
         x, weight = draw(*shape), draw(shape[-1])
         yield Sample(f"{shape}", (x, weight))
-    # One column normalises to about 1: without a large eps its gradient is what rounding leaves of a difference of equals.
+    # One column normalises to about 1: without a large eps its gradient is what rounding leaves of a difference of
+    # equals.
     yield Sample("(2, 1)", (draw(2, 1), draw(1), 0.5))
     yield Sample("no weight", (draw(5, 48),))
     yield Sample("gemma", (draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0, "round_before_weight": False})

@@ -1,10 +1,12 @@
 """Rotary position embedding, and the tables for one axis, for the language model's three axes and for a 2-D grid.
 
-    halves       (y[i], y[i + R/2])   = (x[i] cos[i] - x[i + R/2] sin[i],   x[i + R/2] cos[i] + x[i] sin[i])      i < R/2
-    interleaved  (y[2i], y[2i + 1])   = (x[2i] cos[i] - x[2i + 1] sin[i],   x[2i + 1] cos[i] + x[2i] sin[i])      i < R/2
+    halves       (y[i], y[i + R/2])   = (x[i] cos[i] - x[i + R/2] sin[i],   x[i + R/2] cos[i] + x[i] sin[i])
+    interleaved  (y[2i], y[2i + 1])   = (x[2i] cos[i] - x[2i + 1] sin[i],   x[2i + 1] cos[i] + x[2i] sin[i])
+for i < R/2.
 
-x [B, H, T, K] float (SDPA's layout); cos and sin float32 [T, R/2] or [B, T, R/2] with R <= K: the first R dims are rotated, the rest
-pass through. y has the shape and dtype of x. Computed in float32 (float64 for float64 x), rounded once. The tables carry no gradient.
+x [B, H, T, K] float (SDPA's layout); cos and sin float32 [T, R/2] or [B, T, R/2] with R <= K: the first R dims are
+rotated, the rest pass through. y has the shape and dtype of x. Computed in float32 (float64 for float64 x), rounded
+once. The tables carry no gradient.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Su et al. 2021, arXiv:2104.09864.
 """
 
@@ -85,7 +87,7 @@ def rope_table_multimodal(positions: Tensor, dim: int, theta: float, sections: S
 def rope_table_2d(
     height: int, width: int, dim: int, theta: float, device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, float32 [height * width, dim/2], row-major: angles h0, w0, h1, w1, ... with dim/4 frequencies per axis.
+    """cos and sin, float32 [height * width, dim/2], row-major: angles h0, w0, h1, w1, ..., dim/4 frequencies an axis.
 
     Frequency i of an axis is theta^(-2i/(dim/2)). This is Lumina's table; use it with interleaved=True.
     """

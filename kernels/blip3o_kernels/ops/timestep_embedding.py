@@ -3,8 +3,8 @@
     angle[b, i] = timestep[b] * exp(-ln(max_period) * i / (dim/2))      i < dim/2      float32
     y[b] = [cos(angle[b]), sin(angle[b])]                               [B, dim]       float32
 
-timestep [B] float or integer; y is float32 (float64 for float64 timesteps). Errors: TypeError for a dtype, ValueError for a shape or
-an odd dim. Source: GLIDE's embedding as used by DiT, Peebles and Xie 2022, arXiv:2212.09748.
+timestep [B] float or integer; y is float32 (float64 for float64 timesteps). Errors: TypeError for a dtype, ValueError
+for a shape or an odd dim. Source: GLIDE's embedding as used by DiT, Peebles and Xie 2022, arXiv:2212.09748.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RMS normalisation in Triton; the contract is ops/rms_norm.py. T dtype of x, D width, R rows, N blocks of rows.
 
-One program normalises one row: up to WHOLE columns the row stays in registers, above it is read twice. The backward pass gives
-each program a run of rows and a partial sum of dweight, added up in order by a second kernel: no atomics.
+One program normalises one row: up to WHOLE columns the row stays in registers, above it is read twice. The backward
+pass gives each program a run of rows and a partial sum of dweight, added up in order by a second kernel: no atomics.
 """
 
 from __future__ import annotations
