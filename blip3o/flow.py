@@ -12,8 +12,10 @@ Sources: Lipman et al. 2023 (arXiv 2210.02747), Liu et al. 2023 (arXiv 2209.0300
 Esser et al. 2024 (arXiv 2403.03206); guidance from Ho and Salimans 2022 (arXiv 2207.12598).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -43,8 +45,10 @@ class FlowConfig:
             raise ValueError(f"prediction must be 'velocity' or 'sample', got {self.prediction!r}")
         if self.sigma not in ("uniform", "logit_normal"):
             raise ValueError(f"sigma must be 'uniform' or 'logit_normal', got {self.sigma!r}")
-        if self.sigma_std <= 0:
-            raise ValueError(f"sigma_std must be positive, got {self.sigma_std}")
+        if not (0 < self.sigma_std < math.inf and math.isfinite(self.sigma_mean)):
+            raise ValueError(
+                f"sigma_std must be positive and sigma_mean finite, got {self.sigma_std} and {self.sigma_mean}"
+            )
 
 
 def draw_sigma(flow: FlowConfig, count: int, generator: torch.Generator) -> Tensor:
@@ -60,7 +64,8 @@ def as_velocity(flow: FlowConfig, prediction: Tensor, x_sigma: Tensor, sigma: Te
     """The velocity that a prediction stands for. `sigma` [B] belongs to the rows of `x_sigma` [B, ...]."""
     if flow.prediction == "velocity":
         return prediction
-    return (x_sigma - prediction) / sigma.clamp_min(SMALLEST_SIGMA).view(-1, *[1] * (x_sigma.dim() - 1))
+    level = sigma.clamp_min(SMALLEST_SIGMA).view(-1, *[1] * (x_sigma.dim() - 1))
+    return ((x_sigma - prediction) / level).to(x_sigma.dtype)
 
 
 def training_loss(
@@ -101,6 +106,8 @@ def sample(
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
     if guidance != 1.0 and predict_unconditional is None:
         raise ValueError(f"guidance {guidance} needs predict_unconditional; only guidance 1 goes without it")
 
@@ -113,14 +120,12 @@ def sample(
 
     x = noise
     levels = sigmas(steps)
-    for here, there in zip(levels, levels[1:], strict=False):
+    for here, there in pairwise(levels):
         velocity, unconditional = velocities(x, here)
         ahead = flow_step(x, velocity, there - here, unconditional=unconditional, guidance=guidance)
         if solver == "heun" and there > 0:
             first = velocity if unconditional is None else torch.lerp(unconditional, velocity, guidance)
             velocity, unconditional = velocities(ahead, there)
-            ahead = flow_step(
-                x, velocity, there - here, unconditional=unconditional, guidance=guidance, previous=first
-            )
+            ahead = flow_step(x, velocity, there - here, unconditional=unconditional, guidance=guidance, previous=first)
         x = ahead
     return x

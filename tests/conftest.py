@@ -1,0 +1,74 @@
+"""A preset that trains in seconds: `nano` with narrow networks, and recipes of a few steps."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip3o.config import Blip3oConfig
+from blip3o.model import Blip3o
+from blip3o.presets import PRESETS, preset
+from blip3o.processor import Processor
+from blip3o.train import loop, run, stages
+from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
+from blip3o.weights import save_pretrained
+
+
+def narrow(config: Blip3oConfig) -> Blip3oConfig:
+    clip, decoder = config.clip, config.decoder
+    assert clip.text is not None and decoder is not None
+    text = replace(clip.text, width=32, depth=1, num_heads=2, mlp_width=64)
+    return replace(
+        config,
+        name="tiny",
+        clip=replace(clip, width=32, depth=1, num_heads=2, mlp_width=64, embed_dim=16, text=text),
+        llm=replace(config.llm, width=32, depth=2, num_heads=2, num_kv_heads=1, mlp_width=64),
+        dit=replace(
+            config.dit, in_channels=32, width=32, depth=2, num_heads=2, num_kv_heads=1, mlp_width=64,
+            condition_width=32, time_width=32,
+        ),
+        decoder=replace(decoder, feature_width=32, width=32, depth=1, num_heads=2, mlp_width=64, time_width=32),
+        num_queries=4,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
+    """Registers the preset "tiny" and its recipes, which it returns; logs every step."""
+    recipes = {
+        stage: replace(
+            recipe("nano", stage), steps=10, batch_size=8, pictures=64, warmup_steps=2,
+            draws_per_prompt=2 if stage == "generation" else 1, turns=2,
+        )
+        for stage in STAGES
+    }  # fmt: skip
+    monkeypatch.setitem(PRESETS, "tiny", narrow(preset("nano")))
+    monkeypatch.setitem(RECIPES, "tiny", recipes)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(stages, "STATISTICS", 64)
+    monkeypatch.setattr(run, "FINGERPRINT_QUESTIONS", 4)
+    return recipes
+
+
+@pytest.fixture(scope="session")
+def lively() -> Blip3o:
+    """A narrow model with random weights everywhere: what starts at zero in a new model hides mistakes."""
+    generator = torch.Generator().manual_seed(11)
+    torch.manual_seed(11)
+    model = Blip3o(narrow(preset("nano"))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1))
+        model.feature_mean.normal_(generator=generator)
+        model.feature_std.uniform_(0.5, 2.0, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of `lively`; not to be written to."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_pretrained(lively, Processor(image_size=lively.config.clip.image_size), folder)
+    return folder
