@@ -158,13 +158,14 @@ class ClipText(nn.Module):
 
 
 class Clip(nn.Module):
-    """Both towers, the projections to the shared space, and the temperature. Features alone need only ClipVision."""
+    """Both towers, the projections to the shared space, and the temperature.
+
+    Where config.text is None, as in the released models, there is the vision tower and nothing else.
+    """
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
-        if config.text is None:
-            raise ValueError("Clip needs a text tower (config.text is None); build ClipVision for features alone")
         self.vision = ClipVision(config)
         self.text = ClipText(config.text) if config.text else None
         if config.text:
@@ -196,6 +197,8 @@ class Clip(nn.Module):
 
     def image_embedding(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, N, D] -> [B, E] of length 1: their mean, normalised and projected."""
+        if self.text is None:
+            raise ValueError("this CLIP has no projections (config.text is None)")
         return F.normalize(self.image_out(self.image_norm(tokens.mean(1))), dim=-1)
 
     def text_embedding(self, ids: Tensor, mask: Tensor) -> Tensor:

@@ -4,8 +4,11 @@ A small transformer over square pixel patches. Each CLIP feature covers a block 
 patch of the block its own share of the feature, added to the noisy patch. The noise level enters by AdaLN. The
 released models use an SDXL-type U-Net instead, which comes from diffusers; this one is what `nano` trains from scratch.
 
-Shapes: B batch, S picture side, P patch side, N = (S / P)^2 patches, D width, H heads, K head_dim, F features, C their width.
+Shapes: B batch, S picture side, P patch side, N = (S / P)^2 patches, D width, H heads, K head_dim, F features, C their
+width.
 """
+
+from typing import cast
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -67,25 +70,33 @@ class Decoder(nn.Module):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in [self.modulation, self.patch_out, *(block.modulation for block in self.blocks)]:
-            nn.init.zeros_(module.weight)
+        for linear in (self.modulation, self.patch_out):
+            nn.init.zeros_(linear.weight)
+        for block in self.blocks:
+            nn.init.zeros_(cast(DecoderBlock, block).modulation.weight)
 
     def forward(self, x: Tensor, timestep: Tensor, features: Tensor) -> Tensor:
         """x [B, 3, S, S] noisy pixels, timestep [B] in 0..1000, features [B, F, C] -> prediction [B, 3, S, S]."""
-        grid, block, patch = self.config.feature_grid, self.block, self.config.patch_size
-        cos, sin = rope_table_2d(
-            self.patches, self.patches, self.config.width // self.config.num_heads, self.config.rope_theta
-        )
-        time = self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype))
-        time = nn.functional.silu(time)  # [B, time_width]
+        config, batch = self.config, len(x)
+        grid, patch = config.feature_grid, config.patch_size
+        for name, tensor, shape in (
+            ("x", x, (batch, 3, config.image_size, config.image_size)),
+            ("timestep", timestep, (batch,)),
+            ("features", features, (batch, grid**2, config.feature_width)),
+        ):
+            if tensor.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+
+        head_dim = config.width // config.num_heads
+        cos, sin = rope_table_2d(self.patches, self.patches, head_dim, config.rope_theta, x.device)
+        time = nn.functional.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype)))  # [B, time_width]
         h = self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch))
-        h = h + rearrange(
-            self.feature_in(features), "b (h w) (i j d) -> b (h i w j) d", h=grid, i=block, j=block
-        )  # [B, N, D]
-        for layer in self.blocks:
-            h = layer(h, time, cos, sin)
+        shares = rearrange(
+            self.feature_in(features), "b (h w) (i j d) -> b (h i w j) d", h=grid, i=self.block, j=self.block
+        )
+        h = h + shares  # [B, N, D]
+        for block in self.blocks:
+            h = block(h, time, cos, sin)
         scale, shift = self.modulation(time).chunk(2, dim=-1)
-        h = self.patch_out(modulate(h, scale, shift, eps=self.config.eps))
+        h = self.patch_out(modulate(h, scale, shift, eps=config.eps))
         return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=self.patches, p=patch, q=patch)
-
-

@@ -23,7 +23,7 @@ class KvCache:
     """Keys and values of the tokens so far, for decoding a batch. Create one per batch; `Llm.forward` fills it.
 
     `length` tokens are stored, padding included. `rewind` forgets the last ones, so that one prompt can be continued
-    many times.
+    many times. Tokens that need a gradient are not stored: nothing but a `rewind` can follow them.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class KvCache:
         self.next_position = torch.zeros(batch, device=device, dtype=torch.int64)  # of each row's next text token
         self.length = 0
         self.padded = False
+        self.ended = False  # by tokens that were not stored
 
     @property
     def capacity(self) -> int:
@@ -62,6 +63,7 @@ class KvCache:
             raise ValueError(f"length must lie in 0..{self.length}, the tokens stored, got {length}")
         self.kept[:, length:] = True
         self.length = length
+        self.ended = False
         self.next_position = next_position
 
 
@@ -128,7 +130,8 @@ class Llm(nn.Module):
 
     def init_weights(self) -> None:
         """weight                          distribution
-        embedding, every nn.Linear        N(0, 1 / width), bias 0: 0.02 at width 2048, and no dead start at width 128
+        every nn.Linear                   N(0, 1 / width), bias 0: 0.02 at width 2048, and no dead start at width 128
+        embedding                         N(0, 1), so that what the blocks add does not drown it; N(0, 1 / width) if tied
         attention.out, mlp.down           N(0, 1 / (2 depth width)): what the blocks add up to has the size of one
         norms                             1
         """
@@ -136,6 +139,8 @@ class Llm(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Embedding) and not self.config.tie_embeddings:
+                nn.init.normal_(module.weight)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, RMSNorm):
@@ -181,13 +186,16 @@ class Llm(nn.Module):
         if cache is not None and cache.length + tokens > cache.capacity:
             room = cache.capacity - cache.length
             raise ValueError(f"cache has room for {room} more tokens (capacity {cache.capacity}), got {tokens}")
+        if cache is not None and cache.ended:
+            raise ValueError("cache must be rewound: its last tokens needed a gradient and were not stored")
         cos, sin = self._rope_tables(embeddings, positions, mask, cache)
         visible = _visible(mask, cache, tokens)
         x = embeddings
         for index, block in enumerate(self.blocks):
             x = block(x, cos, sin, visible, cache, index)
-        if cache is not None and not x.requires_grad:
-            cache.length += tokens
+        if cache is not None:
+            cache.ended = x.requires_grad
+            cache.length += 0 if cache.ended else tokens
         return self.norm(x)
 
     def _rope_tables(

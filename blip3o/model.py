@@ -22,7 +22,37 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictur
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+class ImageProjector(nn.Module):
+    """CLIP features as tokens of the language model: a linear map plus a learned embedding of each feature's place.
+
+    The places are needed because rotary positions turn queries and keys only: a token that holds no place itself can
+    be found by its place, but cannot tell it.
+    """
+
+    def __init__(self, config: Blip3oConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.clip.width, config.llm.width)
+        self.places = nn.Parameter(torch.empty(config.feature_grid**2, config.llm.width))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """weight       distribution
+        linear         N(0, 1 / fan_in), bias 0
+        places         N(0, 1)
+        """
+        nn.init.normal_(self.linear.weight, std=self.linear.in_features**-0.5)
+        nn.init.zeros_(self.linear.bias)
+        nn.init.normal_(self.places)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features [B, F, C] -> [B, F, W]."""
+        return self.linear(features) + self.places
+
+
 class Blip3o(nn.Module):
+    feature_mean: Tensor
+    feature_std: Tensor
+
     def __init__(self, config: Blip3oConfig) -> None:
         super().__init__()
         self.config = config
@@ -32,7 +62,7 @@ class Blip3o(nn.Module):
         self.queries = nn.Parameter(torch.empty(config.num_queries, config.llm.width))
         self.dit = Dit(config.dit)
         # The tower of the released models ends in the language model's width; a model without one reads CLIP features.
-        self.image_projector = None if config.vision else nn.Linear(config.clip.width, config.llm.width)
+        self.image_projector = None if config.vision else ImageProjector(config)
         self.decoder = Decoder(config.decoder) if config.decoder else None
         # What the diffusion transformer sees has mean 0 and variance 1 per channel; 0 and 1 leave features as they are.
         self.register_buffer("feature_mean", torch.zeros(config.clip.width))
@@ -42,13 +72,9 @@ class Blip3o(nn.Module):
     def init_weights(self) -> None:
         """weight             distribution
         queries              N(0, 1), as released
-        image_projector      N(0, 1 / fan_in), bias 0
         each network         its own init_weights
         """
         nn.init.normal_(self.queries)
-        if self.image_projector is not None:
-            nn.init.normal_(self.image_projector.weight, std=self.config.clip.width**-0.5)
-            nn.init.zeros_(self.image_projector.bias)
 
     # pictures to features
 
@@ -64,7 +90,7 @@ class Blip3o(nn.Module):
 
     @staticmethod
     def normalize(pictures: Tensor) -> Tensor:
-        """Pictures [B, 3, S, S] in 0..1 as the CLIP tower wants them: mean and deviation of CLIP's training pictures."""
+        """Pictures [B, 3, S, S] in 0..1 as the CLIP tower wants them: by CLIP's own mean and deviation."""
         mean, std = (pictures.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         return (pictures - mean) / std
 
@@ -76,11 +102,12 @@ class Blip3o(nn.Module):
     # reading
 
     def embed(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
-        """Embeddings [B, T, W] of `ids` [B, T], with features [B, F, C] in the place of each sequence's F image tokens."""
+        """Embeddings [B, T, W] of `ids` [B, T], with features [B, F, C] in the place of each row's F image tokens."""
         embeddings = self.llm.embed(ids)
         if features is None:
             return embeddings
-        assert self.image_projector is not None
+        if self.image_projector is None:
+            raise ValueError(f"model {self.config.name!r} reads pictures by its vision tower, not as CLIP features")
         return scatter_features(embeddings, ids, self.config.image_token, self.image_projector(features).flatten(0, 1))
 
     def read(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
@@ -93,11 +120,16 @@ class Blip3o(nn.Module):
     def condition(self, ids: Tensor, mask: Tensor) -> Tensor:
         """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
 
-        The prompt cannot see the queries, so with a frozen language model autograd keeps nothing of its pass.
+        The prompt cannot see the queries, so with a frozen language model autograd keeps nothing of its pass. One that
+        learns gets a single pass over both, through which its gradient flows.
         """
+        prompts, queries = self.llm.embed(ids), self.queries.expand(len(ids), -1, -1)
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.llm.parameters()):
+            mask = nn.functional.pad(mask, (0, self.config.num_queries), value=True)
+            return self.llm(torch.cat([prompts, queries], dim=1), None, mask)[:, -self.config.num_queries :]
         cache = self.cache(len(ids), ids.shape[1] + self.config.num_queries)
-        self.llm(self.llm.embed(ids), None, mask, cache)
-        return self.llm(self.queries.expand(len(ids), -1, -1), None, None, cache)
+        self.llm(prompts, None, mask, cache)
+        return self.llm(queries, None, None, cache)
 
     def cache(self, batch: int, capacity: int) -> KvCache:
         """An empty cache for `batch` conversations of at most `capacity` tokens, where and as the weights are."""
