@@ -199,6 +199,72 @@ def test_reads_the_facts() -> None:
     assert float((x[0] - x[1]).abs().max()) < 0.3
 
 
+def test_reads_touching_objects_apart() -> None:
+    """Neighbours pushed against the line between their cells, of one colour and of two, side by side and stacked."""
+    n = 400
+    scenes = sample(SEED, torch.arange(n), kind=world.KINDS.index("count"), held_out="any")
+    index = torch.arange(n)
+    pair = torch.tensor([[0, 1, -1], [0, 2, -1], [2, 3, -1], [1, 3, -1]])[index % 4]
+    sideways = (index % 4 % 2 == 0)[:, None, None]
+    towards = torch.where(sideways, torch.tensor([8.0, 0.0]), torch.tensor([0.0, 8.0]))
+    towards = towards * torch.tensor([1.0, -1.0, 0.0])[:, None]
+    cell = pair.clamp(min=0)
+    middle = torch.stack([cell % 2, cell // 2], dim=-1) * 16.0 + 8.0
+    present = torch.arange(3) < 2
+    second = torch.where(index % 3 == 0, (scenes.color[:, 0] + 1) % len(COLORS), scenes.color[:, 0])
+    color = torch.stack([scenes.color[:, 0], second, torch.full_like(second, -1)], dim=1)
+    large = torch.where(present, 6.4, -1.0).expand(n, 3)
+    size = torch.where(present, 1, -1).expand(n, 3)
+    shape = torch.where(present, scenes.shape[:, :1], -1)
+    center = torch.where(present[:, None], middle + towards, -1.0)
+    pushed = fitted(
+        replace(scenes, count=torch.full_like(scenes.count, 2), color=color, shape=shape, size=size, cell=pair),
+        center=center,
+        radius=large,
+    )
+    found = detect(render(pushed))
+    assert float((found.clear & (found.count == 2)).float().mean()) >= REQUIRED
+    assert torch.equal(found.shape[found.count == 2, :2], shape[found.count == 2, :2])
+
+
+def painted(shape: int, center: tuple[float, float], color: Tensor) -> Tensor:
+    """One large object anywhere, in any colour: [1, 3, 32, 32]."""
+    mask = world.coverage(torch.tensor([shape]), torch.tensor([center]), torch.tensor([6.2]))
+    background = world.BACKGROUND_RGB[:, None, None]
+    return background + (color[:, None, None] - background) * mask[:, None]
+
+
+def test_reads_an_object_across_the_cells() -> None:
+    """It is one object, wherever it lies; but a place is stated only of what lies clearly in it."""
+    asked = replace(prompts("single_object", 2, 1), size=torch.full((1, 3), -1))
+    for shape, center in itertools.product(range(4), ((16.0, 16.0), (16.4, 9.0), (11.0, 17.0))):
+        picture = painted(shape, center, world.COLOR_RGB[shape])
+        found = detect(picture)
+        assert bool(found.clear) and int(found.count) == 1 and int(found.shape[0, 0]) == shape
+        assert (found.center[0, 0] - torch.tensor(center)).abs().max() < 0.3
+        this = torch.tensor([[shape, -1, -1]])
+        inside = [
+            judge(picture, replace(asked, shape=this, position=torch.tensor([[p, -1, -1]]))) for p in range(-1, 8)
+        ]
+        assert bool(inside[0]) and not any(bool(right) for right in inside[1:5])
+        assert sum(bool(right) for right in inside[5:]) == (0 if center == (16.0, 16.0) else 1)
+
+
+def test_a_foreign_colour_is_no_colour() -> None:
+    asked = replace(prompts("single_object", 2, 1), size=torch.full((1, 3), -1), position=torch.full((1, 3), -1))
+    foreign = {
+        "orange": (0.91, 0.45, 0.10),
+        "black": (0.0, 0.0, 0.0),
+        "brown": (0.5, 0.3, 0.1),
+        "pink": (1.0, 0.5, 0.7),
+    }
+    for shape in range(4):
+        this = replace(asked, shape=torch.tensor([[shape, -1, -1]]))
+        assert all(bool(judge(painted(shape, (8.0, 24.0), color), this)) for color in world.COLOR_RGB)
+        for name, color in foreign.items():
+            assert not bool(judge(painted(shape, (8.0, 24.0), torch.tensor(color)), this)), (name, SHAPES[shape])
+
+
 def test_reads_soft_and_noisy_pictures() -> None:
     scenes, asked = true_pairs(400, CAPTION_KINDS)
     clean = render(scenes)
@@ -279,7 +345,7 @@ def test_a_flaw_makes_a_picture_fail() -> None:
     cell, center = scenes.cell[:, 0], scenes.center[:, 0]
     half = (torch.arange(32)[None, None, :] + 0.5 < center[:, 0, None, None]).float()[:, None]
     ghost = render(fitted(scenes, cell=put(scenes.cell, torch.zeros(64, 1).long(), free[:, None])))
-    painted = render(replace(scenes, color=torch.where(scenes.color >= 0, (scenes.color + 1) % 6, -1)))
+    recoloured = render(replace(scenes, color=torch.where(scenes.color >= 0, (scenes.color + 1) % 6, -1)))
     background = world.BACKGROUND_RGB[:, None, None]
     flaws = {
         "a blot": clean * (1 - blot) + red * blot,
@@ -287,7 +353,7 @@ def test_a_flaw_makes_a_picture_fail() -> None:
         "a haze": clean * (1 - 0.3 * blot) + red * 0.3 * blot,
         "a ghost": clean + 0.35 * (ghost - background),
         "half an object": clean * half + background * (1 - half),
-        "half of another colour": clean * half + painted * (1 - half),
+        "half of another colour": clean * half + recoloured * (1 - half),
         "washed out": background + 0.5 * (clean - background),
         "dark": 0.5 * clean,
         "negative": 1 - clean,
