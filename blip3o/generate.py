@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from blip3o import flow
-from blip3o.config import Blip3oConfig
 from blip3o.data import text
 from blip3o.flow import TIMESTEPS
 from blip3o.model import Blip3o
@@ -18,17 +17,24 @@ DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
 
 
-def noise_for(config: Blip3oConfig, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+def noise_for(model: Blip3o, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Starting noise of drawings, one per seed: features [B, F, C] and pixels [B, 3, S, S].
 
-    A drawing's noise depends on its own seed alone, so it looks the same alone and in any batch.
+    A drawing's noise depends on its own seed alone, so it looks the same alone and in any batch. ValueError for a model
+    without a decoder, for no seeds, or for a seed outside 0..2^63 - 1.
     """
+    config, weight = model.config, model.llm.output_weight
+    if config.decoder is None:
+        raise ValueError(f"model {config.name!r} has no visual decoder of its own")
+    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
+        raise ValueError(f"seeds must be at least one number, each in 0..2^63 - 1, got {list(seeds)}")
+    side = config.decoder.image_size
     features, pixels = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         features.append(torch.randn(config.feature_grid**2, config.clip.width, generator=generator))
-        pixels.append(torch.randn(3, config.clip.image_size, config.clip.image_size, generator=generator))
-    return torch.stack(features), torch.stack(pixels)
+        pixels.append(torch.randn(3, side, side, generator=generator))
+    return torch.stack(features).to(weight), torch.stack(pixels).to(weight)
 
 
 @torch.inference_mode()
@@ -42,10 +48,13 @@ def draw(
     steps: int = STEPS,
     decoder_steps: int = DECODER_STEPS,
 ) -> Tensor:
-    """Pictures [B, 3, S, S] in 0..1 for prompts `ids`, `mask` [B, T] (padded on the left), one seed each."""
-    if model.decoder is None:
-        raise ValueError(f"model {model.config.name!r} has no visual decoder of its own")
-    feature_noise, pixel_noise = noise_for(model.config, seeds)
+    """Pictures [S, 3, H, W] in 0..1 for prompts `ids`, `mask` [B, T] (padded on the left), one for each of S `seeds`.
+
+    S is a multiple of B: then S / B seeds that follow each other belong to one prompt, which is read once.
+    """
+    if not seeds or len(seeds) % len(ids):
+        raise ValueError(f"seeds must be a multiple of the {len(ids)} prompts, got {len(seeds)}")
+    feature_noise, pixel_noise = noise_for(model, seeds)
     hidden = model.condition(ids, mask)
     condition = model.dit.context(model.dit.project(hidden))
     nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
@@ -63,8 +72,9 @@ def draw(
 @torch.inference_mode()
 def decode(model: Blip3o, features: Tensor, noise: Tensor, *, steps: int = DECODER_STEPS) -> Tensor:
     """Standardised CLIP features [B, F, C] -> pictures [B, 3, S, S] in 0..1, from pixel noise [B, 3, S, S]."""
-    assert model.decoder is not None
     decoder = model.decoder
+    if decoder is None:
+        raise ValueError(f"model {model.config.name!r} has no visual decoder of its own")
     pixels = flow.sample(
         decoder.config.flow, lambda x, sigma: decoder(x, sigma * TIMESTEPS, features), noise, steps=steps
     )
@@ -72,18 +82,26 @@ def decode(model: Blip3o, features: Tensor, noise: Tensor, *, steps: int = DECOD
 
 
 @torch.inference_mode()
-def answer_ids(model: Blip3o, ids: Tensor, mask: Tensor, features: Tensor | None, *, limit: int = LONGEST_ANSWER) -> Tensor:
-    """Greedy answers [B, <= limit] to conversations `ids`, `mask` [B, T] (padded on the left) that end in a question."""
+def answer_ids(
+    model: Blip3o, ids: Tensor, mask: Tensor, features: Tensor | None, *, limit: int = LONGEST_ANSWER
+) -> Tensor:
+    """Greedy answers [B, <= limit] to conversations `ids`, `mask` [B, T] (padded on the left) that end in a question.
+
+    An answer ends in the end token; padding follows.
+    """
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1 token, got {limit}")
+    pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
     hidden = model.llm(embeddings, None, mask, cache)[:, -1:]
     answers: list[Tensor] = []
-    done = torch.zeros(len(ids), dtype=torch.bool)
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):
         token = model.llm.logits(hidden)[:, -1].argmax(-1)
-        token = torch.where(done, text.PAD, token)
+        token = torch.where(done, pad, token)
         answers.append(token)
-        done |= token == text.EOS
+        done |= token == end
         if done.all():
             break
         hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)
@@ -91,7 +109,14 @@ def answer_ids(model: Blip3o, ids: Tensor, mask: Tensor, features: Tensor | None
 
 
 def generate(
-    model: Blip3o, processor: Processor, prompts: Sequence[str], *, n: int = 1, seed: int = 0, guidance: float = GUIDANCE, steps: int = STEPS
+    model: Blip3o,
+    processor: Processor,
+    prompts: Sequence[str],
+    *,
+    n: int = 1,
+    seed: int = 0,
+    guidance: float = GUIDANCE,
+    steps: int = STEPS,
 ) -> Tensor:
     """Draw each prompt `n` times: pictures [len(prompts) * n, 3, S, S] in 0..1, the drawings of a prompt side by side.
 
@@ -99,12 +124,16 @@ def generate(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
-    ids, mask = text.left_pad([text.drawing_prompt(processor.encode(prompt)) for prompt in prompts for _ in range(n)])
-    return draw(model, ids, mask, [seed + k for _ in prompts for k in range(n)], guidance=guidance, steps=steps)
+    device = model.llm.output_weight.device
+    ids, mask = text.left_pad([text.drawing_prompt(processor.encode(prompt)) for prompt in prompts])
+    seeds = [seed + k for _ in prompts for k in range(n)]
+    return draw(model, ids.to(device), mask.to(device), seeds, guidance=guidance, steps=steps)
 
 
+@torch.inference_mode()
 def ask(model: Blip3o, processor: Processor, picture: Tensor, question: str) -> str:
     """Answer a question about a picture [3, S, S] in 0..1. Raises ValueError for an empty question or unknown words."""
+    weight = model.llm.output_weight
     ids, mask = text.left_pad([text.question_prompt(processor.encode(question), model.config.feature_grid**2)])
-    features = model.features(picture[None])
-    return processor.decode(answer_ids(model, ids, mask, features)[0])
+    features = model.features(picture[None].to(weight))
+    return processor.decode(answer_ids(model, ids.to(weight.device), mask.to(weight.device), features)[0])

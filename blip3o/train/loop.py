@@ -7,6 +7,7 @@ have had: its state is the weights, the optimiser's moments and one integer.
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class Stage(Protocol):
 
 
 class Interrupted(Exception):
-    """Ctrl-C or SIGTERM arrived; the state up to `step` was handed to `save`."""
+    """Ctrl-C or SIGTERM arrived; the state up to `step`, it may be the stage's last, was handed to `save`."""
 
     def __init__(self, stage: str, step: int) -> None:
         super().__init__(f"stopped in stage {stage} after step {step}")
@@ -70,19 +71,47 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT and SIGTERM only raise a flag, which the loop reads between two steps."""
+    """Within the block, SIGINT and SIGTERM only raise a flag, which the loop reads between two steps.
+
+    Only the main thread can change how a process takes signals; in another one there are no stop requests.
+    """
     asked = False
 
     def ask(_signal: int, _frame: FrameType | None) -> None:
         nonlocal asked
         asked = True
 
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    previous = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield lambda: asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def rewind_log(log: Path, stage: str, step: int) -> None:
+    """Drop what was logged of `stage` beyond `step`: a run that was killed has logged more than it saved.
+
+    The last line may have been cut short. Raises ValueError, which names the line, for any other that is no row.
+    """
+    if not log.exists():
+        return
+    *lines, last = log.read_text(encoding="utf-8").split("\n")  # what follows the last newline: nothing, or a cut line
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            keep = row["stage"] != stage or row["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{log}, line {number}: expected a row of the training log, got {line[:80]!r}") from None
+        if keep:
+            kept.append(line + "\n")
+    if last or len(kept) < len(lines):
+        shorter = log.with_name(log.name + ".new")
+        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.replace(log)
 
 
 def train(
@@ -96,7 +125,7 @@ def train(
     """Run `stage` from the step that `restore` returns to its recipe's last.
 
     log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second and
-             seconds
+             seconds; lines of steps that have to be done again are dropped
     save     called with the optimiser and the number of finished steps: now and then, at a stop, and at the end
     restore  loads what `save` wrote into the optimiser and returns the number of finished steps
 
@@ -105,9 +134,10 @@ def train(
     recipe = stage.recipe
     parameters = stage.trainable()
     optimizer = optimizer_for(parameters, recipe)
-    start = restore(optimizer)
+    start = logged_step = restore(optimizer)
     began = saved = logged = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
+    rewind_log(log, stage.name, start)
     bar = tqdm(total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True)
     with _stop_requests() as stop_asked, log.open("a") as lines, bar:
         for step in range(start, recipe.steps):
@@ -126,8 +156,7 @@ def train(
             bar.update()
             now = time.perf_counter()
             if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
-                steps_since = (step + 1) % LOG_EVERY or min(LOG_EVERY, step + 1 - start)
-                rate = recipe.batch_size * steps_since / max(now - logged, 1e-9)
+                rate = recipe.batch_size * (step + 1 - logged_step) / max(now - logged, 1e-9)
                 row = {
                     "stage": stage.name, "step": step + 1, "loss": loss.item(), **extra, "grad_norm": norm.item(),
                     "learning_rate": learning_rate(recipe, step), "samples_per_second": rate, "seconds": now - began,
@@ -135,11 +164,11 @@ def train(
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
                 bar.set_postfix_str(f"loss {loss.item():.3f}  {rate:.0f} samples/s")
-                logged = now
+                logged, logged_step = now, step + 1
             if step + 1 == recipe.steps:
                 stage.finish()
             if stop_asked() or now - saved > save_every_seconds or step + 1 == recipe.steps:
                 save(optimizer, step + 1)
                 saved = time.perf_counter()
-            if stop_asked() and step + 1 < recipe.steps:
+            if stop_asked():
                 raise Interrupted(stage.name, step + 1)
