@@ -83,11 +83,18 @@ def decode(model: Blip3o, features: Tensor, noise: Tensor, *, steps: int = DECOD
 
 @torch.inference_mode()
 def answer_ids(
-    model: Blip3o, ids: Tensor, mask: Tensor, features: Tensor | None, *, limit: int = LONGEST_ANSWER
+    model: Blip3o,
+    ids: Tensor,
+    mask: Tensor,
+    features: Tensor | None,
+    *,
+    limit: int = LONGEST_ANSWER,
+    words: int = len(text.WORDS),
 ) -> Tensor:
     """Greedy answers [B, <= limit] to conversations `ids`, `mask` [B, T] (padded on the left) that end in a question.
 
-    An answer ends in the end token; padding follows.
+    An answer ends in the end token; padding follows. `words` is the size of the vocabulary: rows of the output layer
+    beyond it are spare, and a model that has learnt little must not say them.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1 token, got {limit}")
@@ -98,7 +105,7 @@ def answer_ids(
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):
-        token = model.llm.logits(hidden)[:, -1].argmax(-1)
+        token = model.llm.logits(hidden)[:, -1, :words].argmax(-1)
         token = torch.where(done, pad, token)
         answers.append(token)
         done |= token == end
@@ -136,4 +143,6 @@ def ask(model: Blip3o, processor: Processor, picture: Tensor, question: str) -> 
     weight = model.llm.output_weight
     ids, mask = text.left_pad([text.question_prompt(processor.encode(question), model.config.feature_grid**2)])
     features = model.features(picture[None].to(weight))
-    return processor.decode(answer_ids(model, ids.to(weight.device), mask.to(weight.device), features)[0])
+    words = processor.tokenizer.get_vocab_size()
+    answers = answer_ids(model, ids.to(weight.device), mask.to(weight.device), features, words=words)
+    return processor.decode(answers[0])
