@@ -44,10 +44,13 @@ class Recipe:
             )
         if not 0 <= self.condition_drop < 1:
             raise ValueError(f"condition_drop must be in [0, 1), got {self.condition_drop}")
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if not (self.learning_rate > 0 and self.clip_norm > 0):  # so that NaN is refused too
             raise ValueError(
                 f"learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}"
             )
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {
