@@ -1,5 +1,7 @@
 """A preset that trains in seconds: `nano` with narrow networks, and recipes of a few steps."""
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,9 +35,8 @@ def narrow(config: Blip3oConfig) -> Blip3oConfig:
     )  # fmt: skip
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
-    """Registers the preset "tiny" and its recipes, which it returns; logs every step."""
+def register(patch: pytest.MonkeyPatch) -> dict[str, Recipe]:
+    """Makes the preset "tiny" and its recipes known, and returns these; every step is logged."""
     recipes = {
         stage: replace(
             recipe("nano", stage), steps=10, batch_size=8, pictures=64, warmup_steps=2,
@@ -43,12 +44,41 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
         )
         for stage in STAGES
     }  # fmt: skip
-    monkeypatch.setitem(PRESETS, "tiny", narrow(preset("nano")))
-    monkeypatch.setitem(RECIPES, "tiny", recipes)
-    monkeypatch.setattr(loop, "LOG_EVERY", 1)
-    monkeypatch.setattr(stages, "STATISTICS", 64)
-    monkeypatch.setattr(run, "FINGERPRINT_QUESTIONS", 4)
+    patch.setitem(PRESETS, "tiny", narrow(preset("nano")))
+    patch.setitem(RECIPES, "tiny", recipes)
+    patch.setattr(loop, "LOG_EVERY", 1)
+    patch.setattr(stages, "STATISTICS", 64)
+    patch.setattr(run, "FINGERPRINT_QUESTIONS", 4)
     return recipes
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
+    return register(monkeypatch)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, for comparisons bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the preset "tiny" on one thread, copied after each stage into a folder of its name; to be left alone."""
+    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        recipes = register(patch)
+        trained = run.Run(folder / "run", "tiny")
+        for stage in STAGES:
+            trained.run_stage(stage, recipes[stage], lambda _: None)
+            shutil.copytree(folder / "run", folder / stage)
+    torch.set_num_threads(threads)
+    return folder
 
 
 @pytest.fixture(scope="session")
