@@ -182,6 +182,72 @@ typedef struct {
 BLIP3O_API int blip3o_cpu_layer_norm(const blip3o_layer_norm_arguments* arguments);
 BLIP3O_API int blip3o_cpu_layer_norm_backward(const blip3o_layer_norm_backward_arguments* arguments);
 
+/* The flow ops read contiguous samples of `elements` values each. They cut them into chunks of BLIP3O_CHUNK elements, the last
+ * of a sample being shorter; sums has room for one number per chunk. */
+#define BLIP3O_CHUNK 1024
+
+/* flow_interpolate as kernels/blip3o_kernels/ops/flow_interpolate.py defines it. */
+typedef struct {
+  void* x_sigma;
+  void* velocity;
+  const void* x;
+  const void* noise;
+  const float* sigma; /* [samples] */
+  int64_t samples, elements;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_interpolate_arguments;
+
+typedef struct {
+  void* dx;
+  void* dnoise;
+  float* dsigma;
+  double* sums;
+  const void* dx_sigma;
+  const void* dvelocity;
+  const void* x;
+  const void* noise;
+  const float* sigma;
+  int64_t samples, elements;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_interpolate_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_flow_interpolate(const blip3o_flow_interpolate_arguments* arguments);
+BLIP3O_API int blip3o_cpu_flow_interpolate_backward(const blip3o_flow_interpolate_backward_arguments* arguments);
+
+/* flow_loss as kernels/blip3o_kernels/ops/flow_loss.py defines it. means [samples]: each sample's own, without its weight. */
+typedef struct {
+  float* loss;
+  float* means;
+  double* sums;
+  const void* prediction;
+  const void* target;
+  const float* weight; /* [samples]; null: 1 */
+  int64_t samples, elements;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_loss_arguments;
+
+/* The target's gradient is -dprediction, the weight's dloss * means / samples. */
+typedef struct {
+  void* dprediction;
+  const float* dloss;
+  const void* prediction;
+  const void* target;
+  const float* weight;
+  int64_t samples, elements;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_loss_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_flow_loss(const blip3o_flow_loss_arguments* arguments);
+BLIP3O_API int blip3o_cpu_flow_loss_backward(const blip3o_flow_loss_backward_arguments* arguments);
+
 BLIP3O_API int blip3o_cuda_version(void);
 /* What the last failing call on this thread reported, as text. */
 BLIP3O_API const char* blip3o_cuda_error(void);

@@ -43,6 +43,12 @@ MATRIX = {
     "gated_residual": {
         ("native", "cpu"): (FLOATS, "forward and backward"),
     },
+    "flow_interpolate": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
+    "flow_loss": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
 }
 
 

@@ -2,36 +2,13 @@
 // are loaded once per group and the sums of the rows do not wait for each other.
 // Included once per instruction set by an op's body: no include guard, no includes.
 //
-//   columns(width, f)    f(i, n) for every vector of a row; n is Whole, or how many elements the last one has
+//   groups(rows, f)      f(row, number) for every group of rows
 //   moments              1/std and, if CENTRED, the mean of a group's rows
 //   backward_rows        dx, and what the rows add to the sums over rows
 
+#include "columns.h"
+
 const int64_t GROUP = 4;  // rows; their x and dy shall fit the first cache at widths up to a thousand
-
-struct Whole {};
-
-template <class T>
-static inline Floats load(const T* p, Whole) {
-  return load(p);
-}
-template <class T>
-static inline void store(T* p, Floats v, Whole) {
-  store(p, v);
-}
-
-static inline Floats only(Floats v, Whole) { return v; }
-static inline Floats only(Floats v, int64_t n) {  // the rest is 0
-  float kept[BLIP3O_LANES];
-  store(kept, v);
-  return load(kept, n);
-}
-
-template <class F>
-static inline void columns(int64_t width, F f) {
-  int64_t i = 0;
-  for (; i + BLIP3O_LANES <= width; i += BLIP3O_LANES) f(i, Whole{});
-  if (i < width) f(i, width - i);
-}
 
 // f(first, number) for every group of rows among `rows`; number is a constant, 4 or 1.
 template <int N>

@@ -23,6 +23,7 @@ from .dispatch import INSTRUCTION_SETS, BackendError
 
 VERSION = 1  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
+CHUNK = 1024  # BLIP3O_CHUNK
 
 # The arguments of an op as `struct` packs them: P pointer, q int64_t, f float, i int. Every function returns a status.
 FORMATS = {
@@ -34,6 +35,10 @@ FORMATS = {
     "gated_residual_backward": "PPPPPPPPqqqqqiiiiP",
     "layer_norm": "PPPPPqqqfiiiiP",
     "layer_norm_backward": "PPPPPPPPqqqqiiiiP",
+    "flow_interpolate": "PPPPPqqiiiP",
+    "flow_interpolate_backward": "PPPPPPPPPqqiiiP",
+    "flow_loss": "PPPPPPqqiiiP",
+    "flow_loss_backward": "PPPPPqqiiiP",
 }
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 

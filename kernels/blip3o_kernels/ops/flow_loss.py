@@ -3,20 +3,24 @@
     loss = mean over all elements of weight[b] * (prediction - target)^2      scalar float32
 
 prediction and target [B, ...] float, same dtype; weight [B] float or None (1). The result is float32 (float64 for
-float64 inputs): nothing is rounded to the inputs' dtype. Errors: TypeError for a dtype, ValueError for a shape,
-device or an empty input.
+float64 inputs): nothing is rounded to the inputs' dtype. The native body cannot be differentiated twice.
+Errors: TypeError for a dtype, ValueError for a shape, device or an empty input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch, native
+from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
+from ..native import CHUNK, DTYPES
+from ..registered import register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -38,15 +42,152 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
         checks.floating("weight", weight)
         checks.shape("weight", weight, prediction.shape[:1])
         checks.same_device("weight", weight, "prediction", prediction)
-    choose(OP, prediction)
-    return reference(prediction, target, weight)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, the formula is left for Inductor to fuse with its neighbours.
+    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, prediction)
+    if backend == "reference":
+        return reference(prediction, target, weight)
+    weight = None if weight is None else weight.to(torch.float32)
+    if compiling or not (direct(prediction, target) and plain(weight)):
+        loss: Tensor = _forward_op(prediction, target, weight)[0]
+        return loss
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (prediction, target, weight)):
+        loss = _FlowLoss.apply(prediction, target, weight)
+        return loss
+    return _forward(prediction, target, weight)[0]
+
+
+class _FlowLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        loss, means = _forward(prediction, target, weight)
+        context.save_for_backward(prediction, target, weight, means)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(context, dloss, _backward if direct(dloss) else _backward_op)
+
+
+def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of prediction, target and weight that autograd asks for."""
+    prediction, target, weight, means = context.saved_tensors
+    to_prediction, to_target, to_weight = context.needs_input_grad
+    both: Tensor | None = backward(dloss, prediction, target, weight) if to_prediction or to_target else None
+    return (
+        both if to_prediction else None,
+        -both if to_target and both is not None else None,
+        means * (dloss / len(means)) if to_weight else None,
+    )
+
+
+def _forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss, and each sample's mean squared error [B] without its weight."""
+    prediction, target = prediction.contiguous(), target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    loss, means = _fake(prediction, target, weight)
+    samples, elements = prediction.shape[0], prediction.shape[1:].numel()
+    sums = torch.empty(samples * -(-elements // CHUNK), dtype=torch.float64)
+    status = _CPU_FORWARD(
+        _PACK(
+            loss.data_ptr(),
+            means.data_ptr(),
+            sums.data_ptr(),
+            prediction.data_ptr(),
+            target.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            samples,
+            elements,
+            DTYPES[prediction.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("flow_loss", status)
+    return loss, means
+
+
+def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """The gradient of the prediction; the target's is its negative."""
+    prediction, target = prediction.contiguous(), target.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    dprediction = _fake_backward(dloss, prediction, target, weight)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            dprediction.data_ptr(),
+            dloss.data_ptr(),
+            prediction.data_ptr(),
+            target.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            prediction.shape[0],
+            prediction.shape[1:].numel(),
+            DTYPES[prediction.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("flow_loss", status)
+    return dprediction
+
+
+_PACK, _PACK_BACKWARD = native.packer("flow_loss"), native.packer("flow_loss_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "flow_loss"), native.function("cpu", "flow_loss_backward")
+
+
+# As torch knows it: torch.ops.blip3o.flow_loss.
+def _fake(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (
+        prediction.new_empty((), dtype=torch.float32),
+        prediction.new_empty(prediction.shape[:1], dtype=torch.float32),
+    )
+
+
+def _fake_backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    return prediction.new_empty(prediction.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(context: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(context, dloss, _backward_op)
+
+
+_forward_op = register(
+    "flow_loss(Tensor prediction, Tensor target, Tensor? weight) -> (Tensor, Tensor)",
+    _forward,
+    _fake,
+    lambda prediction, *_, **__: 3 * torch.Size(prediction).numel(),
+)
+_backward_op = register(
+    "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight) -> Tensor",
+    _backward,
+    _fake_backward,
+    lambda dloss, prediction, *_, **__: 2 * torch.Size(prediction).numel(),
+)
+register_gradient("flow_loss", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for shape in ((1, 1), (3, 7), (2, 5, 64), (3, 3, 9, 11)):
+    for shape in ((1, 1), (3, 7), (2, 5, 64), (3, 3, 9, 11), (3, 2, 41, 43)):
         yield Sample(f"{shape}", (draw(*shape), draw(*shape)))
         yield Sample(f"{shape} weight", (draw(*shape), draw(*shape), draw.uniform(shape[0])))
+    yield Sample("transposed", (draw(8, 3, 5).transpose(0, 1), draw(3, 5, 8).transpose(1, 2)))
 
 
-OP = Op("flow_loss", flow_loss, reference, samples, differentiable=("prediction", "target", "weight"))
+OP = Op(
+    "flow_loss",
+    flow_loss,
+    reference,
+    samples,
+    differentiable=("prediction", "target", "weight"),
+    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+)
