@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from blip3o.data.captions import captions
-from blip3o.data.facts import caption_facts, picture_facts
+from blip3o.data.facts import Facts, caption_facts, picture_facts
 from blip3o.data.questions import (
     COUNT,
     COUNT_ALL,
@@ -60,16 +60,22 @@ _FRESH = 104_729  # added to the seed: evaluation pictures are not those of a tr
 _STREAM = 128  # streams 128.. of the hash: about pictures, about captions, for evaluation
 
 
-def description(scenes: Scenes) -> Tensor:
-    """The full caption of each picture, in reading order, with holes: int64 [N, 20]."""
-    order = scenes.cell.float().masked_fill(scenes.cell < 0, 9.0).argsort(1)
-    color, shape, size, cell = (x.gather(1, order) for x in (scenes.color, scenes.shape, scenes.size, scenes.cell))
-    present = shape >= 0
+def description(facts: Facts, order: Tensor) -> Tensor:
+    """All that is known of each object, with holes: int64 [N, 21].
+
+    order [N, O] ranks the objects, the smallest first. In training it is random: what follows "a small red" must then
+    be looked up in the picture, while in a fixed order the place in the sentence would tell.
+    """
+    order = order.masked_fill(~facts.present, torch.inf).argsort(1)
+    size, color, shape, row, column, present = (
+        x.gather(1, order) for x in (facts.size, facts.color, facts.shape, facts.row, facts.column, facts.present)
+    )
     comma = literal(",", present)
     comma[:, 0] = HOLE
+    # positions 0 and 2 are a top and a bottom cell, 0 and 1 a left and a right one
     words = [
         comma, literal("a", present), pick(SIZE_IDS, size), pick(COLOR_IDS, color), pick(SHAPE_IDS, shape),
-        pick(ROW_IDS, cell), pick(COLUMN_IDS, cell),
+        pick(ROW_IDS, row * 2), pick(COLUMN_IDS, column),
     ]  # fmt: skip
     return torch.stack(words, dim=2).flatten(1)
 
@@ -102,7 +108,7 @@ def conversations(
 
     image=True: <bos> <image> x image_tokens (<user> question <assistant> answer <eos>) x turns; image=False: a training
     caption in place of the picture, and only questions it determines. With probability `describe` the last turn asks
-    for a full description (pictures only). weights: float [8], relative frequencies of QUESTION_TYPES (describe's is
+    for a description instead: all that is known of each object, the objects in any order. weights: float [8], relative frequencies of QUESTION_TYPES (describe's is
     ignored). Raises ValueError for a wrong index shape or turns < 1.
     """
     n = len(scenes)
@@ -111,8 +117,8 @@ def conversations(
     if turns < 1:
         raise ValueError(f"turns must be at least 1, got {turns}")
     weight = FORM_WEIGHT if weights is None else (FORM_WEIGHT / _TYPE_WEIGHT[FORM_TYPE]) * weights[FORM_TYPE]
-    u = uniform(seed, _STREAM if image else _STREAM + 1, index, 2 + turns * DRAWS)
-    described = (u[:, 0] < describe) & image
+    u = uniform(seed, _STREAM if image else _STREAM + 1, index, 5 + turns * DRAWS)
+    described = u[:, 0] < describe
     if image:
         facts = picture_facts(scenes)
         start = torch.full((n, 1 + image_tokens), IMAGE)
@@ -122,20 +128,19 @@ def conversations(
         start = pad(said.ids, (1, 0))
     start[:, 0] = BOS
 
-    asked = ask(facts, weight, QUERY_HELD_OUT, u[:, 2:].reshape(n * turns, DRAWS), turns)
+    asked = ask(facts, weight, QUERY_HELD_OUT, u[:, 5:].reshape(n * turns, DRAWS), turns)
     shown = torch.ones(n, turns, dtype=torch.bool)
     shown[:, -1] = ~described
     body, taught = _frame(asked.question.view(n, turns, -1), asked.answer.view(n, turns, -1), shown)
     types = FORM_TYPE[asked.form].view(n, turns)
     pieces, answers = [start, body.flatten(1)], [torch.zeros(start.shape[1], dtype=torch.bool), taught.repeat(turns)]
     segments = [torch.arange(turns + 1).repeat_interleave(torch.tensor([start.shape[1], *[len(taught)] * turns]))]
-    if image:
-        request = _DESCRIBE_IDS[(u[:, 1] * len(_DESCRIBE)).long()]
-        final, taught = _frame(request, description(scenes), described)
-        pieces.append(final)
-        answers.append(taught)
-        segments.append(torch.full((len(taught),), turns))
-        types[:, -1] = torch.where(described, QUESTION_TYPES.index("describe"), types[:, -1])
+    request = _DESCRIBE_IDS[(u[:, 1] * len(_DESCRIBE)).long()]
+    final, taught = _frame(request, description(facts, u[:, 2:5]), described)
+    pieces.append(final)
+    answers.append(taught)
+    segments.append(torch.full((len(taught),), turns))
+    types[:, -1] = torch.where(described, QUESTION_TYPES.index("describe"), types[:, -1])
 
     whole = torch.cat(pieces, dim=1)
     ids, answer, segment, _ = squeeze(
@@ -190,8 +195,9 @@ def questions(kind: str, n: int, seed: int, *, held_out: bool = False) -> Questi
     index = torch.arange(4 * n + 64)
     scenes = sample(seed + _FRESH, index, held_out="only" if held_out else "exclude")
     if kind == "describe":
-        scenes, none = scenes[:n], torch.full((n,), -1)
-        return Questions(scenes, none, squeeze(_DESCRIBE_IDS[index[:n] % 4])[0], squeeze(description(scenes))[0])
+        scenes, request = scenes[:n], _DESCRIBE_IDS[index[:n] % len(_DESCRIBE)]
+        answer = description(picture_facts(scenes), scenes.cell.float())
+        return Questions(scenes, torch.full((n,), -1), squeeze(request)[0], squeeze(answer)[0])
     weight = FORM_WEIGHT * FORM_TYPE.eq(QUESTION_TYPES.index(kind))
     hidden = QUERY_HELD_OUT if not held_out else torch.zeros_like(QUERY_HELD_OUT)
     facts = picture_facts(scenes)

@@ -52,11 +52,10 @@ def caption_facts(said: Captions) -> Facts:
     cell, upright, sideways = (place >= 0) & (place < 4), (place == 4) | (place == 5), place >= 6
     row = torch.where(cell, place // 2, torch.where(upright, place - 4, -1))
     column = torch.where(cell, place % 2, torch.where(sideways, place - 6, -1))
-    related = torch.stack([*_related(column), *_related(row)], dim=1)
+    # two columns, two rows: what is left of something is in the left one
+    pair = torch.tensor([[0, 1, -1], [1, 0, -1], [-1, -1, -1]])  # places of objects 0, 1, 2: first before, behind, unsaid
     stated = said.relation
-    axis = (torch.arange(4) // 2) == (stated // 2)[:, None]  # [N, 4]
-    forward = torch.where(axis & (stated >= 0)[:, None], (torch.arange(4) == stated[:, None]).long(), -1)
-    backward = torch.where(forward >= 0, 1 - forward, -1)
-    related[:, :, 0, 1] = torch.maximum(related[:, :, 0, 1], forward)
-    related[:, :, 1, 0] = torch.maximum(related[:, :, 1, 0], backward)
+    column = torch.maximum(column, pair[torch.where((stated == 0) | (stated == 1), stated, 2)])
+    row = torch.maximum(row, pair[torch.where(stated >= 2, stated - 2, 2)])
+    related = torch.stack([*_related(column), *_related(row)], dim=1)
     return Facts(said.count, said.shape >= 0, said.color, said.shape, said.size, row, column, related)

@@ -35,23 +35,19 @@ from blip3o.data.words import (
 QUESTION_TYPES = ("color", "shape", "count", "existence", "relation", "position", "size", "describe")
 # type, weight, phrasings
 FORMS = (
-    ("color", 0.12, "what colour is {a} | which colour is {a} | what is the colour of {a} | tell me the colour of {a}"),
-    ("shape", 0.12, "what shape is {a} | which shape is {a} | what is the shape of {a} | tell me the shape of {a}"),
-    (
-        "count",
-        0.04,
-        "how many objects are there | how many objects are {in} | how many objects {see} | count the objects",
-    ),
-    ("count", 0.12, "how many {qs} are there | how many {qs} are {in} | how many {qs} {see} | count the {qs}"),
-    ("existence", 0.18, "is there a {q} | is there a {q} {in} | {see} a {q} | does the picture contain a {q}"),
-    ("relation", 0.16, "is {a} {near} {b} | is {a} {to} {b} | is {a} {near} {b}"),
-    ("relation", 0.10, "what is {near} {b} | what is {to} {b} | which object is {near} {b}"),
-    ("relation", 0.06, "where is {a} relative to {b} | where is {a} compared to {b}"),
-    ("position", 0.06, "where is {a} | what is the position of {a}"),
-    ("position", 0.05, "is {a} at the {p} | is {a} in the {p}"),
-    ("position", 0.04, "what is at the {p} | what is in the {p} | which object is at the {p}"),
-    ("size", 0.03, "what size is {a} | which size is {a} | what is the size of {a}"),
-    ("size", 0.02, "is {a} {size}"),
+    ("color", 0.07, "what colour is {a} | what is the colour of {a}"),
+    ("shape", 0.07, "what shape is {a} | what is the shape of {a}"),
+    ("count", 0.04, "how many objects are there | how many objects are {in}"),
+    ("count", 0.14, "how many {qs} are there | how many {qs} are {in}"),
+    ("existence", 0.25, "is there a {q} | is there a {q} {in}"),
+    ("relation", 0.22, "is {a} {near} {b} | is {a} {to} {b}"),
+    ("relation", 0.03, "what is {near} {b} | what is {to} {b}"),
+    ("relation", 0.08, "where is {a} relative to {b}"),
+    ("position", 0.05, "where is {a}"),
+    ("position", 0.02, "is {a} at the {p}"),
+    ("position", 0.01, "what is at the {p}"),
+    ("size", 0.04, "what size is {a} | how large is {a}"),
+    ("size", 0.01, "is {a} {size}"),
 )
 COLOR, SHAPE, COUNT_ALL, COUNT, EXIST, REL_IS, REL_WHAT, REL_WHERE, POS_WHERE, POS_IS, POS_WHAT = range(11)
 SIZE, SIZE_IS = 11, 12
@@ -89,8 +85,8 @@ _QUESTION_START = _QUESTION_COUNT.cumsum(0) - _QUESTION_COUNT
 # how an object may be named, per form: by (colour, shape), by shape, by colour, by cell
 _NAMING = torch.tensor(
     [
-        [0, 2, 0, 1], [0, 0, 2, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [4, 1, 1, 0], [4, 1, 1, 0], [4, 1, 1, 0],
-        [3, 1, 1, 0], [3, 1, 1, 0], [1, 0, 0, 0], [2, 1, 1, 1], [2, 1, 1, 1],
+        [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0],
+        [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0],
     ],
     dtype=torch.float32,
 )  # fmt: skip

@@ -17,6 +17,7 @@ class Recipe:
     pictures              size of the feature bank that stages after CLIP draw from: frozen features, computed once
     draws_per_prompt      generation: noises drawn for each prompt, which share one pass of the language model
     condition_drop        generation: share of prompts whose condition is zeroed, for guidance
+    feature_noise         decoder: deviation of the noise added to features, which makes it forgive a generator's errors
     turns                 understanding: questions about each picture
     seed                  every sample, noise and initial weight of the stage is a function of it and the step
     """
@@ -31,6 +32,7 @@ class Recipe:
     pictures: int
     draws_per_prompt: int
     condition_drop: float
+    feature_noise: float
     turns: int
     seed: int
 
@@ -57,22 +59,22 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "clip": Recipe(
             steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, turns=1,
+            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.0, turns=1,
             seed=1,
         ),
         "understanding": Recipe(
             steps=1000, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.05, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, turns=8,
+            weight_decay=0.05, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.0, turns=8,
             seed=2,
         ),
         "generation": Recipe(
             steps=2000, batch_size=512, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=4, condition_drop=0.1, turns=1,
+            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=4, condition_drop=0.1, feature_noise=0.0, turns=1,
             seed=3,
         ),
         "decoder": Recipe(
             steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, turns=1,
+            weight_decay=0.01, clip_norm=1.0, pictures=65536, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.0, turns=1,
             seed=4,
         ),
     },

@@ -11,6 +11,8 @@ from blip3o.model import Blip3o
 from blip3o.train.recipe import Recipe
 
 CHUNK = 512  # pictures rendered and encoded at a time
+# Understanding's steps in turn: whether it is about pictures (else captions), and whether to describe (else to answer).
+PATTERN = ((True, True), (True, False), (True, False), (False, True), (True, True), (True, False), (True, False), (False, False))
 STATISTICS = 4096  # pictures behind the features' mean and deviation
 
 
@@ -102,13 +104,22 @@ class UnderstandingStage:
         }
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """One step in four shows captions in the place of pictures: what is asked of a picture can be asked of a text."""
-        size = self.recipe.batch_size
-        number = step * size + torch.arange(size)  # of the conversation, in the whole stage
+        """In turn: a description and questions of pictures, a description and questions of captions, of pictures again.
+
+        What is asked of a picture can be asked of a text. Descriptions teach most of what a question needs, at every
+        word: they name objects in any order, so after "a small red" the shape must be looked up, and then the place.
+        """
+        pictures, describe = PATTERN[step % len(PATTERN)]
+        size = self.recipe.batch_size * (self.recipe.turns if describe else 1)
+        number = step * self.recipe.batch_size * self.recipe.turns + torch.arange(size)  # of each conversation
         index = torch.randint(self.bank.count, (size,), generator=_generator(self.recipe, step))
-        pictures = step % 4 != 3
         batch = text.conversations(
-            self.bank.scenes[index], self.recipe.seed, number, self.recipe.turns, image=pictures
+            self.bank.scenes[index],
+            self.recipe.seed,
+            number,
+            1 if describe else self.recipe.turns,
+            image=pictures,
+            describe=float(describe),
         )
         features = self.bank.features[index] if pictures else None
         hidden = self.model.read(batch.ids, features)
@@ -183,6 +194,7 @@ class DecoderStage:
         index = torch.randint(self.bank.count, (recipe.batch_size,), generator=generator)
         pictures = scenes.render(self.bank.scenes[index]) * 2 - 1
         features = self.bank.features[index]
+        features = features + recipe.feature_noise * torch.randn(features.shape, generator=generator)
         noise = torch.randn(pictures.shape, generator=generator)
         sigma = draw_sigma(decoder.config.flow, len(index), generator)
 
