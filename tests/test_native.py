@@ -115,8 +115,13 @@ def test_special_values() -> None:
             with use(f"native:{name}"):
                 # the row is one, so x * rstd is exactly weight's factor: weight goes through load and store unchanged
                 got = rms_norm(torch.ones(1, 2**16, dtype=dtype), bits.view(dtype), eps=0.0)[0]
+                # and with half a last place added, every sum is a tie
+                steps = 1 + torch.arange(1 / torch.finfo(dtype).eps) * torch.finfo(dtype).eps
+                half = torch.finfo(dtype).eps / 2
+                ties = rms_norm(torch.ones(1, len(steps), dtype=dtype), steps.to(dtype), eps=0.0, weight_offset=half)
             assert torch.equal(got.isnan(), bits.view(dtype).isnan())
             assert torch.equal(got.nan_to_num(), bits.view(dtype).nan_to_num())
+            assert torch.equal(ties[0], (steps + half).to(dtype))
 
 
 def test_status_becomes_an_exception() -> None:
@@ -133,12 +138,13 @@ def test_without_the_libraries(tmp_path: Path) -> None:
     """A pure install: the same package without lib/ runs on the reference and says what is missing."""
     shutil.copytree(ROOT / "kernels/blip3o_kernels", tmp_path / "blip3o_kernels", ignore=shutil.ignore_patterns("lib"))
     program = (
-        "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in type(f).__name__];"
-        f"sys.path.insert(0, {str(tmp_path)!r}); import torch, blip3o_kernels as k;"
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, *{[path for path in sys.path if 'site-packages' in path]!r}];"
+        "import torch, blip3o_kernels as k;"
         f"assert k.__file__.startswith({str(tmp_path)!r}); "
         "x = torch.randn(2, 8); k.rms_norm(x); print(k.explain('rms_norm', x))"
     )
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    # -S: no start-up files of site-packages, so no editable install's finder either
+    found = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True)
     assert "rms_norm on cpu torch.float32: reference" in found.stdout
     assert "native: libblip3o_cpu.so is not installed" in found.stdout
 

@@ -40,6 +40,8 @@ FORMATS = {
     "flow_loss": "PPPPPPqqiiiP",
     "flow_loss_backward": "PPPPPqqiiiP",
 }
+# The CPU library has all of them, the CUDA library these.
+ON_CUDA = ("rms_norm", "rms_norm_backward")
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 
 
@@ -56,6 +58,9 @@ def _load(kind: str) -> tuple[ctypes.CDLL | None, str]:
     version = library[f"blip3o_{kind}_version"]()
     if version != VERSION:
         return None, f"{name} has interface version {version}, expected {VERSION}: install again"
+    absent = [op for op in FORMATS if (kind == "cpu" or op in ON_CUDA) and not hasattr(library, f"blip3o_{kind}_{op}")]
+    if absent:
+        return None, f"{name} is of another build and lacks {', '.join(absent)}: install again"
     return library, ""
 
 
