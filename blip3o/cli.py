@@ -1,6 +1,7 @@
 """The command line: blip3o demo | train | generate | ask | evaluate | doctor.
 
 What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
+Anything else is a mistake of this program and keeps its traceback. torch is imported by the commands that need it.
 """
 
 import argparse
@@ -8,6 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from blip3o.train.recipe import STAGES
 
@@ -45,11 +47,12 @@ def generate(arguments: argparse.Namespace) -> None:
     from blip3o.processor import to_pil
     from blip3o.weights import from_pretrained
 
+    if arguments.scale < 1:
+        raise ValueError(f"scale must be at least 1, got {arguments.scale}")
+    chosen = {"guidance": arguments.guidance, "steps": arguments.steps}
+    options = {name: value for name, value in chosen.items() if value is not None}
     model, processor = from_pretrained(arguments.model)
-    pictures = generate(
-        model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed,
-        guidance=arguments.guidance, steps=arguments.steps,
-    )  # fmt: skip
+    pictures = generate(model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed, **options)
     gap = 2  # white pixels between pictures, before they are enlarged
     row = pictures.new_ones(3, pictures.shape[2], (pictures.shape[3] + gap) * len(pictures) - gap)
     for i, picture in enumerate(pictures):
@@ -59,8 +62,8 @@ def generate(arguments: argparse.Namespace) -> None:
     scale = arguments.scale
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     image.resize((image.width * scale, image.height * scale), 0).save(arguments.out)
-    print(f"{arguments.out}: {len(pictures)} drawings of {arguments.prompt!r}, seeds {arguments.seed}.."
-          f"{arguments.seed + arguments.n - 1}")  # fmt: skip
+    seeds = f"{arguments.seed}..{arguments.seed + arguments.n - 1}"
+    print(f"{arguments.out}: {len(pictures)} drawings of {arguments.prompt!r}, seeds {seeds}")
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -76,6 +79,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from blip3o.weights import from_pretrained
 
     model, _ = from_pretrained(arguments.model)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
     drawn = exam.draw_prompts(model, arguments.part, arguments.prompts)
     _, verdicts = exam.answer_questions(model, arguments.part, arguments.questions)
     metrics = scores.evaluation(
@@ -88,13 +93,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> None:
-    from blip3o.doctor import examine, problems
+    from blip3o.doctor import check, examine
 
     found = examine()
-    print(json.dumps(found, indent=2) if arguments.json else "\n".join(f"{key:24} {value}" for key, value in found.items()))
-    wrong = problems(found)
-    if wrong:
-        raise RuntimeError("; ".join(wrong))
+    lines = (f"{key:24} {value}" for key, value in found.items())
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
+    check(found)
 
 
 def scores_table(metrics: dict[str, object]) -> str:
@@ -107,8 +111,15 @@ def scores_table(metrics: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage is for --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"blip3o: {message} (see {self.prog} --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="blip3o", description="Train, draw with and ask a BLIP3-o model.")
+    top = Parser(prog="blip3o", description="Train, draw with and ask a BLIP3-o model.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="train nano from scratch, examine it, write a report")
@@ -123,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="field=value", help="changes to the recipe, such as steps=100")
     command.set_defaults(run=train)
 
-    model = argparse.ArgumentParser(add_help=False)
+    model = Parser(add_help=False)
     model.add_argument("--model", type=Path, default=DEMO / "model", help="model folder (default: %(default)s)")
 
     command = commands.add_parser("generate", help="draw a prompt", parents=[model])
@@ -156,21 +167,32 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    from blip3o_kernels import BackendError
+    try:
+        return run_command(arguments)
+    except KeyboardInterrupt:
+        return complain("stopped", 130)
+    except (ValueError, OSError) as error:
+        return complain(error, 2)
 
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run one command; the errors of this project that are neither ValueError nor OSError end here."""
+    from blip3o.doctor import UnsoundMachine
     from blip3o.train.loop import Interrupted, NonFiniteLoss
+    from blip3o_kernels import BackendError
 
     try:
         arguments.run(arguments)
     except Interrupted as stop:
-        print(f"\nblip3o: {stop}; the same command goes on from here", file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, TypeError, OSError, BackendError, NonFiniteLoss, RuntimeError) as error:
-        print(f"blip3o: {error}", file=sys.stderr)
-        return 2
+        return complain(f"{stop}; the same command goes on from here", 130)
+    except (BackendError, NonFiniteLoss, UnsoundMachine) as error:
+        return complain(error, 2)
     return 0
+
+
+def complain(what: object, status: int) -> int:
+    print("blip3o: " + " ".join(str(what).split()), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

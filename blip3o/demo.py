@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from blip3o_kernels import OPS, explain
 
 from blip3o.config import to_dict
 from blip3o.data import scenes, text
@@ -15,6 +14,7 @@ from blip3o.evaluate import exam, report, scores
 from blip3o.evaluate.samples import Drawings, samples_png
 from blip3o.train.recipe import STAGES, recipe
 from blip3o.train.run import Run, fingerprint
+from blip3o_kernels import OPS, explain
 
 PROMPTS = 100  # of each category
 QUESTIONS = 400  # of each type
@@ -24,9 +24,10 @@ SHOWN = 4  # prompts of each category in the pictures
 def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[str, object]:
     """Train `preset` in `folder` through all stages, or go on where it was left; judge it; write samples.png,
     report.html and metrics.json beside the model folder. Returns the content of metrics.json."""
+    recipes = {stage: recipe(preset, stage) for stage in STAGES}
     run = Run(folder, preset)
     for stage in STAGES:
-        run.run_stage(stage, recipe(preset, stage), say)
+        run.run_stage(stage, recipes[stage], say)
     model = run.model
     say("examining: drawings of unseen prompts, questions on unseen pictures")
     drawn = exam.draw_prompts(model, "report", PROMPTS)
@@ -37,7 +38,8 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
         understanding_unchanged=fingerprint(model) == run.understood,
         seconds=run.finished,
         parameters={
-            name: sum(parameter.numel() for parameter in part.parameters()) for name, part in model.named_children()
+            **{name: sum(weight.numel() for weight in part.parameters()) for name, part in model.named_children()},
+            "queries": model.queries.numel(),
         },
     )
     scores.write_metrics(folder / "metrics.json", metrics)
@@ -47,8 +49,8 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
         folder / "report.html",
         report.Report(
             title=f"BLIP3-o {preset}",
-            summary="Trained from scratch, stage by stage, on pictures of coloured shapes; then examined on prompts and "
-            "pictures it has never seen.",
+            summary="Trained from scratch, stage by stage, on pictures of coloured shapes; then examined on prompts "
+            "and pictures it has never seen.",
             metrics=metrics,
             drawings=tuple(rows),
             answers=tuple(shown_answers(answered)),
@@ -56,7 +58,7 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
             choices=tuple(choices()),
             configuration={
                 "model": to_dict(model.config),
-                "recipes": {stage: asdict(recipe(preset, stage)) for stage in STAGES},
+                "recipes": {stage: asdict(recipes[stage]) for stage in STAGES},
             },
             versions={"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
         ),
@@ -77,9 +79,9 @@ def shown_answers(answered: dict[str, exam.Answered]) -> list[report.Answer]:
     """The first questions of every type, right or wrong."""
     shown = []
     for kind, result in answered.items():
-        pictures = scenes.render(result.questions.scenes[torch.arange(SHOWN)])
-        asked, expected = result.questions.question_text(), result.questions.answer_text()
-        for i in range(SHOWN):
+        asked, expected = result.questions.question_text()[:SHOWN], result.questions.answer_text()
+        pictures = scenes.render(result.questions.scenes[torch.arange(len(asked))])
+        for i in range(len(asked)):
             shown.append(report.Answer(pictures[i], kind, asked[i], text.decode(result.answers[i]), expected[i]))
     return shown
 

@@ -5,10 +5,13 @@ import platform
 from pathlib import Path
 
 import torch
-from blip3o_kernels import OPS, explain, native
-from blip3o_kernels.dispatch import forced
 
 import blip3o
+from blip3o_kernels import OPS, BackendError, dispatch, explain, native
+
+
+class UnsoundMachine(RuntimeError):
+    """Something must be mended before the figures of this machine mean anything."""
 
 
 def openmp_runtimes() -> list[str]:
@@ -33,19 +36,21 @@ def examine() -> dict[str, object]:
         "native_cpu": native.CPU_MISSING or f"loaded, {native.instruction_set()}",
         "native_cuda": native.CUDA_MISSING or "loaded",
         "openmp_runtimes": openmp_runtimes(),
-        "forced_backend": forced.backend if forced else "none",
+        "forced_backend": dispatch.forced.backend if dispatch.forced else "none",
     }
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     for op in OPS:
         for dtype in (torch.float32, torch.bfloat16):
-            first = explain(op, torch.zeros(1, dtype=dtype, device=kind)).splitlines()[0]
-            found[f"{op.name}.{str(dtype).removeprefix('torch.')}"] = first.partition(": ")[2]
+            try:
+                first = explain(op, torch.zeros(1, dtype=dtype, device=kind)).splitlines()[0].partition(": ")[2]
+            except BackendError as error:
+                first = f"none ({error})"
+            found[f"{op.name}.{str(dtype).removeprefix('torch.')}"] = first
     return found
 
 
-def problems(found: dict[str, object]) -> list[str]:
-    """What must be mended before the figures of this machine mean anything; empty when all is well."""
+def check(found: dict[str, object]) -> None:
+    """Raise UnsoundMachine if what `examine` found has to be mended."""
     runtimes = found["openmp_runtimes"]
     if isinstance(runtimes, list) and len(runtimes) > 1:
-        return [f"{len(runtimes)} OpenMP runtimes are loaded, expected one: {', '.join(runtimes)}"]
-    return []
+        raise UnsoundMachine(f"{len(runtimes)} OpenMP runtimes are loaded, expected one: {', '.join(runtimes)}")

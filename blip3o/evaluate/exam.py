@@ -41,6 +41,8 @@ class Answered:
 
 def draw_prompts(model: Blip3o, part: str, count: int) -> dict[str, Drawn]:
     """`count` prompts of every category, each drawn with the four seeds and judged."""
+    if count < 1:
+        raise ValueError(f"count must be at least 1 prompt of each category, got {count}")
     drawn = {}
     for category in text.CATEGORIES:
         prompts = text.prompts(category, PARTS[part], count)
@@ -63,6 +65,8 @@ def answer_questions(model: Blip3o, part: str, count: int) -> tuple[dict[str, An
 
     The verdicts have one more key, `held_out`: as many questions, over all types, on pictures of held-out pairs alone.
     """
+    if count < 1:
+        raise ValueError(f"count must be at least 1 question of each type, got {count}")
     answered = {kind: _answer(model, text.questions(kind, count, PICTURE_SEEDS[part])) for kind in ASKED}
     few = -(-count // len(ASKED))
     held_out = [_answer(model, text.questions(kind, few, PICTURE_SEEDS[part], held_out=True)) for kind in ASKED]

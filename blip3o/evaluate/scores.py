@@ -135,6 +135,18 @@ def understanding_scores(correct: Mapping[str, Tensor]) -> dict[str, Score]:
     return table
 
 
+def evaluation(generation: Mapping[str, Score], understanding: Mapping[str, Score]) -> dict[str, object]:
+    """What an exam alone tells, the first half of `metrics`: plain numbers, intervals and unit counts at their keys."""
+    tables = {"generation": generation, "understanding": understanding}
+    named = {f"{group}.{name}": score for group, table in tables.items() for name, score in table.items()}
+    return {
+        "generation": {name: score.value for name, score in generation.items()},
+        "understanding": {name: score.value for name, score in understanding.items()},
+        "intervals": {name: [score.low, score.high] for name, score in named.items()},
+        "counts": {name: score.n for name, score in named.items()},
+    }
+
+
 def metrics(
     generation: Mapping[str, Score],
     understanding: Mapping[str, Score],
@@ -148,16 +160,10 @@ def metrics(
     ``metrics["generation"]["overall"]`` is a float, ``metrics["intervals"]["generation.overall"]`` its [low, high] and
     ``metrics["counts"]["generation.overall"]`` its number of prompts.
     """
-    tables = {"generation": generation, "understanding": understanding}
-    named = {f"{group}.{name}": score for group, table in tables.items() for name, score in table.items()}
-    return {
-        "generation": {name: score.value for name, score in generation.items()},
-        "understanding": {name: score.value for name, score in understanding.items()},
+    return evaluation(generation, understanding) | {
         "understanding_unchanged": bool(understanding_unchanged),
         "seconds": {stage: float(value) for stage, value in seconds.items()},
         "parameters": {name: int(value) for name, value in parameters.items()},
-        "intervals": {name: [score.low, score.high] for name, score in named.items()},
-        "counts": {name: score.n for name, score in named.items()},
     }
 
 
