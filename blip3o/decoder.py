@@ -39,8 +39,8 @@ class DecoderBlock(nn.Module):
         mixed = rearrange(attention(query, key, value), "b h n k -> b n (h k)")
         x = gated_residual(x, self.out(mixed), gate_a)
 
-        gate, up = self.gate_up(modulate(x, scale_m, shift_m, eps=self.eps)).chunk(2, dim=-1)
-        return gated_residual(x, self.down(swiglu(gate, up)), gate_m)
+        h = swiglu(self.gate_up(modulate(x, scale_m, shift_m, eps=self.eps)))
+        return gated_residual(x, self.down(h), gate_m)
 
 
 class Decoder(nn.Module):

@@ -99,8 +99,7 @@ class LlmMlp(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up))
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class LlmBlock(nn.Module):

@@ -76,8 +76,7 @@ class VisionMlp(nn.Module):
         self.down = nn.Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(swiglu(gate, up))
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class VisionBlock(nn.Module):

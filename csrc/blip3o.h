@@ -248,6 +248,50 @@ typedef struct {
 BLIP3O_API int blip3o_cpu_flow_loss(const blip3o_flow_loss_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_loss_backward(const blip3o_flow_loss_backward_arguments* arguments);
 
+/* swiglu: y = silu(gate) * up, all of one dtype. Rows are `width` long and apart by the strides; y is contiguous. */
+typedef struct {
+  void* y;
+  const void* gate;
+  const void* up;
+  int64_t rows, width, gate_stride, up_stride;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_swiglu_arguments;
+
+/* Rows of dgate and of dup are `gradient_stride` apart; dy is contiguous. */
+typedef struct {
+  void* dgate;
+  void* dup;
+  const void* dy;
+  const void* gate;
+  const void* up;
+  int64_t rows, width, gate_stride, up_stride, gradient_stride;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_swiglu_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_swiglu(const blip3o_swiglu_arguments* arguments);
+BLIP3O_API int blip3o_cpu_swiglu_backward(const blip3o_swiglu_backward_arguments* arguments);
+
+/* rope: x and y [batch, heads, tokens, head_dim], their last dimension contiguous. cos and sin float32 [tokens, half],
+ * contiguous, `table_stride` apart from sample to sample (0: one table for all). The first 2 * half dims are rotated, by the
+ * negative angle if `inverse`, which is the backward pass. */
+typedef struct {
+  void* y;
+  const void* x;
+  const float* cos;
+  const float* sin;
+  int64_t batch, heads, tokens, head_dim, half, table_stride;
+  int64_t y_batch, y_head, y_token, x_batch, x_head, x_token; /* strides */
+  int dtype, interleaved, inverse;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_rope_arguments;
+
+BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
+
 BLIP3O_API int blip3o_cuda_version(void);
 /* What the last failing call on this thread reported, as text. */
 BLIP3O_API const char* blip3o_cuda_error(void);

@@ -49,6 +49,12 @@ MATRIX = {
     "flow_loss": {
         ("native", "cpu"): (FLOATS, "forward and backward"),
     },
+    "rope": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
+    "swiglu": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
 }
 
 

@@ -19,7 +19,7 @@ static inline To bits_of(From from) {
   return to;
 }
 
-static inline Floats all(float value) { return Floats{} + value; }
+static inline Floats all(float value) { return value - Floats{}; }  // x - 0 is x, -0 and NaN too: a mere broadcast
 
 static inline Words bfloat16_bits(Floats v) {  // in the upper halves
   const Words bits = bits_of<Words>(v);
@@ -133,4 +133,69 @@ static inline float sum(Floats v) {
   for (int half = BLIP3O_LANES / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
 #endif
   return v[0];
+}
+
+// The larger and the smaller of the two; `v` where it is NaN.
+static inline Floats at_least(Floats low, Floats v) {
+#if BLIP3O_LANES == 16
+  return (Floats)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)v);
+#elif BLIP3O_LANES == 8
+  return (Floats)_mm256_max_ps((__m256)low, (__m256)v);
+#else
+  return low > v ? low : v;
+#endif
+}
+static inline Floats at_most(Floats high, Floats v) {
+#if BLIP3O_LANES == 16
+  return (Floats)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)v);
+#elif BLIP3O_LANES == 8
+  return (Floats)_mm256_min_ps((__m256)high, (__m256)v);
+#else
+  return high < v ? high : v;
+#endif
+}
+
+// e^v to about one unit in the last place; 0 below -87.33 (subnormal results would be slow), infinity above 88.4, NaN stays NaN.
+__attribute__((always_inline)) static inline Floats exponential(Floats v) {
+  const Floats clamped = at_most(all(89.0f), at_least(all(-87.33f), v)), shift = all(0x1.8p23f);
+  const Floats shifted = clamped * 1.44269504f + shift;  // the sum's last bits are the nearest integer
+  const Floats n = shifted - shift;
+  const Floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // log 2 in two parts
+  Floats p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+#if BLIP3O_LANES == 16
+  return (Floats)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)v, (__m512)all(-87.33f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+#else
+  const Words scale = (bits_of<Words>(shifted) + 127u) << 23;
+  return v < -87.33f ? Floats{} : p * bits_of<Floats>(scale);
+#endif
+}
+
+static inline float maximum(Floats v) {
+#if defined(__clang__)
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+#else
+  Integers lane;
+  for (int i = 0; i < BLIP3O_LANES; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2) v = at_least(__builtin_shuffle(v, lane ^ half), v);
+#endif
+  return v[0];
+}
+
+// (v[1], v[0], v[3], v[2], ...)
+static inline Floats swapped_pairs(Floats v) {
+#if BLIP3O_LANES == 16
+  return (Floats)_mm512_permute_ps((__m512)v, 0xb1);
+#elif BLIP3O_LANES == 8
+  return (Floats)_mm256_permute_ps((__m256)v, 0xb1);
+#else
+  return Floats{v[1], v[0], v[3], v[2]};
+#endif
 }

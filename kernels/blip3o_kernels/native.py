@@ -39,6 +39,9 @@ FORMATS = {
     "flow_interpolate_backward": "PPPPPPPPPqqiiiP",
     "flow_loss": "PPPPPPqqiiiP",
     "flow_loss_backward": "PPPPPqqiiiP",
+    "swiglu": "PPPqqqqiiiP",
+    "swiglu_backward": "PPPPPqqqqqiiiP",
+    "rope": "PPPPqqqqqqqqqqqqiiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = ("rms_norm", "rms_norm_backward")

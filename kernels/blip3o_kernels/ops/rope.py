@@ -7,18 +7,24 @@ for i < R/2.
 x [B, H, T, K] float (SDPA's layout); cos and sin float32 [T, R/2] or [B, T, R/2] with R <= K: the first R dims are
 rotated, the rest pass through. y has the shape and dtype of x. Computed in float32 (float64 for float64 x), rounded
 once. The tables carry no gradient.
+The native body takes any strides without a copy as long as the last is 1, and y lies in memory in x's order. It cannot
+be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Su et al. 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch, native
+from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
+from ..native import DTYPES
+from ..registered import LIBRARY, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -43,7 +49,8 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False)
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first R dims of x [B, H, T, K] by the angles of the tables; see the module's docstring."""
-    checks.floating("x", x)
+    if x.dtype not in checks.FLOATING:
+        checks.floating("x", x)
     if x.dim() != 4:
         checks.fail("x", "shape [B, H, T, K]", list(x.shape))
     batch, _, tokens, head_dim = x.shape
@@ -52,12 +59,119 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
     if 2 * half > head_dim:
         checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
-    if cos.dtype not in (torch.float32, torch.float64):
+    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
         raise TypeError(f"cos: expected float32, got {cos.dtype}")
     checks.like("sin", sin, "cos", cos)
     checks.same_device("cos", cos, "x", x)
-    choose(OP, x)
-    return reference(x, cos, sin, interleaved=interleaved)
+    compiling = torch.compiler.is_compiling()
+    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
+    if backend == "reference":
+        return reference(x, cos, sin, interleaved=interleaved)
+    if compiling or not (direct(x, cos) and plain(sin)):
+        y: Tensor = _forward_op(x, cos, sin, interleaved, backend)
+        return y
+    if x.requires_grad and torch.is_grad_enabled():
+        y = _Rope.apply(x, cos, sin, interleaved, backend)
+        return y
+    return _forward(x, cos, sin, interleaved, backend)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> Tensor:
+        context.save_for_backward(cos, sin)
+        context.options = options
+        return _forward(x, cos, sin, *options)
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = context.saved_tensors
+        run = _backward if direct(dy) else _backward_op
+        return run(dy, cos, sin, *context.options), None, None, None, None
+
+
+def _forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
+    return _rotate(x, cos, sin, interleaved, False)
+
+
+def _backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
+    return _rotate(dy, cos, sin, interleaved, True)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    y = torch.empty_like(x)  # dense, in x's order
+    batch, heads, tokens, head_dim = x.shape
+    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    half = cos.shape[-1]
+    arguments = (
+        y.data_ptr(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        batch,
+        heads,
+        tokens,
+        head_dim,
+        half,
+        tokens * half if cos.dim() == 3 else 0,
+        *y.stride()[:3],
+        *x.stride()[:3],
+        DTYPES[x.dtype],
+        interleaved,
+        inverse,
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU(_PACK(*arguments))
+    if status:
+        raise native.failed("rope", status)
+    return y
+
+
+_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
+
+
+# As torch knows it: torch.ops.blip3o.rope.
+def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, *context.options = inputs
+    context.save_for_backward(cos, sin)
+
+
+def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _backward_op(dy, *context.saved_tensors, *context.options), None, None, None, None
+
+
+def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> Any:
+    """vmap: over x alone the batch is more heads; over the tables it is more samples."""
+    count = info.batch_size
+    x = x.expand(count, *x.shape) if dims[0] is None else x.movedim(dims[0], 0)
+    if dims[1] is None and dims[2] is None:
+        heads = x.shape[2]
+        y = _forward_op(x.transpose(0, 1).flatten(1, 2), cos, sin, *options)
+        return y.unflatten(1, (count, heads)), 1
+    batch = x.shape[1]
+    tables = []
+    for table, dim in zip((cos, sin), dims[1:3], strict=True):
+        table = table.expand(count, *table.shape) if dim is None else table.movedim(dim, 0)
+        table = table.unsqueeze(1).expand(count, batch, *table.shape[1:]) if table.dim() == 3 else table
+        tables.append(table.flatten(0, 1))
+    return _forward_op(x.flatten(0, 1), *tables, *options).unflatten(0, (count, batch)), 0
+
+
+for _name, _body in (("rope", _forward), ("rope_backward", _backward)):
+    register(
+        f"{_name}(Tensor x, Tensor cos, Tensor sin, bool interleaved, str backend) -> Tensor",
+        _body,
+        lambda x, *_: torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape),
+        lambda x, *_, **__: 3 * torch.Size(x).numel(),
+    )
+_forward_op, _backward_op = torch.ops.blip3o.rope.default, torch.ops.blip3o.rope_backward.default
+register_gradient("rope", _gradient, _setup)
+torch.library.register_vmap("blip3o::rope", _batched, lib=LIBRARY)
 
 
 def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -110,6 +224,17 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         table = rope_table(draw.integers(50, 2, 5), 16, 10000.0)
         yield Sample(f"per sample interleaved={interleaved}", (draw(2, 5, 3, 16).transpose(1, 2), *table), style)
     yield Sample("grid", (draw(2, 2, 12, 16), *rope_table_2d(3, 4, 16, 10000.0, device)), {"interleaved": True})
+    table = rope_table(torch.arange(6, device=device), 32, 10000.0)
+    yield Sample("first heads of a packed projection", (draw(2, 6, 5, 32)[:, :, :3].transpose(1, 2), *table))
+    yield Sample("strided last", (draw(2, 2, 6, 64)[..., ::2], *table))
+    yield Sample("no samples", (draw(0, 2, 6, 32), *table))
 
 
-OP = Op("rope", rope, reference, samples, differentiable=("x",))
+OP = Op(
+    "rope",
+    rope,
+    reference,
+    samples,
+    differentiable=("x",),
+    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+)
