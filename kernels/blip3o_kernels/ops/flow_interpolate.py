@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, native
 from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
 from ..native import CHUNK, DTYPES
-from ..registered import register, register_gradient
+from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -63,7 +62,7 @@ class _FlowInterpolate(torch.autograd.Function):
         return _forward(x, noise, sigma)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dx_sigma: Tensor, dvelocity: Tensor) -> tuple[Tensor | None, ...]:
         backward = _backward if direct(dx_sigma, dvelocity) else _backward_op
         return _wanted(context, backward(dx_sigma, dvelocity, *context.saved_tensors))

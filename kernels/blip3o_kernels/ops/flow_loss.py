@@ -15,12 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, native
 from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
 from ..native import CHUNK, DTYPES
-from ..registered import register, register_gradient
+from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -65,7 +64,7 @@ class _FlowLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return _gradients(context, dloss, _backward if direct(dloss) else _backward_op)
 

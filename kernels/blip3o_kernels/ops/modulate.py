@@ -17,12 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch, native
 from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
 from ..native import DTYPES
-from ..registered import register, register_gradient
+from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 from ..strides import conditions, rows
 
@@ -116,7 +115,7 @@ class _Modulate(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         backward = _backward if direct(dy) else _backward_op
         return _wanted(context, backward(dy, *context.saved_tensors, *context.options))
