@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from blip3o import generate
 from blip3o.config import Blip3oConfig
 from blip3o.model import Blip3o
 from blip3o.presets import PRESETS, preset
@@ -36,7 +37,7 @@ def narrow(config: Blip3oConfig) -> Blip3oConfig:
 
 
 def register(patch: pytest.MonkeyPatch) -> dict[str, Recipe]:
-    """Makes the preset "tiny" and its recipes known, and returns these; every step is logged."""
+    """Makes the preset "tiny" and its recipes known, and returns these; every step is logged, answers are short."""
     recipes = {
         stage: replace(
             recipe("nano", stage), steps=10, batch_size=8, pictures=64, warmup_steps=2,
@@ -49,6 +50,8 @@ def register(patch: pytest.MonkeyPatch) -> dict[str, Recipe]:
     patch.setattr(loop, "LOG_EVERY", 1)
     patch.setattr(stages, "STATISTICS", 64)
     patch.setattr(run, "FINGERPRINT_QUESTIONS", 4)
+    patch.setattr(generate, "LONGEST_ANSWER", 8)  # which these models always reach
+    patch.setitem(generate.answer_ids.__wrapped__.__kwdefaults__, "limit", 8)
     return recipes
 
 
