@@ -25,7 +25,7 @@ from blip3o.presets import PRESETS
 from blip3o.train import loop, stages
 from blip3o.train.loop import Interrupted, NonFiniteLoss, learning_rate, optimizer_for, rewind_log
 from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
-from blip3o.train.run import Run, differences, fingerprint
+from blip3o.train.run import Run, differences, fingerprint, only_writer
 from blip3o.weights import CorruptModel, check_folder, from_pretrained, sha256
 
 STAGE_CLASSES: dict[str, type] = {
@@ -388,6 +388,15 @@ def test_another_recipe_in_the_folder(tiny: dict[str, Recipe], tmp_path: Path) -
     train(tmp_path, tiny, "clip")
     with pytest.raises(ValueError, match=message):
         train(tmp_path, longer, "clip")
+
+
+def test_two_runs_cannot_share_a_folder(tiny: dict[str, Recipe], tmp_path: Path) -> None:
+    """Their saves would mix; the lock ends with its holder, however that ends."""
+    run = Run(tmp_path / "run", "tiny")
+    with only_writer(tmp_path / "run"):
+        with pytest.raises(BlockingIOError, match="run is being trained in by another process"):
+            run.run_stage("clip", tiny["clip"], quiet)
+    run.run_stage("clip", tiny["clip"], quiet)
 
 
 def test_differences_are_told_in_words() -> None:

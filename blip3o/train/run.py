@@ -5,10 +5,13 @@ RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; w
 RUN/log.jsonl     one line every few steps
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -58,6 +61,21 @@ def fingerprint(model: Blip3o) -> str:
     for kind in sorted(answered):
         digest.update(answered[kind].answers.cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Lock `folder`, making it if need be, until the block or the process ends. BlockingIOError if another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"{folder} is being trained in by another process") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Run:
@@ -116,7 +134,7 @@ class Run:
         """Train one stage, from where it was left. A finished stage is not run again.
 
         Raises ValueError when another stage must come first, or the folder has begun this one with another recipe;
-        what `loop.train` raises.
+        BlockingIOError when another process trains in it; what `loop.train` raises.
         """
         if name not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
@@ -145,12 +163,13 @@ class Run:
         def restore(optimizer: torch.optim.Optimizer) -> int:
             return self._restore(stage, optimizer) if self.stage == name else 0
 
-        try:
-            self.model.train()
-            stage = self._stage(name, recipe)
-            loop.train(stage, log=self.folder / "log.jsonl", save=save, restore=restore)
-        finally:
-            self.model.requires_grad_(True).eval()
+        with only_writer(self.folder):
+            try:
+                self.model.train()
+                stage = self._stage(name, recipe)
+                loop.train(stage, log=self.folder / "log.jsonl", save=save, restore=restore)
+            finally:
+                self.model.requires_grad_(True).eval()
 
     def _stage(self, name: str, recipe: Recipe) -> loop.Stage:
         if name == "clip":
