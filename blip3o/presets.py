@@ -1,4 +1,4 @@
-"""The presets: `nano`, small enough to train on two CPU cores, and `4b` and `8b`, the shapes of the released checkpoints."""
+"""The presets: `nano`, small enough to train on two CPU cores; `4b` and `8b`, shapes of the released checkpoints."""
 
 from blip3o.config import (
     Blip3oConfig,

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from blip3o.data.words import EOS, SPECIAL, TOKEN
+from blip3o.data.words import EOS, SPECIAL, TOKEN, spaced
 
 MAX_PIXELS = 64_000_000  # larger files are refused before they are decoded
 
@@ -34,6 +34,10 @@ ALIASES: Mapping[str, str] = {
     "(thing|item)": "object",
     "upper": "top",
     "lower": "bottom",
+    "top left": "topleft",
+    "top right": "topright",
+    "bottom left": "bottomleft",
+    "bottom right": "bottomright",
     "(on|at|in) the left (hand )?side of": "to the left of",
     "(on|at|in) the right (hand )?side of": "to the right of",
     "(on|at|in) the left of": "to the left of",
@@ -42,6 +46,12 @@ ALIASES: Mapping[str, str] = {
     "(can|could|would|will) you": "please",
     "(containing|that contains|that has)": "with",
     "(none|no)(?= (circle|square|triangle|crosse|object)s)": "zero",
+    "which": "what",
+    "tell me": "what is",
+    "(compared|in relation)": "relative",
+    "do(es)? (the|this) (picture|image|photo|drawing) (contain|have|show)": "is there",
+    "(?<!what )do you see": "is there",
+    "(count|number of)( all)?( the)?": "how many",
     "0": "zero",
     "1": "one",
     "2": "two",
@@ -126,7 +136,7 @@ class Processor:
                 raise ValueError(f"ids must be below {self.tokenizer.get_vocab_size()}, got {i}")
             if word not in SPECIAL:
                 words.append(word)
-        return " ".join(words)
+        return spaced(" ".join(words))
 
     def load_image(self, path: str | Path) -> Tensor:
         """An image file as float32 [3, S, S] in 0..1: upright, RGB, transparency on white, resized with antialiasing.

@@ -72,10 +72,10 @@ def description(facts: Facts, order: Tensor) -> Tensor:
     )
     comma = literal(",", present)
     comma[:, 0] = HOLE
-    # positions 0 and 2 are a top and a bottom cell, 0 and 1 a left and a right one
+    place = torch.where(row < 0, torch.where(column < 0, -1, 6 + column), torch.where(column < 0, 4 + row, 2 * row + column))
     words = [
         comma, literal("a", present), pick(SIZE_IDS, size), pick(COLOR_IDS, color), pick(SHAPE_IDS, shape),
-        pick(ROW_IDS, row * 2), pick(COLUMN_IDS, column),
+        pick(ROW_IDS, place), pick(COLUMN_IDS, place),
     ]  # fmt: skip
     return torch.stack(words, dim=2).flatten(1)
 
@@ -108,8 +108,8 @@ def conversations(
 
     image=True: <bos> <image> x image_tokens (<user> question <assistant> answer <eos>) x turns; image=False: a training
     caption in place of the picture, and only questions it determines. With probability `describe` the last turn asks
-    for a description instead: all that is known of each object, the objects in any order. weights: float [8], relative frequencies of QUESTION_TYPES (describe's is
-    ignored). Raises ValueError for a wrong index shape or turns < 1.
+    for a description instead: all that is known of each object, the objects in any order. weights: float [8], relative
+    frequencies of QUESTION_TYPES (describe's is ignored). Raises ValueError for a wrong index shape or turns < 1.
     """
     n = len(scenes)
     if index.shape != (n,):

@@ -53,7 +53,8 @@ def caption_facts(said: Captions) -> Facts:
     row = torch.where(cell, place // 2, torch.where(upright, place - 4, -1))
     column = torch.where(cell, place % 2, torch.where(sideways, place - 6, -1))
     # two columns, two rows: what is left of something is in the left one
-    pair = torch.tensor([[0, 1, -1], [1, 0, -1], [-1, -1, -1]])  # places of objects 0, 1, 2: first before, behind, unsaid
+    # [how object 0 lies to object 1: before, behind, unsaid; object]
+    pair = torch.tensor([[0, 1, -1], [1, 0, -1], [-1, -1, -1]])
     stated = said.relation
     column = torch.maximum(column, pair[torch.where((stated == 0) | (stated == 1), stated, 2)])
     row = torch.maximum(row, pair[torch.where(stated >= 2, stated - 2, 2)])

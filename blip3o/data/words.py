@@ -8,6 +8,7 @@ Shape legend: N sentences, T template length, F fields, L sentence length.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,10 +20,10 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<image>
 PLURALS = tuple(shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three")
 _COMMON = """
-top bottom left right above below of to the its it in at a an and with , ? is are there here this these
-picture image drawing photo scene draw paint show make create generate render please me i want see you do does
-what which where how many colour shape size position object objects yes no relative compared
-describe count tell contain exactly
+top bottom left right topleft topright bottomleft bottomright above below of to the its it in at a an and with , ? is are there here this these
+picture image drawing photo scene draw paint show make create generate render please me i want see you do
+what where how many colour shape size object objects yes no relative
+describe exactly
 """
 WORDS = (*SPECIAL, *COLORS, *SHAPES, *PLURALS, *SIZES, *NUMBERS, *_COMMON.split())
 VOCAB_SIZE = 128  # of which len(WORDS) are in use
@@ -40,9 +41,10 @@ def ids_of(words: Sequence[str]) -> Tensor:
 
 COLOR_IDS, SHAPE_IDS, PLURAL_IDS = ids_of(COLORS), ids_of(SHAPES), ids_of(PLURALS)
 SIZE_IDS, NUMBER_IDS = ids_of(SIZES), ids_of(NUMBERS)
-# positions 0..3 are cells (2 * row + column), 4..7 the halves top, bottom, left, right
-ROW_IDS = ids_of(("top", "top", "bottom", "bottom", "top", "bottom", "", ""))
-COLUMN_IDS = ids_of(("left", "right", "left", "right", "", "", "left", "right"))
+# One token for a cell: a model that says where something is must know row and column at once, not one after the other.
+# Positions 0..3 are cells (2 * row + column), 4..7 the halves top, bottom, left, right
+ROW_IDS = ids_of(("topleft", "topright", "bottomleft", "bottomright", "top", "bottom", "", ""))
+COLUMN_IDS = ids_of(("", "", "", "", "", "", "left", "right"))
 
 
 def pick(table: Tensor, number: Tensor, shown: Tensor | bool = True) -> Tensor:
@@ -101,4 +103,9 @@ def split(ids: Tensor) -> Tensor:
 
 def decode(ids: Tensor) -> str:
     """The words of one row of ids [L], without special tokens."""
-    return " ".join(WORDS[i] for i in ids.tolist() if i >= len(SPECIAL))
+    return spaced(" ".join(WORDS[i] for i in ids.tolist() if i >= len(SPECIAL)))
+
+
+def spaced(text: str) -> str:
+    """A text as people write it: the four cells are one token each, but two words."""
+    return re.sub(r"\b(top|bottom)(left|right)\b", r"\1 \2", text)

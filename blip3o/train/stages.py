@@ -12,7 +12,13 @@ from blip3o.train.recipe import Recipe
 
 CHUNK = 512  # pictures rendered and encoded at a time
 # Understanding's steps in turn: whether it is about pictures (else captions), and whether to describe (else to answer).
-PATTERN = ((True, True), (True, False), (True, False), (False, True), (True, True), (True, False), (True, False), (False, False))
+PATTERN = (
+    (True, True), (True, False), (True, False), (False, True),
+    (True, True), (True, False), (True, False), (False, False),
+)  # fmt: skip
+# Looking one thing up comes before counting and comparing: what to ask in the first steps, by question type.
+FIRST = (0.3, 0.3, 0.05, 0.05, 0.0, 0.2, 0.1, 0.0)
+FIRST_SHARE = 0.2
 STATISTICS = 4096  # pictures behind the features' mean and deviation
 
 
@@ -120,6 +126,7 @@ class UnderstandingStage:
             1 if describe else self.recipe.turns,
             image=pictures,
             describe=float(describe),
+            weights=torch.tensor(FIRST) if step < FIRST_SHARE * self.recipe.steps else None,
         )
         features = self.bank.features[index] if pictures else None
         hidden = self.model.read(batch.ids, features)
