@@ -72,7 +72,8 @@ def description(facts: Facts, order: Tensor) -> Tensor:
     )
     comma = literal(",", present)
     comma[:, 0] = HOLE
-    place = torch.where(row < 0, torch.where(column < 0, -1, 6 + column), torch.where(column < 0, 4 + row, 2 * row + column))
+    half = torch.where(row >= 0, 4 + row, torch.where(column >= 0, 6 + column, -1))
+    place = torch.where((row >= 0) & (column >= 0), 2 * row + column, half)
     words = [
         comma, literal("a", present), pick(SIZE_IDS, size), pick(COLOR_IDS, color), pick(SHAPE_IDS, shape),
         pick(ROW_IDS, place), pick(COLUMN_IDS, place),

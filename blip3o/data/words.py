@@ -20,7 +20,8 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "<image>
 PLURALS = tuple(shape + ("es" if shape.endswith("s") else "s") for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three")
 _COMMON = """
-top bottom left right topleft topright bottomleft bottomright above below of to the its it in at a an and with , ? is are there here this these
+top bottom left right topleft topright bottomleft bottomright
+above below of to the its it in at a an and with , ? is are there here this these
 picture image drawing photo scene draw paint show make create generate render please me i want see you do
 what where how many colour shape size object objects yes no relative
 describe exactly
