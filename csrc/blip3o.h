@@ -292,6 +292,53 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
 
+/* attention: the layouts are [batch, heads or groups, tokens or keys, dims] with a contiguous last dimension; heads is a multiple
+ * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that
+ * are added to the scaled scores (2); its last dimension is contiguous. causal is aligned bottom-right. The workspace has
+ * `workspace_floats` for each thread, at least
+ *     forward   S (K + V + 8) + 8 (K + V)              backward   S (3 K + 2 V + 64) + 40 (K + V)
+ * with S the keys rounded up to 64, K and V the head_dim and value_dim rounded up to 16. */
+typedef struct {
+  void* y;
+  float* log_sum; /* [batch, heads, tokens], contiguous: of each row's exponentials, -inf if all is masked; null: not wanted */
+  const void* query;
+  const void* key;
+  const void* value;
+  const void* mask;
+  float* workspace;
+  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, workspace_floats;
+  int64_t y_batch, y_head, y_token, query_batch, query_head, query_token; /* strides */
+  int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
+  float scale;
+  int dtype, mask_kind, causal;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_attention_arguments;
+
+typedef struct {
+  void* dquery;
+  void* dkey;
+  void* dvalue;
+  const void* dy;
+  const float* log_sum;
+  const void* query;
+  const void* key;
+  const void* value;
+  const void* mask;
+  float* workspace;
+  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, workspace_floats;
+  int64_t dquery_batch, dquery_head, dquery_token, dkey_batch, dkey_head, dkey_token; /* strides */
+  int64_t dvalue_batch, dvalue_head, dvalue_token, dy_batch, dy_head, dy_token, query_batch, query_head, query_token;
+  int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
+  float scale;
+  int dtype, mask_kind, causal;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_attention_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_attention(const blip3o_attention_arguments* arguments);
+BLIP3O_API int blip3o_cpu_attention_backward(const blip3o_attention_backward_arguments* arguments);
+
 BLIP3O_API int blip3o_cuda_version(void);
 /* What the last failing call on this thread reported, as text. */
 BLIP3O_API const char* blip3o_cuda_error(void);

@@ -52,6 +52,9 @@ MATRIX = {
     "rope": {
         ("native", "cpu"): (FLOATS, "forward and backward"),
     },
+    "attention": {
+        ("native", "cpu"): (FLOATS, "forward and backward"),
+    },
     "swiglu": {
         ("native", "cpu"): (FLOATS, "forward and backward"),
     },

@@ -42,6 +42,8 @@ FORMATS = {
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
+    "attention": "PPPPPPPqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
+    "attention_backward": "PPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = ("rms_norm", "rms_norm_backward")

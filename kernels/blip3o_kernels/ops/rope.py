@@ -136,9 +136,9 @@ _PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
 
 
 # As torch knows it: torch.ops.blip3o.rope.
-def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, *context.options = inputs
-    context.save_for_backward(cos, sin)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, *ctx.options = inputs
+    ctx.save_for_backward(cos, sin)
 
 
 def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

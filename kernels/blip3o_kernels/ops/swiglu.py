@@ -124,9 +124,9 @@ _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "swiglu"), native.function(
 
 
 # As torch knows it: torch.ops.blip3o.swiglu.
-def _setup(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, context.backend = inputs
-    context.save_for_backward(gate, up)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
 
 
 def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,0 +1,136 @@
+// Small matrix products in float32, for matrices that fit the caches, and laying tensors out for them.
+// Included once per instruction set by an op's body: no include guard, no includes.
+//
+//   product       c = a b or c += a b; a tile of c stays in registers
+//   lay_panels    a matrix transposed into panels, the form in which `product` reads its right side fastest
+//   rows_of       a matrix as float32 rows of whole vectors, in place where it is that already
+//   store_row     the way back
+
+static constexpr int64_t LANES = BLIP3O_LANES;
+static constexpr int64_t ROWS = LANES == 16 ? 8 : 4;    // of scores at a time
+static constexpr int WIDE = LANES == 16 ? 4 : 2;        // vectors across a wide tile of 4 rows; a narrow one is ROWS x 2
+static constexpr int64_t PANEL = WIDE * LANES;
+
+static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A matrix whose element (row, k) is at data[row * row_step + k * k_step]; one of the steps is 1.
+struct Left {
+  const float* data;
+  int64_t row_step, k_step;
+};
+
+// A matrix cut into panels of PANEL columns, each with rows `step` apart; row-major if panel_step is PANEL.
+struct Right {
+  const float* data;
+  int64_t step, panel_step;
+};
+
+template <int M, int N, bool ROWS_APART, bool ADD>
+static inline void tile(float* c, int64_t c_step, Left a, const float* b, int64_t b_step, int64_t depth) {
+  Floats sums[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = ADD ? load(c + m * c_step + n * LANES) : Floats{};
+  const int64_t row_step = ROWS_APART ? a.row_step : 1, k_step = ROWS_APART ? 1 : a.k_step;
+  for (int64_t k = 0; k < depth; ++k, b += b_step) {
+    Floats right[N];
+    for (int n = 0; n < N; ++n) right[n] = load(b + n * LANES);
+    for (int m = 0; m < M; ++m) {
+      const Floats left = all(a.data[m * row_step + k * k_step]);
+      for (int n = 0; n < N; ++n) sums[m][n] += left * right[n];
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) store(c + m * c_step + n * LANES, sums[m][n]);
+}
+
+// All rows of N vectors of columns.
+template <int M, int N, bool ROWS_APART, bool ADD>
+static inline void columns_of(float* c, int64_t c_step, Left a, const float* b, int64_t b_step, int64_t rows,
+                              int64_t depth) {
+  const int64_t row_step = ROWS_APART ? a.row_step : 1;
+  const auto advance = [&](int64_t n) { c += n * c_step, a.data += n * row_step, rows -= n; };
+  for (; rows >= M; advance(M)) tile<M, N, ROWS_APART, ADD>(c, c_step, a, b, b_step, depth);
+  if (M > 4 && rows >= 4) tile<4, N, ROWS_APART, ADD>(c, c_step, a, b, b_step, depth), advance(4);
+  if (rows >= 2) tile<2, N, ROWS_APART, ADD>(c, c_step, a, b, b_step, depth), advance(2);
+  if (rows >= 1) tile<1, N, ROWS_APART, ADD>(c, c_step, a, b, b_step, depth);
+}
+
+// c [rows, columns] = a b, or c += a b if ADD; columns is a multiple of LANES.
+template <bool ROWS_APART, bool ADD = false>
+static void product(float* c, int64_t c_step, Left a, Right b, int64_t rows, int64_t columns, int64_t depth) {
+  for (; columns >= PANEL; columns -= PANEL, c += PANEL, b.data += b.panel_step)
+    columns_of<4, WIDE, ROWS_APART, ADD>(c, c_step, a, b.data, b.step, rows, depth);
+  if (columns >= 2 * LANES) {
+    columns_of<ROWS, 2, ROWS_APART, ADD>(c, c_step, a, b.data, b.step, rows, depth);
+    columns -= 2 * LANES, c += 2 * LANES, b.data += 2 * LANES;
+  }
+  if (columns) columns_of<ROWS, 1, ROWS_APART, ADD>(c, c_step, a, b.data, b.step, rows, depth);
+}
+
+// low: (a0, b0, a1, b1, ...) from the lower halves, high: from the upper ones.
+static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
+#if BLIP3O_LANES == 16
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  low = (Floats)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);
+  high = (Floats)_mm512_permutex2var_ps((__m512)a, second, (__m512)b);
+#elif BLIP3O_LANES == 8
+  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  low = (Floats)_mm256_permute2f128_ps(even, odd, 0x20);
+  high = (Floats)_mm256_permute2f128_ps(even, odd, 0x31);
+#else
+  low = Floats{a[0], b[0], a[1], b[1]};
+  high = Floats{a[2], b[2], a[3], b[3]};
+#endif
+}
+
+static inline void transpose(Floats (&v)[LANES]) {
+  for (int64_t round = 1; round < LANES; round *= 2) {
+    Floats next[LANES];
+    for (int64_t i = 0; i < LANES / 2; ++i) interleave(v[i], v[i + LANES / 2], next[2 * i], next[2 * i + 1]);
+    for (int64_t i = 0; i < LANES; ++i) v[i] = next[i];
+  }
+}
+
+// x [n, width], transposed into panels: to[n / PANEL][width][PANEL]; zeros to the end of the last vector.
+template <class T>
+static void lay_panels(float* to, const T* x, int64_t step, int64_t n, int64_t width) {
+  for (int64_t row = 0; row < n; row += LANES) {
+    float* panel = to + row / PANEL * PANEL * width + row % PANEL;
+    for (int64_t k = 0; k < width; k += LANES) {
+      const int64_t columns = smaller(LANES, width - k);
+      Floats v[LANES];
+      for (int64_t i = 0; i < LANES; ++i) {
+        const T* from = x + (row + i) * step + k;
+        v[i] = row + i >= n ? Floats{} : columns == LANES ? load(from) : load(from, columns);
+      }
+      transpose(v);
+      if (columns == LANES)
+        for (int64_t i = 0; i < LANES; ++i) store(panel + (k + i) * PANEL, v[i]);
+      else
+        for (int64_t i = 0; i < columns; ++i) store(panel + (k + i) * PANEL, v[i]);
+    }
+  }
+}
+
+// x [n, width] as float32 rows of whole vectors: in place if it is that already, otherwise copied to `space`.
+template <class T>
+static const float* rows_of(const T* x, int64_t& step, int64_t n, int64_t width, float* space) {
+  if (std::is_same<T, float>::value && width % LANES == 0) return reinterpret_cast<const float*>(x);
+  const int64_t wide = padded(width, LANES);
+  for (int64_t row = 0; row < n; ++row) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(space + row * wide + i, load(x + row * step + i));
+    if (i < width) store(space + row * wide + i, load(x + row * step + i, width - i));
+  }
+  step = wide;
+  return space;
+}
+
+template <class T>
+static inline void store_row(T* y, const float* x, int64_t width, Floats factor) {
+  int64_t i = 0;
+  for (; i + LANES <= width; i += LANES) store(y + i, load(x + i) * factor);
+  if (i < width) store(y + i, load(x + i) * factor, width - i);
+}
