@@ -3,16 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
-
-bench: $(INSTALLED)
-	$(BIN)/blip3o bench
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
