@@ -74,7 +74,7 @@ def test_an_integer_serves_as_a_float() -> None:
         ("clip", {"patch_size": 7}, r"ClipConfig\.image_size must be a multiple of patch_size = 7, got 32"),
         ("clip", {"depth": 0}, r"ClipConfig\.depth must be positive, got 0"),
         ("llm", {"mrope_section": (4, 6, 7)}, r"sum to head_dim / 2 = 16, got \(4, 6, 7\)"),
-        ("llm", {"num_kv_heads": 4}, r"LlmConfig\.num_heads must be a multiple of num_kv_heads = 4, got 6"),
+        ("llm", {"num_kv_heads": 3}, r"LlmConfig\.num_heads must be a multiple of num_kv_heads = 3, got 4"),
         ("llm", {"head_dim": 31}, r"LlmConfig\.head_dim must be a multiple of 2 = 2, got 31"),
         ("dit", {"num_heads": 7}, r"DitConfig\.width must be a multiple of 4 num_heads = 28, got 192"),
         ("decoder", {"patch_size": 32}, r"DecoderConfig\.image_size must be a multiple of patch_size x feature_grid"),
@@ -90,7 +90,7 @@ def test_inconsistent_parts_are_refused(part: str, change: dict[str, int], messa
 
 def test_parts_that_do_not_fit_each_other_are_refused() -> None:
     nano, big = preset("nano"), preset("8b")
-    with pytest.raises(ValueError, match=r"dit\.condition_width = 3584 and llm\.width = 192"):
+    with pytest.raises(ValueError, match=r"dit\.condition_width = 3584 and llm\.width = 128"):
         replace(nano, dit=replace(nano.dit, condition_width=3584))
     with pytest.raises(ValueError, match=r"dit\.in_channels = 64 and clip\.width = 128"):
         replace(nano, dit=replace(nano.dit, in_channels=64))

@@ -36,11 +36,30 @@ def processor() -> Processor:
         ("how many things are in the image?", "how many objects are in the image ?"),
         ("a square on top of a circle & a cross", "a square above a circle and a cross"),
         ("are there no circles?", "are there zero circles ?"),
+        ("the upper-right corner", "the top right"),
+        ("a circle in the bottom half", "a circle in the bottom"),
+        ("Which shape is the red thing?", "what shape is the red object ?"),
+        ("Tell me the color of the square.", "what is the colour of the square"),
+        ("Where is the red dot compared to the cross?", "where is the red circle relative to the cross ?"),
+        ("Where is the red dot in relation to the cross?", "where is the red circle relative to the cross ?"),
+        ("Does the picture contain a red circle?", "is there a red circle ?"),
+        ("Does this image show a blue thing?", "is there a blue object ?"),
+        ("Do you see a big cross?", "is there a large cross ?"),
+        ("What do you see?", "what do you see ?"),
+        ("Count the crosses", "how many crosses"),
+        ("count all the red things", "how many red objects"),
         ("Draw a \u201ccircle\u201d \u2013 please", "draw a circle please"),
     ],
 )  # fmt: skip
 def test_free_text_is_understood(processor: Processor, typed: str, read: str):
     assert processor.decode(processor.encode(typed)) == read
+
+
+def test_a_cell_is_one_token(processor: Processor):
+    for cell in ("top left", "top right", "bottom left", "bottom right"):
+        [token] = processor.encode(cell)
+        assert processor.encode(cell.upper().replace(" ", "-")) == [token] and processor.decode([token]) == cell
+    assert len(processor.encode("top")) == len(processor.encode("left")) == 1
 
 
 def test_the_text_of_the_world_comes_back_unchanged(processor: Processor):

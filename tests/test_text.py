@@ -1,14 +1,17 @@
 """Captions, prompts and questions, checked by an oracle that reads strings and knows nothing of how they were made."""
 
+import itertools
 import random
 import re
 from collections import Counter, defaultdict
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from blip3o.data import captions as captions_module
+from blip3o.data import conversations as conversations_module
 from blip3o.data import text
 from blip3o.data.captions import applicable
 from blip3o.data.scenes import CELLS, COLORS, HELD_OUT, KINDS, PAIR_HELD_OUT, RELATIONS, SHAPES, SIZES, Scenes, sample
@@ -44,22 +47,22 @@ def is_related(a: Object, relation: str, b: Object) -> bool:
 
 # --- the oracle for questions -----------------------------------------------------------------------------------------
 
-THING = rf"(?:(?:(top|bottom) (left|right) )?(?:({COLOR}) )?({SHAPE}|object))"
+THE = rf"the ({COLOR}) ({SHAPE})"
 RELATION = "((?:to the )?left of|(?:to the )?right of|above|below)"
 PLACE = "(top left|top right|bottom left|bottom right|top|bottom|left|right)"
-PATTERNS = {
-    "colour": rf"(?:what|which) colour is the {THING}|(?:what is|tell me) the colour of the {THING}",
-    "shape": rf"(?:what|which) shape is the {THING}|(?:what is|tell me) the shape of the {THING}",
-    "size": rf"(?:what|which) size is the {THING}|what is the size of the {THING}",
-    "count": rf"(?:how many|count the) (?:({COLOR}) )?({PLURALS})(?: are there| are in the picture| do you see)?",
-    "exist": rf"(?:is there|do you see|does the picture contain) a (?:({COLOR}) )?({SHAPE}|object)(?: in the picture)?",
-    "related": rf"is the {THING} {RELATION} the {THING}",
-    "what related": rf"(?:what|which object) is {RELATION} the {THING}",
-    "where related": rf"where is the {THING} (?:relative|compared) to the {THING}",
-    "where": rf"where is the {THING}|what is the position of the {THING}",
-    "at": rf"is the {THING} (?:at|in) the {PLACE}",
-    "what at": rf"(?:what|which object) is (?:at|in) the {PLACE}",
-    "is size": rf"is the {THING} ({SIZE})",
+PATTERNS = {  # a colour is asked of a shape, a shape of a colour, anything else of a colour and a shape
+    "colour": rf"what colour is the ({SHAPE})|what is the colour of the ({SHAPE})",
+    "shape": rf"what shape is the ({COLOR}) object|what is the shape of the ({COLOR}) object",
+    "size": rf"(?:what size|how large) is {THE}",
+    "count": rf"how many (?:({COLOR}) )?({PLURALS}) are (?:there|in the picture)",
+    "exist": rf"is there a (?:({COLOR}) )?({SHAPE}|object)(?: in the picture)?",
+    "related": rf"is {THE} {RELATION} {THE}",
+    "what related": rf"what is {RELATION} {THE}",
+    "where related": rf"where is {THE} relative to {THE}",
+    "where": rf"where is {THE}",
+    "at": rf"is {THE} at the {PLACE}",
+    "what at": rf"what is at the {PLACE}",
+    "is size": rf"is {THE} ({SIZE})",
     "describe": "describe the picture|what is in the picture|what do you see|describe what you see",
 }
 
@@ -68,9 +71,9 @@ def matching(objects: list[Object], color: str | None, noun: str | None) -> list
     return [o for o in objects if color in (None, o["colour"]) and noun in (None, "object", o["shape"])]
 
 
-def the(objects: list[Object], row: str | None, column: str | None, color: str | None, noun: str | None) -> Object:
-    found = [o for o in matching(objects, color, noun) if row in (None, o["row"]) and column in (None, o["column"])]
-    assert len(found) == 1, f"'the {row} {column} {color} {noun}' names {len(found)} of {objects}"
+def the(objects: list[Object], color: str | None, noun: str | None) -> Object:
+    found = matching(objects, color, noun)
+    assert len(found) == 1, f"'the {color} {noun}' names {len(found)} of {objects}"
     return found[0]
 
 
@@ -79,41 +82,53 @@ def yes(truth: bool) -> str:
 
 
 def describe(objects: list[Object]) -> str:
+    """In reading order, as evaluation questions expect it."""
     order = sorted(objects, key=lambda o: (o["row"] == "bottom", o["column"] == "right"))
     return " , ".join(f"a {o['size']} {o['colour']} {o['shape']} {o['row']} {o['column']}" for o in order)
 
 
-def oracle(question: str, objects: list[Object]) -> tuple[str, str]:
-    """(what is asked, the one right answer). A question that names no object, or two, is an error."""
+@cache
+def parse(question: str) -> tuple[str, tuple[str | None, ...]]:
+    """What is asked, of PATTERNS, and the words in its groups."""
     question = question.removesuffix(" ?")
     [(kind, match)] = [(k, m) for k, pattern in PATTERNS.items() if (m := re.fullmatch(pattern, question))]
-    parts = list(match.groups())
-    if kind in ("colour", "shape", "size", "where"):  # alternatives of one group of four each
-        parts = next(parts[i : i + 4] for i in range(0, len(parts), 4) if parts[i + 3])
+    return kind, match.groups()
+
+
+def oracle(question: str, objects: list[Object]) -> tuple[str, str]:
+    """(what is asked, the one right answer). A question that names no object, or two, is an error."""
+    kind, parts = parse(question)
+    if kind == "colour":
+        return kind, the(objects, None, parts[0] or parts[1])["colour"]
+    if kind == "shape":
+        return kind, the(objects, parts[0] or parts[1], None)["shape"]
+    if kind == "size":
+        return kind, the(objects, *parts)["size"]
+    if kind == "where":
         found = the(objects, *parts)
-        return kind, f"{found['row']} {found['column']}" if kind == "where" else found[kind]
+        return kind, f"{found['row']} {found['column']}"
     if kind == "count":
         return kind, NUMBERS[len(matching(objects, parts[0], PLURAL[parts[1]]))]
     if kind == "exist":
         return kind, yes(bool(matching(objects, *parts)))
     if kind == "related":
-        a, b = the(objects, *parts[:4]), the(objects, *parts[5:])
-        return kind, yes(is_related(a, parts[4].removeprefix("to the "), b))
+        a, b = the(objects, *parts[:2]), the(objects, *parts[3:])
+        return kind, yes(is_related(a, parts[2].removeprefix("to the "), b))
     if kind == "what related":
         b = the(objects, *parts[1:])
         [a] = [o for o in objects if is_related(o, parts[0].removeprefix("to the "), b)]
         return kind, f"{a['colour']} {a['shape']}"
     if kind == "where related":
-        a, b = the(objects, *parts[:4]), the(objects, *parts[4:])
+        a, b = the(objects, *parts[:2]), the(objects, *parts[2:])
         return kind, " ".join(r for r in RELATIONS if is_related(a, r, b))  # two of them: not to be asked of a picture
     if kind == "at":
-        found = the(objects, *parts[:4])
-        return kind, yes(set(parts[4].split()) <= {found["row"], found["column"]})
+        found = the(objects, *parts[:2])
+        return kind, yes(set(parts[2].split()) <= {found["row"], found["column"]})
     if kind == "what at":
         [found] = [o for o in objects if set(parts[0].split()) <= {o["row"], o["column"]}]
         return kind, f"{found['colour']} {found['shape']}"
     if kind == "is size":
-        return kind, yes(the(objects, *parts[:4])["size"] == parts[4])
+        return kind, yes(the(objects, *parts[:2])["size"] == parts[2])
     return kind, describe(objects)
 
 
@@ -156,20 +171,36 @@ def read_caption(words: str) -> tuple[list[Stated], str | None]:
 def holds(stated: list[Stated], relation: str | None, objects: list[Object]) -> bool:
     """Whether the statements account for exactly these objects, in some order."""
 
-    def fits(order: list[Object]) -> bool:
+    def fits(order: tuple[Object, ...]) -> bool:
         return all(
             size in (None, o["size"]) and color in (None, o["colour"]) and shape == o["shape"]
             and set((place or "").split()) <= {o["row"], o["column"]}
             for (size, color, shape, place), o in zip(stated, order, strict=True)
         ) and (relation is None or is_related(order[0], relation, order[1]))  # fmt: skip
 
-    return len(stated) == len(objects) and any(fits(order) for order in permutations(objects))
+    return len(stated) == len(objects) and any(fits(order) for order in itertools.permutations(objects))
 
 
-def permutations(items: list[Object]) -> list[list[Object]]:
-    if not items:
-        return [[]]
-    return [[items[i], *rest] for i in range(len(items)) for rest in permutations(items[:i] + items[i + 1 :])]
+def worlds_of(stated: list[Stated], relation: str | None, rng: random.Random, least: int = 12) -> list[list[Object]]:
+    """Pictures in which the statements hold: every way to place the objects, the rest at random."""
+    placements, worlds = list(itertools.permutations(CELLS, len(stated))), []
+    while len(worlds) < least:
+        for places in placements:
+            objects = [
+                {
+                    "colour": color or rng.choice(COLORS), "shape": shape, "size": size or rng.choice(SIZES),
+                    "row": cell.split()[0], "column": cell.split()[1],
+                }
+                for (size, color, shape, _), cell in zip(stated, places, strict=True)
+            ]  # fmt: skip
+            asserted = [
+                set((place or "").split()) <= set(cell.split())
+                for (*_, place), cell in zip(stated, places, strict=True)
+            ]
+            if all(asserted) and (relation is None or is_related(objects[0], relation, objects[1])):
+                assert holds(stated, relation, objects)
+                worlds.append(objects)
+    return worlds
 
 
 def held_out_named(ids: Tensor) -> bool:
@@ -187,6 +218,13 @@ def held_out_named(ids: Tensor) -> bool:
 def test_vocabulary():
     assert WORDS[:8] == SPECIAL and WORDS[0] == "<pad>" and (text.IMAGE, text.IMAGE_START) == (6, 7)
     assert len(set(WORDS)) == len(WORDS) <= VOCAB_SIZE == 128
+
+
+def test_a_cell_is_one_token_and_two_words():
+    for cell in CELLS:
+        token = TOKEN[cell.replace(" ", "")]
+        assert text.decode(torch.tensor([TOKEN["the"], token, TOKEN["object"]])) == f"the {cell} object"
+    assert text.decode(torch.tensor([TOKEN["top"], text.PAD])) == "top"
 
 
 def test_templates_fill_and_squeeze():
@@ -245,7 +283,11 @@ def test_captions_say_what_is_there_and_what_their_tensors_say():
     for i, words in enumerate(said.text()):
         stated, relation = read_caption(words)
         assert holds(stated, relation, objects_of(scenes, i)), words
-        assert int(said.length[i]) == len(words.split()) and int(said.count[i]) == len(stated)
+        tokens = re.sub(r"\b(top|bottom) (left|right)\b", r"\1\2", words).split()  # a cell is one token
+        assert [WORDS[token] for token in said.ids[i, : said.length[i]]] == tokens and not said.ids[
+            i, len(tokens) :
+        ].any()
+        assert int(said.count[i]) == len(stated)
         assert relation == (None if said.relation[i] < 0 else RELATIONS[said.relation[i]])
         for o in range(3):
             tensors = (said.size[i, o], said.color[i, o], said.shape[i, o], said.position[i, o])
@@ -341,8 +383,8 @@ def test_prompts_name_what_is_wrong():
 
 def turns_of(talk: text.Conversations, i: int) -> tuple[str, list[tuple[str, str]]]:
     """What comes before the turns, and the turns as (question, answer), read off the special tokens."""
-    words = [WORDS[token] for token in talk.ids[i].tolist() if token != text.PAD]
-    start, *turns = " ".join(words).split(" <user> ")
+    words = " ".join(WORDS[token] for token in talk.ids[i].tolist() if token != text.PAD)
+    start, *turns = re.sub(r"\b(top|bottom)(left|right)\b", r"\1 \2", words).split(" <user> ")  # a cell is one token
     pairs = []
     for turn in turns:
         question, answer = turn.split(" <assistant> ")
@@ -351,7 +393,14 @@ def turns_of(talk: text.Conversations, i: int) -> tuple[str, list[tuple[str, str
     return start, pairs
 
 
-def test_answers_about_pictures_are_right():
+@pytest.fixture
+def all_forms_alike(monkeypatch: pytest.MonkeyPatch):
+    """Each form of question as frequent as any other, however rare it is in training."""
+    frequency = conversations_module.FORM_WEIGHT
+    monkeypatch.setattr(conversations_module, "FORM_WEIGHT", torch.full_like(frequency, 1 / len(frequency)))
+
+
+def test_answers_about_pictures_are_right(all_forms_alike: None):
     index = torch.arange(2_000)
     scenes = sample(6, index)
     talk = text.conversations(scenes, 6, index, 4)
@@ -361,13 +410,18 @@ def test_answers_about_pictures_are_right():
         assert start == "<bos>" + " <image>" * 4 and len(turns) == 4
         for question, answer in turns:
             kind, right = oracle(question, objects_of(scenes, i))
+            if kind == "describe":  # the objects in any order
+                answer, right = sorted(answer.split(" , ")), sorted(right.split(" , "))
             assert answer == right, (objects_of(scenes, i), question, answer)
             kinds[kind] += 1
     assert set(kinds) == set(PATTERNS) and min(kinds.values()) > 100, kinds
 
 
-def test_captions_determine_their_answers():
-    """In every world in which the caption holds, the answer is right: 12 random ones for each caption."""
+def test_captions_determine_their_answers(all_forms_alike: None):
+    """In every world in which the caption holds, the answer is right: in every placement, the rest at random.
+
+    Where something is, and where relative to another: as much as is the same in every such world.
+    """
     index = torch.arange(700)
     scenes = sample(7, index)
     talk = text.conversations(scenes, 7, index, 6, image=False)
@@ -375,25 +429,61 @@ def test_captions_determine_their_answers():
     for i in range(len(index)):
         start, turns = turns_of(talk, i)
         stated, relation = read_caption(start.removeprefix("<bos> "))
-        worlds = [objects_of(scenes, i)]
-        while len(worlds) < 12:
-            places = rng.sample(CELLS, len(stated))
-            other = [
-                {
-                    "colour": color or rng.choice(COLORS), "shape": shape, "size": size or rng.choice(SIZES),
-                    "row": place.split()[0], "column": place.split()[1],
-                }
-                for (size, color, shape, _), place in zip(stated, places, strict=True)
-            ]  # fmt: skip
-            if holds(stated, relation, other):
-                worlds.append(other)
+        worlds = [objects_of(scenes, i), *worlds_of(stated, relation, rng)]
+        assert holds(stated, relation, worlds[0])
         for question, answer in turns:
-            for objects in worlds:
-                kind, right = oracle(question, objects)
-                partly = kind in ("where", "where related") and set(answer.split()) < set(right.split())
-                assert answer == right or partly, (start, question, answer, objects)
+            asked = [oracle(question, objects) for objects in worlds]
+            kind = asked[0][0]
             kinds[kind] += 1
-    assert set(kinds) == set(PATTERNS) - {"describe"} and min(kinds.values()) > 20, kinds
+            if kind == "describe":
+                told, nothing = read_caption(answer)
+                assert nothing is None and all(holds(told, None, objects) for objects in worlds), (start, answer)
+            elif kind in ("where", "where related"):
+                settled = set.intersection(*(set(right.split()) for _, right in asked))
+                assert answer and set(answer.split()) == settled, (start, question, answer)
+            else:
+                assert all(answer == right for _, right in asked), (start, question, answer, asked)
+    assert set(kinds) == set(PATTERNS) and min(kinds.values()) > 20, kinds
+
+
+def test_descriptions_of_captions_say_all_that_is_settled():
+    """Of each object what is stated of it, and its row and column wherever they are the same in every placement."""
+    index = torch.arange(1_500)
+    scenes = sample(14, index)
+    talk = text.conversations(scenes, 14, index, 1, image=False, describe=1.0)
+    assert (talk.types == text.QUESTION_TYPES.index("describe")).all()
+    rng, inferred = random.Random(0), 0
+    for i in range(len(index)):
+        start, [(_, answer)] = turns_of(talk, i)
+        stated, relation = read_caption(start.removeprefix("<bos> "))
+        worlds = worlds_of(stated, relation, rng, 1)
+        expected = []
+        for o, (size, color, shape, place) in enumerate(stated):
+            rows, columns = {world[o]["row"] for world in worlds}, {world[o]["column"] for world in worlds}
+            settled = " ".join(found.pop() for found in (rows, columns) if len(found) == 1) or None
+            inferred += settled != place
+            expected.append((size, color, shape, settled))
+        told, nothing = read_caption(answer)
+        assert nothing is None and Counter(told) == Counter(expected), (start, answer)
+        assert answer.split(" , ")[0].startswith("a ") and not re.search(r"\b(at|the|one|with|and)\b", answer)
+    assert inferred > 300
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_descriptions_to_train_on_have_no_order(image: bool):
+    """Neither reading order nor the caption's order of mention: each of the 6 orders as often as any other."""
+    index = torch.arange(2_400)
+    scenes = sample(15, index, kind=KINDS.index("three"))
+    talk, orders = text.conversations(scenes, 15, index, 1, image=image, describe=1.0), Counter()
+    for i in range(len(index)):
+        start, [(_, answer)] = turns_of(talk, i)
+        first = describe(objects_of(scenes, i)) if image else start.removeprefix("<bos> ")
+        shown, told = ([named[1:3] for named in read_caption(words)[0]] for words in (first, answer))
+        if len(set(shown)) == 3:  # else the order cannot be told
+            assert set(shown) == set(told)
+            orders[tuple(shown.index(pair) for pair in told)] += 1
+    total = orders.total()
+    assert total > 1_500 and len(orders) == 6 and all(0.13 < n / total < 0.205 for n in orders.values()), orders
 
 
 def test_targets_are_the_next_tokens_of_answers():
@@ -441,9 +531,7 @@ def blind(turns: list[tuple[str, str]]) -> dict[str, float]:
     """By what is asked: how often one is right who saw the answers to the first half, but never a picture."""
     asked = defaultdict(list)
     for question, answer in turns:
-        question = question.removesuffix(" ?")
-        kind = next(k for k, pattern in PATTERNS.items() if re.fullmatch(pattern, question))
-        asked[kind].append((question, answer))
+        asked[parse(question)[0]].append((question.removesuffix(" ?"), answer))
     scores = {}
     for kind, pairs in asked.items():
         half, table = len(pairs) // 2, defaultdict(Counter)
@@ -455,13 +543,13 @@ def blind(turns: list[tuple[str, str]]) -> dict[str, float]:
     return scores
 
 
-def test_who_does_not_look_guesses():
+def test_who_does_not_look_guesses(all_forms_alike: None):
     index = torch.arange(5_000)
     talk = text.conversations(sample(11, index), 11, index, 8, describe=0.0)
     scores = blind([turn for i in range(len(index)) for turn in turns_of(talk, i)[1]])
     limits = {
-        "exist": 0.55, "related": 0.55, "at": 0.56, "is size": 0.58, "size": 0.55, "colour": 0.25, "shape": 0.33,
-        "count": 0.42, "where": 0.32, "where related": 0.34, "what related": 0.1, "what at": 0.1,
+        "exist": 0.55, "related": 0.55, "at": 0.55, "is size": 0.55, "size": 0.55, "colour": 0.23, "shape": 0.33,
+        "count": 0.4, "where": 0.3, "where related": 0.3, "what related": 0.1, "what at": 0.1,
     }  # fmt: skip
     assert set(scores) == set(limits)
     assert all(scores[kind] < limit for kind, limit in limits.items()), scores
@@ -476,7 +564,7 @@ def test_absent_things_are_near_misses():
         objects = objects_of(scenes, i)
         for question, answer in turns_of(talk, i)[1]:
             match = re.search(rf"a ({COLOR}) ({SHAPE})\b", question)
-            if match and answer == "no" and not question.startswith("is the"):
+            if match and answer == "no" and not question.startswith("is the "):
                 total += 1
                 hard += bool(matching(objects, match[1], None)) and bool(matching(objects, None, match[2]))
     assert total > 150 and hard / total > 0.7
