@@ -1,6 +1,7 @@
 """A preset that trains in seconds: `nano` with narrow networks, and recipes of a few steps."""
 
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,3 +106,8 @@ def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_pretrained(lively, Processor(image_size=lively.config.clip.image_size), folder)
     return folder
+
+
+def pytest_configure() -> None:
+    """A shell starts what it puts in the background with Ctrl-C ignored; the tests of Ctrl-C need it heard."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

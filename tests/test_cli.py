@@ -323,7 +323,7 @@ def test_a_process_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
         (launch("evaluate", "--model", tmp_path / "nowhere"), f"model folder {tmp_path / 'nowhere'} does not exist"),
         (launch("doctor", BLIP3O_BACKEND="magic"), "BLIP3O_BACKEND: expected one of reference, native, triton, got"),
     ):
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 2 and out == ""
         assert err.startswith("blip3o: ") and line in err and err.count("\n") == 1
 
@@ -331,7 +331,7 @@ def test_a_process_ends_in_one_line_and_status_2(tmp_path: Path) -> None:
 def test_help_does_not_load_torch() -> None:
     code = "import sys, blip3o.cli; blip3o.cli.parser(); sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=300).returncode == 0
 
 
 def steps_logged(folder: Path) -> int:
@@ -343,12 +343,12 @@ def test_ctrl_c_ends_training_in_status_130_and_the_same_command_goes_on(tmp_pat
     command = ("train", "--stage", "clip", "--out", tmp_path, "steps=100000", "batch_size=2", "warmup_steps=10")
     stopped = 0
     for _ in range(2):
-        process, deadline = launch(*command), time.monotonic() + 90
+        process, deadline = launch(*command), time.monotonic() + 300
         while steps_logged(tmp_path) <= stopped:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 130, err
         assert "Traceback" not in err
         last = err.splitlines()[-1]
