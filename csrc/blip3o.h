@@ -296,8 +296,8 @@ BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
  * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that
  * are added to the scaled scores (2); its last dimension is contiguous. causal is aligned bottom-right. The workspace has
  * `workspace_floats` for each thread, at least
- *     forward   S (K + V + 8) + 8 (K + V)              backward   S (3 K + 2 V + 64) + 40 (K + V)
- * with S the keys rounded up to 64, K and V the head_dim and value_dim rounded up to 16. */
+ *     forward   S (K + V + 128) + 128 (K + V)          backward   S (2 K + 2 V + 192) + 192 (K + V)
+ * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 16. */
 typedef struct {
   void* y;
   float* log_sum; /* [batch, heads, tokens], contiguous: of each row's exponentials, -inf if all is masked; null: not wanted */
@@ -320,7 +320,7 @@ typedef struct {
   void* dkey;
   void* dvalue;
   const void* dy;
-  const float* log_sum;
+  const float* log_sum; /* the CPU does without */
   const void* query;
   const void* key;
   const void* value;

@@ -5,6 +5,7 @@
 //   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
 //   rounded<T>(v)                what store and load again would give
 //   sum(v)                       in a fixed order
+//   exponential(v), logarithm(v)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
@@ -155,7 +156,8 @@ static inline Floats at_most(Floats high, Floats v) {
 #endif
 }
 
-// e^v to about one unit in the last place; 0 below -87.33 (subnormal results would be slow), infinity above 88.4, NaN stays NaN.
+// e^v to about one unit in the last place; 0 below -87.33 (subnormal results would be slow), infinity above 88.4, NaN
+// stays NaN.
 __attribute__((always_inline)) static inline Floats exponential(Floats v) {
   const Floats clamped = at_most(all(89.0f), at_least(all(-87.33f), v)), shift = all(0x1.8p23f);
   const Floats shifted = clamped * 1.44269504f + shift;  // the sum's last bits are the nearest integer
@@ -169,24 +171,31 @@ __attribute__((always_inline)) static inline Floats exponential(Floats v) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
 #if BLIP3O_LANES == 16
-  return (Floats)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)v, (__m512)all(-87.33f), _CMP_NLT_UQ), (__m512)p, (__m512)n);
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)v, (__m512)all(-87.33f), _CMP_NLT_UQ);
+  return (Floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
   const Words scale = (bits_of<Words>(shifted) + 127u) << 23;
   return v < -87.33f ? Floats{} : p * bits_of<Floats>(scale);
 #endif
 }
 
-static inline float maximum(Floats v) {
-#if defined(__clang__)
-  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-#else
-  Integers lane;
-  for (int i = 0; i < BLIP3O_LANES; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2) v = at_least(__builtin_shuffle(v, lane ^ half), v);
-#endif
-  return v[0];
+// The natural logarithm to about one unit in the last place; of 0 -infinity, of less NaN; subnormal v count as 0.
+static inline Floats logarithm(Floats v) {
+  const Integers bits = bits_of<Integers>(v), from = bits - 0x3f3504f3;  // from sqrt(1/2)
+  const Floats n = __builtin_convertvector(from >> 23, Floats);
+  const Floats f = bits_of<Floats>((from & 0x007fffff) + 0x3f3504f3) - 1.0f, square = f * f;  // v = 2^n (1 + f)
+  Floats p = all(7.0376836292e-2f);
+  p = p * f + -1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f + -1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f + -1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f + -2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Floats y = (p * f * square + n * -2.12194440e-4f - square * 0.5f + f) + n * 0.693359375f;
+  const Floats edge = v < 0x1p-126f ? (v < 0.0f ? all(__builtin_nanf("")) : all(-__builtin_inff())) : y;
+  return v < __builtin_inff() ? edge : v;  // infinity and NaN stay
 }
 
 // (v[1], v[0], v[3], v[2], ...)

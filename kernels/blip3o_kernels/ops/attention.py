@@ -209,7 +209,7 @@ def _forward(
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     threads = max(1, min(torch.get_num_threads(), batch * groups))
     widths = _padded(head_dim, 16) + _padded(value_dim, 16)
-    floats = _padded(keys, 64) * (widths + 8) + 8 * widths
+    floats = _padded(keys, 16) * (widths + 128) + 128 * widths
     workspace = query.new_empty(threads * floats, dtype=torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, floats)
     options = (scale, DTYPES[query.dtype], mask_kind, causal, instruction_set(), threads, 0)
@@ -243,8 +243,8 @@ def _backward(
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     threads = max(1, min(torch.get_num_threads(), batch * groups))
-    key_wide, value_wide = _padded(head_dim, 16), _padded(value_dim, 16)
-    floats = _padded(keys, 64) * (3 * key_wide + 2 * value_wide + 64) + 40 * (key_wide + value_wide)
+    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
+    floats = _padded(keys, 16) * (2 * widths + 192) + 192 * widths
     workspace = query.new_empty(threads * floats, dtype=torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, floats)
     options = (scale, DTYPES[query.dtype], mask_kind, causal, instruction_set(), threads, 0)
