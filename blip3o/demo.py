@@ -12,6 +12,7 @@ from blip3o.config import to_dict
 from blip3o.data import scenes, text
 from blip3o.evaluate import exam, report, scores
 from blip3o.evaluate.samples import Drawings, samples_png
+from blip3o.train.loop import BFLOAT16_PRODUCTS
 from blip3o.train.recipe import STAGES, recipe
 from blip3o.train.run import Run, fingerprint
 from blip3o_kernels import OPS, explain
@@ -60,7 +61,12 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
                 "model": to_dict(model.config),
                 "recipes": {stage: asdict(recipes[stage]) for stage in STAGES},
             },
-            versions={"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()},
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "machine": platform.machine(),
+                "products in training": "bfloat16" if BFLOAT16_PRODUCTS else "float32",
+            },
         ),
     )
     return metrics

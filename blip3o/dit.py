@@ -157,7 +157,7 @@ class Dit(nn.Module):
         time_in, time_out                 N(0, 0.02^2), bias 0
         modulation (the blocks', last)    0: each block starts as the identity
         patch_out                         0: the first prediction is 0
-        cross_gate                        0: the condition comes in slowly
+        cross_gate                        1: behind a second gate at 0 the condition would hardly come in at first
         norms                             weight 1, bias 0
         """
         for module in self.modules():
@@ -176,7 +176,7 @@ class Dit(nn.Module):
         for module in self.modules():
             if isinstance(module, DitBlock):
                 nn.init.zeros_(module.modulation.weight)
-                nn.init.zeros_(module.attention.cross_gate)
+                nn.init.ones_(module.attention.cross_gate)
 
     def project(self, hidden: Tensor) -> Tensor:
         """The language model's hidden states at the queries [B, Q, condition_width] -> the condition [B, Q, D]."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import blip3o
+from blip3o.train.loop import BFLOAT16_PRODUCTS
 from blip3o_kernels import OPS, BackendError, dispatch, explain, native
 
 
@@ -36,6 +37,7 @@ def examine() -> dict[str, object]:
         "native_cpu": native.CPU_MISSING or f"loaded, {native.instruction_set()}",
         "native_cuda": native.CUDA_MISSING or "loaded",
         "openmp_runtimes": openmp_runtimes(),
+        "training_products": "bfloat16 (AMX tiles)" if BFLOAT16_PRODUCTS else "float32 (no AMX tiles for bfloat16)",
         "forced_backend": dispatch.forced.backend if dispatch.forced else "none",
     }
     kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -76,7 +76,8 @@ def training_loss(
     x, noise [B, ...]; sigma [B].
     """
     x_sigma, velocity = flow_interpolate(x, noise, sigma)
-    return flow_loss(predict(x_sigma, sigma), velocity if flow.prediction == "velocity" else x)
+    prediction = predict(x_sigma, sigma).to(x.dtype)  # autocast leaves it in bfloat16
+    return flow_loss(prediction, velocity if flow.prediction == "velocity" else x)
 
 
 def sigmas(steps: int) -> list[float]:

@@ -117,13 +117,16 @@ class Blip3o(nn.Module):
         """
         return self.llm(self.embed(ids, features), None, None)
 
-    def condition(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def condition(self, ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
         """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
+
+        A prompt may hold a picture: `features` [P, F, C] of the P pictures, in reading order, take the place of the
+        image tokens.
 
         The prompt cannot see the queries, so with a frozen language model autograd keeps nothing of its pass. One that
         learns gets a single pass over both, through which its gradient flows.
         """
-        prompts, queries = self.llm.embed(ids), self.queries.expand(len(ids), -1, -1)
+        prompts, queries = self.embed(ids, features), self.queries.expand(len(ids), -1, -1)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.llm.parameters()):
             mask = nn.functional.pad(mask, (0, self.config.num_queries), value=True)
             return self.llm(torch.cat([prompts, queries], dim=1), None, mask)[:, -self.config.num_queries :]
@@ -134,4 +137,7 @@ class Blip3o(nn.Module):
     def cache(self, batch: int, capacity: int) -> KvCache:
         """An empty cache for `batch` conversations of at most `capacity` tokens, where and as the weights are."""
         weight = self.llm.output_weight
-        return KvCache(self.config.llm, batch, capacity, device=weight.device, dtype=weight.dtype)
+        kind, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        return KvCache(self.config.llm, batch, capacity, device=weight.device, dtype=dtype)

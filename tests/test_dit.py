@@ -206,7 +206,7 @@ def test_starts_as_the_zero_function() -> None:
     target = torch.randn(3, 16, 16)
     optimiser = torch.optim.AdamW(dit.parameters(), lr=1e-2)
     before = {name: value.clone() for name, value in dit.named_parameters()}
-    for _ in range(4):  # the zeros open one after the other: output, modulation, cross gate, what the gate lets through
+    for _ in range(3):  # the zeros open one after the other: output, modulation, what its gates let through
         optimiser.zero_grad()
         (dit(x, timestep, dit.project(hidden)) - target).square().mean().backward()
         optimiser.step()

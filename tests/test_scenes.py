@@ -8,17 +8,21 @@ from blip3o.data.scenes import (
     BACKGROUND_RGB,
     CELL_SIZE,
     COLOR_RGB,
+    COLORS,
     EXTENT,
     HELD_OUT,
     KINDS,
     PAIR_HELD_OUT,
+    PALETTE_RGB,
     SHAPES,
     coverage,
     mix64,
     render,
     sample,
+    sample_unnamed,
     uniform,
 )
+from blip3o.evaluate.judge import detect
 
 FIELDS = ("count", "color", "shape", "size", "cell", "center", "radius")
 
@@ -172,6 +176,24 @@ def test_shapes_have_similar_areas_and_are_easy_to_tell_apart():
 def test_colours_are_far_apart():
     distance = torch.cdist(torch.cat([COLOR_RGB, BACKGROUND_RGB[None]]), torch.cat([COLOR_RGB, BACKGROUND_RGB[None]]))
     assert (distance + 10 * torch.eye(7)).min() > 0.45
+
+
+def test_unnamed_colours_are_none_of_the_named():
+    """What the judge reads in the world's colours it does not read in these, so no held-out pair is shown by them."""
+    index = torch.arange(2000)
+    drawn = sample_unnamed(3, index)
+    present = drawn.cell >= 0
+    assert (drawn.color[present] >= len(COLORS)).all() and (drawn.color[~present] == -1).all()
+    assert len(drawn.color[present].unique()) > 300 and len(PALETTE_RGB) == int(drawn.color.max()) + 1
+    assert torch.equal(PALETTE_RGB[: len(COLORS)], COLOR_RGB)
+    assert not detect(render(drawn)).clear.any()
+    assert detect(render(sample(3, index))).clear.all()
+    named = sample(3, index, held_out="any")
+    for field in FIELDS:
+        assert field == "color" or torch.equal(getattr(drawn, field), getattr(named, field))
+    some = torch.tensor([5, 1999])
+    for field in FIELDS:
+        assert torch.equal(getattr(sample_unnamed(3, some), field), getattr(drawn[some], field))
 
 
 def test_render_draws_every_object_in_its_colour_and_place():

@@ -115,43 +115,29 @@ def test_every_stage_learns(tiny: dict[str, Recipe], tmp_path: Path) -> None:
         assert sum(losses[-10:]) < least * sum(losses[:10]), (name, losses[:10], losses[-10:])
 
 
-def test_the_features_of_a_trained_clip_are_standardised(tiny: dict[str, Recipe], snapshots: Path) -> None:
-    run = Run(snapshots / "clip", "tiny")
-    features = stages.FeatureBank(run.model, tiny["clip"].seed, stages.STATISTICS).features.flatten(0, 1)
-    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(features.std(0), torch.ones(features.shape[1]), atol=1e-2, rtol=0)
-    assert not bool((run.model.feature_std == 1).all())
-
-
-def test_a_bank_does_not_depend_on_its_chunks(
-    tiny: dict[str, Recipe], lively: Blip3o, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tiles", [False, True])
+def test_products_are_of_bfloat16_where_the_chip_has_tiles_for_it(
+    tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiles: bool
 ) -> None:
-    whole = stages.FeatureBank(lively, 7, 50)
-    monkeypatch.setattr(stages, "CHUNK", 16)
-    torch.testing.assert_close(stages.FeatureBank(lively, 7, 50).features, whole.features, atol=1e-5, rtol=1e-5)
-    assert not whole.features.requires_grad and not whole.features.is_inference()
+    """Within the loss alone: weights, gradients and what is saved stay in float32."""
+    monkeypatch.setattr(loop, "BFLOAT16_PRODUCTS", tiles)
+    seen: set[torch.dtype] = set()
+    linear = nn.functional.linear
 
+    def spy(*arguments: Tensor) -> Tensor:
+        y = linear(*arguments)
+        seen.add(y.dtype)
+        return y
 
-@pytest.mark.parametrize("name", STAGES)
-def test_a_step_is_a_function_of_its_number(tiny: dict[str, Recipe], lively: Blip3o, name: str) -> None:
-    """Whatever was drawn before, from this generator or torch's own."""
-
-    def built() -> loop.Stage:
-        bank = stages.FeatureBank(lively, 7, 32)
-        return (
-            stages.ClipStage(lively, tiny[name])
-            if name == "clip"
-            else STAGE_CLASSES[name](lively, tiny[name], bank)
-        )  # fmt: skip
-
-    try:
-        stage = built()
-        losses = {step: stage.loss(step)[0].item() for step in (3, 4, 5, 6, 7)}
-        torch.manual_seed(99)
-        assert len(set(losses.values())) == 5
-        assert {step: built().loss(step)[0].item() for step in (7, 3, 5)} == {step: losses[step] for step in (7, 3, 5)}
-    finally:
-        lively.requires_grad_(True)
+    monkeypatch.setattr(nn.functional, "linear", spy)
+    for name in STAGES:
+        seen.clear()
+        with pytest.raises(Interrupted), at_step(name, 1, interrupt):
+            train(tmp_path, tiny, name)
+        assert (torch.bfloat16 in seen) == tiles, name
+        train(tmp_path, tiny, name)
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_stages_train_what_they_say_and_nothing_else(tiny: dict[str, Recipe], tmp_path: Path) -> None:
@@ -462,8 +448,8 @@ def test_without_the_freeze_it_would_not(
     """The test above sees a missing freeze: gradients in the language model, and weights that move."""
     kind, built = stages.GenerationStage, stages.GenerationStage.__init__
 
-    def thawed(self: stages.GenerationStage, model: Blip3o, chosen: Recipe, bank: stages.FeatureBank) -> None:
-        built(self, model, chosen, bank)
+    def thawed(self: stages.GenerationStage, model: Blip3o, chosen: Recipe, *banks: stages.FeatureBank) -> None:
+        built(self, model, chosen, *banks)
         model.llm.requires_grad_(True)
 
     monkeypatch.setattr(kind, "__init__", thawed)
@@ -590,6 +576,8 @@ def test_log_rows(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.M
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"batch_size": 7, "draws_per_prompt": 2}, r"batch_size must be a multiple of draws_per_prompt \(2\), got 7"),
         ({"condition_drop": 1.0}, r"condition_drop must be in \[0, 1\), got 1.0"),
+        ({"pooled_drop": -0.1}, r"pooled_drop must be in \[0, 1\), got -0.1"),
+        ({"unnamed": float("nan")}, r"unnamed must be in \[0, 1\), got nan"),
         ({"learning_rate": 0.0}, "learning_rate and clip_norm must be positive, got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate and clip_norm must be positive, got nan"),
         ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),

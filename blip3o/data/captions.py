@@ -253,7 +253,7 @@ def prompts(category: str, part: int, n: int, seed: int = 0) -> Captions:
     scene_kinds = torch.tensor([KINDS.index(_SCENE_KIND[kind]) for kind in kinds.tolist()])
     seen: set[tuple[int, ...]] = set()
     kept: list[Captions] = []
-    size = max(4096, 8 * n)
+    size = min(max(4096, 8 * n), 1 << 16)
     for start in range(0, 40 * size, size):
         index = torch.arange(start, start + size)
         which = index % len(kinds)

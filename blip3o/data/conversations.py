@@ -21,6 +21,7 @@ from blip3o.data.questions import (
     FORM_TYPE,
     FORM_WEIGHT,
     FORMS,
+    POS_WHAT,
     QUERY_HELD_OUT,
     QUESTION_TYPES,
     REL_IS,
@@ -55,7 +56,8 @@ _TYPE_WEIGHT = torch.zeros(len(QUESTION_TYPES)).index_add(0, FORM_TYPE, FORM_WEI
 # most captions settle little but what there is: without this, half of the questions about captions would ask for that
 _TEXT_BALANCE = torch.ones(len(FORMS))
 _TEXT_BALANCE[[COUNT_ALL, COUNT, EXIST]] = 0.4
-_TEXT_BALANCE[REL_IS : REL_WHERE + 1] = 2.0
+_TEXT_BALANCE[REL_IS : REL_WHERE + 1] = 4.0
+_TEXT_BALANCE[POS_WHAT] = 4.0
 _FRESH = 104_729  # added to the seed: evaluation pictures are not those of a training run with the same seed
 _STREAM = 128  # streams 128.. of the hash: about pictures, about captions, for evaluation
 

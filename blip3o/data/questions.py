@@ -45,7 +45,7 @@ FORMS = (
     ("relation", 0.24, "where is {a} relative to {b}"),
     ("position", 0.08, "where is {a}"),
     ("position", 0.005, "is {a} at the {p}"),
-    ("position", 0.01, "what is at the {p}"),
+    ("position", 0.04, "what is at the {p}"),
     ("size", 0.04, "what size is {a} | how large is {a}"),
     ("size", 0.01, "is {a} {size}"),
 )
@@ -54,26 +54,25 @@ SIZE, SIZE_IS = 11, 12
 FORM_TYPE = torch.tensor([QUESTION_TYPES.index(form[0]) for form in FORMS])
 FORM_WEIGHT = torch.tensor([form[1] for form in FORMS])
 _EXPAND = {
-    "{a}": "the {a_row} {a_column} {a_color} {a_noun}",
-    "{b}": "the {b_row} {b_column} {b_color} {b_noun}",
+    "{a}": "the {a_color} {a_noun}",
+    "{b}": "the {b_color} {b_noun}",
     "{q}": "{q_color} {q_noun}",
     "{qs}": "{q_color} {q_nouns}",
     "{near}": "{near0} {near1}",
     "{to}": "{to0} {to1} {to2} {to3}",
     "{p}": "{p_row} {p_column}",
     "{in}": "in the picture",
-    "{see}": "do you see",
 }
 _SLOTS = (
-    "a_row", "a_column", "a_color", "a_noun", "b_row", "b_column", "b_color", "b_noun", "q_color", "q_noun", "q_nouns",
-    "near0", "near1", "to0", "to1", "to2", "to3", "p_row", "p_column", "size", "mark",
+    "a_color", "a_noun", "b_color", "b_noun", "q_color", "q_noun", "q_nouns", "near0", "near1",
+    "to0", "to1", "to2", "to3", "p_row", "p_column", "size", "mark",
 )  # fmt: skip
 
 
 def _expand(template: str) -> str:
     for short, long in _EXPAND.items():
         template = template.replace(short, long)
-    return template + ("" if template.startswith(("tell", "count")) else " {mark}")
+    return template + " {mark}"
 
 
 _PHRASINGS = [form[2].split(" | ") for form in FORMS]
@@ -82,15 +81,10 @@ _QUESTION = compile_templates(
 )
 _QUESTION_COUNT = torch.tensor([len(form) for form in _PHRASINGS])
 _QUESTION_START = _QUESTION_COUNT.cumsum(0) - _QUESTION_COUNT
-# how an object may be named, per form: by (colour, shape), by shape, by colour, by cell
-_NAMING = torch.tensor(
-    [
-        [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0],
-        [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0],
-    ],
-    dtype=torch.float32,
-)  # fmt: skip
-DRAWS = 80  # random numbers per question
+BY_PAIR, BY_SHAPE, BY_COLOR = range(3)  # how an object is named
+_NAMING = torch.full((len(FORMS),), BY_PAIR)
+_NAMING[COLOR], _NAMING[SHAPE] = BY_SHAPE, BY_COLOR
+DRAWS = 65  # random numbers per question
 
 # what may be counted or be there: a shape, a colour, or a pair (colour * 4 + shape)
 _PAIRS = torch.arange(len(COLORS) * len(SHAPES))
@@ -117,12 +111,12 @@ class Answerable:
 
     weight: Tensor  # [N, F] how fit each form is, 0: not at all
     pair: Tensor  # [N, F, O * O] bool: about objects (i, j); j = i where a form names one object or none
-    named: Tensor  # [N, O, 4] bool: the only one of its (colour, shape), shape, colour, cell
     relation: Tensor  # [N, 4, O, O] bool: i is known to be (relation) j, and to be the only one
     counts: Tensor  # [N, K] how many objects fit a query, -1: unknown or not to be named
     numbers: Tensor  # [N, 3, 4] bool: some query of a class (shape, colour, pair) has the answer 0..3
     near: Tensor  # [N, K] how much of an absent query is there: 0, 1 or 2 (colour and shape, but apart)
     truths: Tensor  # [N, O, 8] truth of positions
+    alone: Tensor  # [N, O, 8] bool: known to be at a position, where no other object is
 
 
 def _unlike(x: Tensor) -> Tensor:
@@ -146,20 +140,17 @@ def answerable(facts: Facts, hidden: Tensor) -> Answerable:
     by_shape, by_color = _unlike(shape), _unlike(color)
     ignored = itself | absent[:, None]
     paired, placed = (color >= 0) & (shape >= 0), (row >= 0) & (column >= 0)
-    named = torch.stack(
-        [
-            paired & (by_shape | by_color | ignored).all(2), (shape >= 0) & (by_shape | ignored).all(2),
-            (color >= 0) & (by_color | ignored).all(2), placed & (placed | absent).all(1, keepdim=True),
-        ],
-        dim=2,
-    )  # fmt: skip
-    refer = (named[:, :, None] & (_NAMING > 0)).any(3)  # [N, O, F]
+    only_pair = paired & (by_shape | by_color | ignored).all(2)
+    only_shape, only_color = (shape >= 0) & (by_shape | ignored).all(2), (color >= 0) & (by_color | ignored).all(2)
+    refer = torch.stack([only_pair, only_shape, only_color], dim=2)[..., _NAMING]  # [N, O, F]: its name fits it alone
 
     # positions: false as soon as one axis is, true when both are
     vertical, horizontal = _agree(row, _POSITION_ROW), _agree(column, _POSITION_COLUMN)
     truths = torch.where((vertical == 0) | (horizontal == 0), 0, torch.minimum(vertical, horizontal))
     halves = truths[..., 4:]
     placeable = placed | ((halves == 1).any(2) & (halves == 0).any(2))
+    elsewhere = (truths == 0) | absent[..., None]  # [N, O, 8]
+    alone = (truths == 1) & (elsewhere[:, None] | itself[..., None]).all(2)
 
     # counts
     fits = ((shape[:, :, None] == _QUERY_SHAPE) | (_QUERY_SHAPE < 0)) & present[..., None]
@@ -193,7 +184,7 @@ def answerable(facts: Facts, hidden: Tensor) -> Answerable:
             both & paired[:, :, None] & only.any(1) & refer[:, None, :, REL_WHAT],
             refer_to_both(REL_WHERE) & one_axis,
             one(refer[..., POS_WHERE] & ((row >= 0) | (column >= 0))), one(refer[..., POS_IS] & placeable),
-            one(named[..., 3] & paired), one(refer[..., SIZE] & (facts.size >= 0)),
+            one(alone.any(2) & paired), one(refer[..., SIZE] & (facts.size >= 0)),
             one(refer[..., SIZE_IS] & (facts.size >= 0)),
         ],
         dim=1,
@@ -201,7 +192,7 @@ def answerable(facts: Facts, hidden: Tensor) -> Answerable:
     weight = pair.any(2).float()
     weight[:, COUNT_ALL] *= _COUNT_ALL_BALANCE[facts.count]
     weight[:, COUNT] *= _COUNT_BALANCE[counts.amax(1)]
-    return Answerable(weight, pair, named, only, counts, numbers, near, truths)
+    return Answerable(weight, pair, only, counts, numbers, near, truths, alone)
 
 
 @dataclass(frozen=True)
@@ -257,33 +248,32 @@ def ask(facts: Facts, weight: Tensor, hidden: Tensor, u: Tensor, turns: int) -> 
     truths = able.truths[picture, a]
     as_cell = ((truths == 1) & _IS_CELL).any(1)  # both truth values can be had; so can they for halves
     by_cell = as_cell & (u[:, 54] < 0.5)
-    place = _any_of((truths == coin[:, None].long()) & _IS_CELL.eq(by_cell[:, None]), u[:, 55:63])
+    fits = (truths == coin[:, None].long()) & _IS_CELL.eq(by_cell[:, None])
+    fits = torch.where((form == POS_WHAT)[:, None], able.alone[picture, a], fits)
+    place = _any_of(fits, u[:, 55:63])
     row, column = facts.row[picture, a], facts.column[picture, a]
     home = torch.where(row < 0, 6 + column, torch.where(column < 0, 4 + row, 2 * row + column))
-    place = torch.where(form == POS_IS, place, home)
+    place = torch.where((form == POS_IS) | (form == POS_WHAT), place, home)
     size = torch.where(coin | (size_a < 0), size_a, 1 - size_a)
 
     # words
-    def name(target: Tensor, color: Tensor, shape: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-        how = choose(able.named[picture, target] * _NAMING[form] + 1e-9, noise)
-        cell = (facts.row[picture, target] * 2 + facts.column[picture, target]).clamp(min=0)
-        noun = torch.where(how <= 1, pick(SHAPE_IDS, shape), TOKEN["object"])
-        by_place = how == 3
-        return (
-            pick(ROW_IDS, cell, by_place), pick(COLUMN_IDS, cell, by_place), pick(COLOR_IDS, color, how % 2 == 0), noun
-        )  # fmt: skip
+    how = _NAMING[form]
+
+    def name(color: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
+        noun = torch.where(how == BY_COLOR, TOKEN["object"], pick(SHAPE_IDS, shape))
+        return pick(COLOR_IDS, color, how != BY_SHAPE), noun
 
     values = torch.stack(
         [
-            *name(a, color_a, shape_a, u[:, 63]), *name(b, facts.color[picture, b], facts.shape[picture, b], u[:, 64]),
+            *name(color_a, shape_a), *name(facts.color[picture, b], facts.shape[picture, b]),
             pick(COLOR_IDS, query_color), torch.where(query_shape >= 0, pick(SHAPE_IDS, query_shape), TOKEN["object"]),
             torch.where(query_shape >= 0, pick(PLURAL_IDS, query_shape), TOKEN["objects"]),
             *NEAR_IDS[relation].unbind(1), *TO_IDS[relation].unbind(1), pick(ROW_IDS, place), pick(COLUMN_IDS, place),
-            pick(SIZE_IDS, size), literal("?", u[:, 65] < 0.85),
+            pick(SIZE_IDS, size), literal("?", u[:, 63] < 0.85),
         ],
         dim=1,
     )  # fmt: skip
-    phrasing = _QUESTION_START[form] + (u[:, 66] * _QUESTION_COUNT[form]).long()
+    phrasing = _QUESTION_START[form] + (u[:, 64] * _QUESTION_COUNT[form]).long()
     yes = torch.where(coin, TOKEN["yes"], TOKEN["no"])
     total, number = NUMBER_IDS[facts.count[picture]], NUMBER_IDS[counts[rows, query].clamp(min=0)]
     color, shape, near = pick(COLOR_IDS, color_a), pick(SHAPE_IDS, shape_a), NEAR_IDS[relation]

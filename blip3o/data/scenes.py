@@ -8,7 +8,7 @@ Shape legend: N pictures, O = 3 object slots (absent objects hold -1), M objects
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -36,10 +36,27 @@ COLOR_RGB = torch.tensor(
     ]
 )
 BACKGROUND_RGB = torch.tensor([0.96, 0.96, 0.96])
+UNNAMED_DISTANCE = 0.25  # in RGB: what a colour must differ by from a named one to be none
 RADIUS_RANGE = torch.tensor([[3.7, 4.3], [6.0, 6.5]])  # per size, pixels
 EXTENT = torch.tensor([1.0, 0.9, 1.12, 1.12])  # half the side of the bounding box, per shape, in radii
 CROSS_ARM = 0.36  # half the width of an arm of the cross, in radii
 JITTER = 2.0  # the centre of an object is at most this far from the centre of its cell, per axis
+
+
+def _unnamed_rgb(levels: int = 9) -> Tensor:
+    """RGB of the colours that have no name: [U, 3], from a grid of `levels` a channel.
+
+    They differ from the background, and from each named colour at three quarters of its strength and more.
+    """
+    level = torch.linspace(0, 1, levels)
+    rgb = torch.cartesian_prod(level, level, level) - BACKGROUND_RGB  # [levels^3, 3]
+    tint = COLOR_RGB - BACKGROUND_RGB  # [6, 3]
+    strength = (rgb @ tint.T / tint.square().sum(-1)).clamp(0.75, 1.25)
+    from_named = (rgb[:, None] - strength[..., None] * tint).norm(dim=-1).amin(1)
+    return (rgb + BACKGROUND_RGB)[(from_named > UNNAMED_DISTANCE) & (rgb.norm(dim=-1) > 2 * UNNAMED_DISTANCE)]
+
+
+PALETTE_RGB = torch.cat([COLOR_RGB, _unnamed_rgb()])  # what the colours of a scene index: the named ones first
 
 PAIR_HELD_OUT = torch.zeros(len(COLORS), len(SHAPES), dtype=torch.bool)
 for _color, _shape in HELD_OUT:
@@ -88,7 +105,7 @@ class Scenes:
     """A batch of pictures as facts. Absent objects hold -1 (center and radius too) and come last."""
 
     count: Tensor  # [N] int64, 1..3
-    color: Tensor  # [N, O] int64
+    color: Tensor  # [N, O] int64, of COLORS; from len(COLORS) on it has no name (PALETTE_RGB)
     shape: Tensor  # [N, O] int64
     size: Tensor  # [N, O] int64
     cell: Tensor  # [N, O] int64, 2 * row + column
@@ -111,6 +128,18 @@ def allowed_pairs(held_out: str) -> Tensor:
     if held_out == "any":
         return torch.ones_like(PAIR_HELD_OUT)
     raise ValueError(f'held_out must be "exclude", "only" or "any", got {held_out!r}')
+
+
+def sample_unnamed(seed: int, index: Tensor) -> Scenes:
+    """Scenes as `sample` draws them, of any shapes, in which no object's colour has a name: int64 [N] -> N scenes.
+
+    They show what colours and shapes are without showing a (colour, shape) pair: none can be told in words, and the
+    held-out pairs are not among them. An object's colour is any of the unnamed ones.
+    """
+    scenes = sample(seed, index, held_out="any")
+    unnamed = len(PALETTE_RGB) - len(COLORS)
+    color = len(COLORS) + (uniform(seed, 1, index, MAX_OBJECTS) * unnamed).long()
+    return replace(scenes, color=torch.where(scenes.color < 0, -1, color))
 
 
 def sample(seed: int, index: Tensor, *, kind: Tensor | int | None = None, held_out: str = "exclude") -> Scenes:
@@ -221,7 +250,7 @@ def render(scenes: Scenes) -> Tensor:
     mask = coverage(
         scenes.shape[where, slot], scenes.center[where, slot] - corner, scenes.radius[where, slot], CELL_SIZE
     )
-    tint = COLOR_RGB[scenes.color[where, slot]] - BACKGROUND_RGB
+    tint = PALETTE_RGB[scenes.color[where, slot]] - BACKGROUND_RGB
     patch = BACKGROUND_RGB[:, None, None] + tint[:, :, None, None] * mask[:, None]
     canvas = BACKGROUND_RGB[:, None, None].repeat(n * side * side, 1, CELL_SIZE, CELL_SIZE)
     canvas[where * side * side + cell] = patch

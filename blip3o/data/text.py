@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from blip3o.data.captions import CAPTION_KINDS, CATEGORIES, SPLITS, Captions, captions, prompts
 from blip3o.data.conversations import Conversations, Questions, conversations, questions
@@ -30,8 +31,8 @@ from blip3o.data.words import (
 __all__ = [
     "ASSISTANT", "BOS", "CAPTION_KINDS", "CATEGORIES", "EOS", "FORMS", "IGNORE", "IMAGE", "IMAGE_START", "PAD",
     "QUESTION_TYPES", "SPECIAL", "SPLITS", "UNK", "USER", "VOCAB_SIZE", "WORDS", "Captions", "Conversations",
-    "Questions", "captions", "conversations", "decode", "drawing_prompt", "drawing_prompts", "left_pad", "prompts",
-    "question_prompt", "question_prompts", "questions", "split",
+    "Questions", "captions", "conversations", "decode", "drawing_prompt", "drawing_prompts", "join", "left_pad",
+    "picture_prompt", "prompts", "question_prompt", "question_prompts", "questions", "split",
 ]  # fmt: skip
 
 
@@ -45,6 +46,11 @@ def question_prompt(ids: Sequence[int], image_tokens: int = 4) -> list[int]:
     return [BOS, *[IMAGE] * image_tokens, USER, *ids, ASSISTANT]
 
 
+def picture_prompt(image_tokens: int = 4) -> list[int]:
+    """<bos> <image> x image_tokens <image_start>: the picture itself as the prompt, to be drawn once more."""
+    return [BOS, *[IMAGE] * image_tokens, IMAGE_START]
+
+
 def left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of ids of any lengths as one batch, padded at the front: ids int64 [N, L], mask bool [N, L] (False: pad)."""
     if not rows:
@@ -53,6 +59,13 @@ def left_pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
     return ids, mask
+
+
+def join(*batches: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Batches of ids [N, L] and mask [N, L] padded at the front, one below the other, padded to the longest."""
+    width = max(ids.shape[1] for ids, _ in batches)
+    wide = [[pad(rows, (width - rows.shape[1], 0)) for rows in batch] for batch in batches]
+    return torch.cat([ids for ids, _ in wide]), torch.cat([mask for _, mask in wide])
 
 
 def _framed(front: Sequence[int], ids: Tensor, back: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,9 @@ from tqdm import tqdm
 from blip3o.train.recipe import Recipe
 
 LOG_EVERY = 10  # steps
+# Whether the chip has tiles for products of bfloat16 (AMX), 4 to 9 times as fast as float32 at nano's sizes. Without
+# them bfloat16 gains nothing at these sizes, so products stay in float32.
+BFLOAT16_PRODUCTS: bool = torch.cpu._is_amx_tile_supported()
 
 
 class Stage(Protocol):
@@ -143,7 +146,8 @@ def train(
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            loss, extra = stage.loss(step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16_PRODUCTS):
+                loss, extra = stage.loss(step)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
             if not math.isfinite(loss.item() + norm.item()):

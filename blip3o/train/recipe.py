@@ -17,6 +17,10 @@ class Recipe:
     pictures              size of the feature bank that stages after CLIP draw from: frozen features, computed once
     draws_per_prompt      generation: noises drawn for each prompt, which share one pass of the language model
     condition_drop        generation: share of prompts whose condition is zeroed, for guidance
+    pooled_drop           generation: share of prompts whose pooled condition is zeroed while its tokens stay: through
+                          the pooled one the network would rather learn pairs of colour and shape by heart
+    unnamed               generation, decoder: share of the batch that shows objects in colours without a name, so that
+                          colour and shape come in all combinations; such a picture is its own prompt
     feature_noise         decoder: deviation of the noise added to features, which makes it forgive a generator's errors
     turns                 understanding: questions about each picture
     seed                  every sample, noise and initial weight of the stage is a function of it and the step
@@ -32,6 +36,8 @@ class Recipe:
     pictures: int
     draws_per_prompt: int
     condition_drop: float
+    pooled_drop: float
+    unnamed: float
     feature_noise: float
     turns: int
     seed: int
@@ -44,8 +50,9 @@ class Recipe:
             raise ValueError(
                 f"batch_size must be a multiple of draws_per_prompt ({self.draws_per_prompt}), got {self.batch_size}"
             )
-        if not 0 <= self.condition_drop < 1:
-            raise ValueError(f"condition_drop must be in [0, 1), got {self.condition_drop}")
+        for name in ("condition_drop", "pooled_drop", "unnamed"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not (self.learning_rate > 0 and self.clip_norm > 0):  # so that NaN is refused too
             raise ValueError(
                 f"learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}"
@@ -58,24 +65,24 @@ class Recipe:
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "clip": Recipe(
-            steps=400, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.0,
-            turns=1, seed=1,
+            steps=500, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
+            unnamed=0.0, feature_noise=0.0, turns=1, seed=1,
         ),
         "understanding": Recipe(
-            steps=2600, batch_size=32, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.05, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.0,
-            turns=3, seed=2,
+            steps=5000, batch_size=32, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
+            weight_decay=0.05, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
+            unnamed=0.0, feature_noise=0.0, turns=3, seed=2,
         ),
         "generation": Recipe(
-            steps=1500, batch_size=256, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=4, condition_drop=0.1, feature_noise=0.0,
-            turns=1, seed=3,
+            steps=3000, batch_size=256, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
+            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=4, condition_drop=0.1, pooled_drop=0.5,
+            unnamed=0.25, feature_noise=0.0, turns=1, seed=3,
         ),
         "decoder": Recipe(
-            steps=800, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, feature_noise=0.1,
-            turns=1, seed=4,
+            steps=1000, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
+            unnamed=0.5, feature_noise=0.1, turns=1, seed=4,
         ),
     },
 }  # fmt: skip

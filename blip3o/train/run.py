@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from blip3o.config import to_dict
+from blip3o.data import scenes
 from blip3o.evaluate.exam import answer_questions
 from blip3o.model import Blip3o
 from blip3o.presets import preset
@@ -99,7 +100,7 @@ class Run:
         self.stage, self.step, self.seconds = "", 0, 0.0  # of the stage in progress
         self.recipes: dict[str, dict[str, object]] = {}  # of the stages finished and in progress
         self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
-        self._bank: FeatureBank | None = None
+        self._banks: dict[bool, FeatureBank] = {}
         if self.checkpoint.exists() or self.checkpoint.with_name("checkpoint.old").exists():
             self._load()
 
@@ -124,11 +125,12 @@ class Run:
             raise CorruptModel(f"{place} holds tensors of another version: {sorted(own.keys() ^ weights.keys())[:5]}")
         self.model.load_state_dict(weights)
 
-    def bank(self, pictures: int) -> FeatureBank:
-        """The frozen features, computed once a process."""
-        if self._bank is None or self._bank.count != pictures:
-            self._bank = FeatureBank(self.model, BANK_SEED, pictures)
-        return self._bank
+    def bank(self, pictures: int, unnamed: bool = False) -> FeatureBank:
+        """The frozen features of pictures, or of those whose colours have no name: computed once a process."""
+        if unnamed not in self._banks or self._banks[unnamed].count != pictures:
+            sample = scenes.sample_unnamed if unnamed else scenes.sample
+            self._banks[unnamed] = FeatureBank(self.model, BANK_SEED, pictures, sample)
+        return self._banks[unnamed]
 
     def run_stage(self, name: str, recipe: Recipe, report: Callable[[str], None] = print) -> None:
         """Train one stage, from where it was left. A finished stage is not run again.
@@ -176,9 +178,8 @@ class Run:
             return ClipStage(self.model, recipe)
         if name == "understanding":
             return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
-        if name == "generation":
-            return GenerationStage(self.model, recipe, self.bank(recipe.pictures))
-        return DecoderStage(self.model, recipe, self.bank(recipe.pictures))
+        kind = GenerationStage if name == "generation" else DecoderStage
+        return kind(self.model, recipe, self.bank(recipe.pictures), self.bank(recipe.pictures, unnamed=True))
 
     def _save(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> None:
         """The model folder first: were it last, a kill in between would leave it behind a finished run for good."""

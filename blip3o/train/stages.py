@@ -1,5 +1,8 @@
 """The four stages: what each one trains, on which batch, with which loss."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +16,7 @@ from blip3o.train.recipe import Recipe
 CHUNK = 512  # pictures rendered and encoded at a time
 # Understanding's steps in turn: whether it is about pictures (else captions), and whether to describe (else to answer).
 PATTERN = (
-    (True, True), (True, False), (True, False), (False, True),
+    (True, True), (True, False), (False, False), (False, True),
     (True, True), (True, False), (True, False), (False, False),
 )  # fmt: skip
 # Looking one thing up comes before counting and comparing: what to ask in the first steps, by question type.
@@ -25,12 +28,19 @@ STATISTICS = 4096  # pictures behind the features' mean and deviation
 class FeatureBank:
     """`count` pictures of the world and what the frozen CLIP tower sees in them: computed once, used at every step.
 
-    scenes  the scenes of indices 0..count-1;  features [count, F, C] float32, standardised per channel
+    scenes  the scenes of indices 0..count-1, drawn by `sample` (by default `scenes.sample`)
+    features [count, F, C] float32, standardised per channel
     """
 
-    def __init__(self, model: Blip3o, seed: int, count: int) -> None:
+    def __init__(
+        self,
+        model: Blip3o,
+        seed: int,
+        count: int,
+        sample: Callable[[int, Tensor], scenes.Scenes] = scenes.sample,
+    ) -> None:
         self.count = count
-        self.scenes = scenes.sample(seed, torch.arange(count))
+        self.scenes = sample(seed, torch.arange(count))
         self.features = torch.empty(count, model.config.feature_grid**2, model.config.clip.width)
         with torch.inference_mode():
             for start in range(0, count, CHUNK):
@@ -142,14 +152,17 @@ class GenerationStage:
     """The diffusion transformer and the queries learn to draw features from prompts; the language model is frozen.
 
     A prompt is read once for several noises. `condition_drop` of the conditions are zeroed, which teaches the
-    unconditional velocity that guidance needs.
+    unconditional velocity that guidance needs. `unnamed` of the prompts are no captions but pictures, to be drawn once
+    more; their objects have colours without a name, so colour and shape come in all combinations.
     """
 
     name = "generation"
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
-        self.model, self.recipe, self.bank = model, recipe, bank
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank) -> None:
+        self.model, self.recipe, self.bank, self.unnamed = model, recipe, bank, unnamed
         model.llm.requires_grad_(False)
+        if model.image_projector is not None:
+            model.image_projector.requires_grad_(False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {
@@ -162,19 +175,28 @@ class GenerationStage:
         recipe, draws = self.recipe, self.recipe.draws_per_prompt
         generator = _generator(recipe, step)
         prompts = recipe.batch_size // draws
-        number = step * prompts + torch.arange(prompts)
-        index = torch.randint(self.bank.count, (prompts,), generator=generator)
-        said = text.captions(self.bank.scenes[index], recipe.seed, number)
-        condition = self.model.condition(*text.drawing_prompts(said))  # [prompts, Q, W]
+        shown = int(recipe.unnamed * prompts)
+        told = prompts - shown
+        index = torch.randint(self.bank.count, (told,), generator=generator)
+        said = text.captions(self.bank.scenes[index], recipe.seed, step * told + torch.arange(told))
+        ids, mask = text.drawing_prompts(said)
+        x, pictures = self.bank.features[index], None
+        if shown:
+            pictures = self.unnamed.features[torch.randint(self.unnamed.count, (shown,), generator=generator)]
+            x = torch.cat([x, pictures])
+            ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(pictures.shape[1])] * shown))
+        condition = self.model.condition(ids, mask, pictures)  # [prompts, Q, W]
         kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
-        condition = self.model.dit.project(condition * kept[:, None, None])  # one row serves its prompt's draws
+        context = self.model.dit.context(self.model.dit.project(condition * kept[:, None, None]))
+        pooled = torch.rand(prompts, generator=generator) >= recipe.pooled_drop
+        context = replace(context, pooled=context.pooled * pooled[:, None])
 
-        x = self.bank.features[index].repeat_interleave(draws, 0)
+        x = x.repeat_interleave(draws, 0)  # one row of the context serves its prompt's draws
         noise = torch.randn(x.shape, generator=generator)
         sigma = draw_sigma(self.model.config.flow, len(x), generator)
 
         def predict(noisy: Tensor, level: Tensor) -> Tensor:
-            return self.model.dit(noisy, level * TIMESTEPS, condition)
+            return self.model.dit(noisy, level * TIMESTEPS, context)
 
         return training_loss(self.model.config.flow, predict, x, noise, sigma), {}
 
@@ -183,14 +205,17 @@ class GenerationStage:
 
 
 class DecoderStage:
-    """The visual decoder learns to turn features into pixels."""
+    """The visual decoder learns to turn features into pixels.
+
+    `unnamed` of the batch shows colours without a name: or it would learn pairs of colour and shape, not the two.
+    """
 
     name = "decoder"
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank) -> None:
         if model.decoder is None:
             raise ValueError(f"preset {model.config.name!r} has no visual decoder of its own to train")
-        self.decoder, self.recipe, self.bank = model.decoder, recipe, bank
+        self.decoder, self.recipe, self.banks = model.decoder, recipe, (bank, unnamed)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"decoder.{name}": parameter for name, parameter in self.decoder.named_parameters()}
@@ -198,12 +223,16 @@ class DecoderStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         recipe, decoder = self.recipe, self.decoder
         generator = _generator(recipe, step)
-        index = torch.randint(self.bank.count, (recipe.batch_size,), generator=generator)
-        pictures = scenes.render(self.bank.scenes[index]) * 2 - 1
-        features = self.bank.features[index]
+        unnamed = int(recipe.unnamed * recipe.batch_size)
+        drawn = [
+            (bank, torch.randint(bank.count, (count,), generator=generator))
+            for bank, count in zip(self.banks, (recipe.batch_size - unnamed, unnamed), strict=True)
+        ]
+        pictures = torch.cat([scenes.render(bank.scenes[index]) for bank, index in drawn]) * 2 - 1
+        features = torch.cat([bank.features[index] for bank, index in drawn])
         features = features + recipe.feature_noise * torch.randn(features.shape, generator=generator)
         noise = torch.randn(pictures.shape, generator=generator)
-        sigma = draw_sigma(decoder.config.flow, len(index), generator)
+        sigma = draw_sigma(decoder.config.flow, len(pictures), generator)
 
         def predict(noisy: Tensor, level: Tensor) -> Tensor:
             return decoder(noisy, level * TIMESTEPS, features)

@@ -1,0 +1,109 @@
+"""The stages one by one: their feature banks, their batches, and what is read and aimed at."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from blip3o.data import scenes, text
+from blip3o.model import Blip3o
+from blip3o.train import loop, stages
+from blip3o.train.recipe import STAGES, Recipe
+from blip3o.train.run import Run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def stage(name: str, model: Blip3o, recipe: Recipe) -> loop.Stage:
+    """A stage on banks of 32 pictures."""
+    if name == "clip":
+        return stages.ClipStage(model, recipe)
+    banks = [stages.FeatureBank(model, 7, 32, draw) for draw in (scenes.sample, scenes.sample_unnamed)]
+    if name == "understanding":
+        return stages.UnderstandingStage(model, recipe, banks[0])
+    return {"generation": stages.GenerationStage, "decoder": stages.DecoderStage}[name](model, recipe, *banks)
+
+
+def test_the_features_of_a_trained_clip_are_standardised(tiny: dict[str, Recipe], snapshots: Path) -> None:
+    run = Run(snapshots / "clip", "tiny")
+    features = stages.FeatureBank(run.model, tiny["clip"].seed, stages.STATISTICS).features.flatten(0, 1)
+    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(features.shape[1]), atol=1e-2, rtol=0)
+    assert not bool((run.model.feature_std == 1).all())
+
+
+def test_a_bank_does_not_depend_on_its_chunks(
+    tiny: dict[str, Recipe], lively: Blip3o, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = stages.FeatureBank(lively, 7, 50)
+    monkeypatch.setattr(stages, "CHUNK", 16)
+    torch.testing.assert_close(stages.FeatureBank(lively, 7, 50).features, whole.features, atol=1e-5, rtol=1e-5)
+    assert not whole.features.requires_grad and not whole.features.is_inference()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_step_is_a_function_of_its_number(tiny: dict[str, Recipe], lively: Blip3o, name: str) -> None:
+    """Whatever was drawn before, from this generator or torch's own."""
+
+    def built() -> loop.Stage:
+        return stage(name, lively, tiny[name])
+
+    try:
+        first = built()
+        losses = {step: first.loss(step)[0].item() for step in (3, 4, 5, 6, 7)}
+        torch.manual_seed(99)
+        assert len(set(losses.values())) == 5
+        assert {step: built().loss(step)[0].item() for step in (7, 3, 5)} == {step: losses[step] for step in (7, 3, 5)}
+    finally:
+        lively.requires_grad_(True)
+
+
+@pytest.mark.parametrize("unnamed", [0.0, 0.5])
+def test_unnamed_pictures_are_prompts_and_targets(tiny: dict[str, Recipe], lively: Blip3o, unnamed: float) -> None:
+    """The noises of the last prompts belong to pictures of the second bank, which are read in a caption's stead."""
+    drawing = stage("generation", lively, replace(tiny["generation"], unnamed=unnamed))
+    assert isinstance(drawing, stages.GenerationStage)
+    read: list[tuple[Tensor, Tensor | None]] = []
+    aimed: list[Tensor] = []
+
+    def condition(ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        read.append((ids, features))
+        return lively_condition(ids, mask, features)
+
+    def loss(_flow: object, _predict: object, x: Tensor, *_: Tensor) -> Tensor:
+        aimed.append(x)
+        return x.sum()
+
+    lively_condition = lively.condition
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lively, "condition", condition)
+        patch.setattr(stages, "training_loss", loss)
+        try:
+            drawing.loss(3)
+        finally:
+            lively.requires_grad_(True)
+    [(ids, features)], [x] = read, aimed
+    images = (ids == lively.config.image_token).sum(1)
+    assert images.tolist() == ([0, 0, 4, 4] if unnamed else [0, 0, 0, 0])
+    known = [{row.sum().item() for row in bank.features} for bank in (drawing.bank, drawing.unnamed)]
+    assert [row.sum().item() in known[1] for row in x[::2]] == [bool(count) for count in images]
+    if unnamed:
+        assert features is not None and torch.equal(features.repeat_interleave(2, 0), x[4:])
+    else:
+        assert features is None
+
+
+def test_a_prompt_may_be_a_picture(lively: Blip3o) -> None:
+    """Read beside a longer text or alone, it tells the queries the same."""
+    features = torch.randn(1, 4, lively.config.clip.width)
+    picture = text.left_pad([text.picture_prompt()])
+    caption = text.left_pad([text.drawing_prompt(range(10, 21))])
+    ids, mask = text.join(caption, picture)
+    assert ids.shape == (2, 13) and mask.sum(1).tolist() == [13, 6]
+    with torch.no_grad():
+        both = lively.condition(ids, mask, features)
+        torch.testing.assert_close(both[1:], lively.condition(*picture, features), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(both[:1], lively.condition(*caption), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(both[1:], lively.condition(*picture, -features), atol=1e-3)
