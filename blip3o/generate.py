@@ -11,8 +11,8 @@ from blip3o.flow import TIMESTEPS
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
 
-GUIDANCE = 2.0
-STEPS = 20
+GUIDANCE = 3.0
+STEPS = 40
 DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
 

@@ -15,9 +15,16 @@ from blip3o.data import conversations as conversations_module
 from blip3o.data import text
 from blip3o.data.captions import applicable
 from blip3o.data.scenes import CELLS, COLORS, HELD_OUT, KINDS, PAIR_HELD_OUT, RELATIONS, SHAPES, SIZES, Scenes, sample
-from blip3o.data.words import SPECIAL, TOKEN, VOCAB_SIZE, WORDS, compile_templates, fill, squeeze
+from blip3o.data.words import (
+    NONCE_COLORS,
+    NONCE_SHAPES,
+    TOKEN,
+    VOCAB_SIZE,
+    WORDS,
+)
 
 NUMBERS = ("zero", "one", "two", "three")
+NONCE = torch.cat([NONCE_COLORS, NONCE_SHAPES])
 COLOR, SHAPE, SIZE = "|".join(COLORS), "|".join(SHAPES), "|".join(SIZES)
 PLURAL = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross", "objects": None}
 PLURALS = "|".join(PLURAL)
@@ -210,53 +217,6 @@ def held_out_named(ids: Tensor) -> bool:
         for word in (shape, *(plural for plural, single in PLURAL.items() if single == shape)):
             table[TOKEN[color], TOKEN[word]] = True
     return bool(table[ids[:, :-1], ids[:, 1:]].any())
-
-
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
-def test_vocabulary():
-    assert WORDS[:8] == SPECIAL and WORDS[0] == "<pad>" and (text.IMAGE, text.IMAGE_START) == (6, 7)
-    assert len(set(WORDS)) == len(WORDS) <= VOCAB_SIZE == 128
-
-
-def test_a_cell_is_one_token_and_two_words():
-    for cell in CELLS:
-        token = TOKEN[cell.replace(" ", "")]
-        assert text.decode(torch.tensor([TOKEN["the"], token, TOKEN["object"]])) == f"the {cell} object"
-    assert text.decode(torch.tensor([TOKEN["top"], text.PAD])) == "top"
-
-
-def test_templates_fill_and_squeeze():
-    templates = compile_templates(["draw {x} circle", "a {x} {y}"], {"x": 0, "y": 1})
-    filled = fill(templates, torch.tensor([[TOKEN["red"], 0], [0, TOKEN["square"]]]))
-    ids, kept, length = squeeze(filled, torch.arange(3).expand(2, 3), fills=(-1,))
-    assert [text.decode(row) for row in ids] == ["draw red circle", "a square"]
-    assert length.tolist() == [3, 2] and kept.tolist() == [[0, 1, 2], [0, 2, -1]]
-    with pytest.raises(KeyError):
-        compile_templates(["a dodecahedron"], {})
-
-
-def test_split_has_the_right_shares_and_ignores_padding():
-    ids = torch.stack(torch.meshgrid(*[torch.arange(8, 40)] * 3, indexing="ij"), dim=-1).reshape(-1, 3)
-    part = text.split(ids)
-    shares = part.bincount(minlength=3) / len(part)
-    assert (shares - torch.tensor([0.7, 0.15, 0.15])).abs().max() < 0.01
-    assert torch.equal(part, text.split(torch.nn.functional.pad(ids, (0, 5))))
-    assert not torch.equal(part, text.split(ids.flip(1)))
-
-
-def test_every_word_is_taught():
-    index = torch.arange(3_000)
-    scenes, seen = sample(0, index), torch.zeros(VOCAB_SIZE, dtype=torch.bool)
-    for ids in (
-        text.captions(scenes, 0, index).ids,
-        text.conversations(scenes, 0, index).ids,
-        text.conversations(scenes, 0, index, image=False).ids,
-        text.drawing_prompts(text.captions(scenes, 0, index))[0],
-    ):
-        seen[ids.unique()] = True
-    assert [word for word, there in zip(WORDS, seen, strict=False) if not there] == ["<unk>"]
 
 
 # --- captions ---------------------------------------------------------------------------------------------------------
@@ -510,6 +470,32 @@ def test_conversations_are_pure_and_do_not_depend_on_the_batch():
         assert [turns_of(whole, i) for i in range(120)] == [turns_of(p, i) for p in parts for i in range(len(p))]
         assert torch.equal(whole.types, torch.cat([part.types for part in parts]))
         assert not torch.equal(whole.types, text.conversations(scenes, 10, index, 6, image=image).types)
+
+
+def test_nonce_words_stand_for_one_thing_each_and_change_nothing_else():
+    """Within a conversation every mention of a colour or shape is renamed alike, no two of them to the same word."""
+    index = torch.arange(400)
+    scenes = sample(15, index)
+    plain = text.conversations(scenes, 15, index, 4, image=False)
+    talk = text.conversations(scenes, 15, index, 4, image=False, nonce=1.0)
+    singular = {TOKEN[plural]: TOKEN[shape] for plural, shape in PLURAL.items() if shape}
+    renamed = Counter()
+    for before, after, targets in zip(plain.ids.tolist(), talk.ids.tolist(), talk.targets.tolist(), strict=True):
+        names = {(singular.get(a, a), singular.get(b, b)) for a, b in zip(before, after, strict=True)}
+        assert len({a for a, _ in names}) == len({b for _, b in names}) == len(names)
+        for a, b in names:
+            assert a == b or b in (NONCE_COLORS if WORDS[a] in COLORS else NONCE_SHAPES)
+            renamed[WORDS[a], a != b] += 1
+        assert all(target in (text.IGNORE, token) for target, token in zip(targets, after[1:], strict=False))
+    for word in (*COLORS, *SHAPES):
+        assert 0.3 < renamed[word, True] / (renamed[word, True] + renamed[word, False]) < 0.7, word
+    assert not held_out_named(talk.ids)
+    for few in (0.0, 0.3):
+        some = text.conversations(scenes, 15, index, 4, image=False, nonce=few).ids
+        assert ((some == plain.ids).all(1) | (some == talk.ids).all(1)).all()
+        assert abs(torch.isin(some, NONCE).any(1).float().mean().item() - few) < 0.1
+    seen = text.conversations(scenes, 15, index, 4, nonce=1.0).ids
+    assert not torch.isin(seen, NONCE).any(), "a picture shows colours and shapes that have names"
 
 
 def test_the_share_of_question_types_can_be_set():

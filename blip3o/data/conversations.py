@@ -39,6 +39,7 @@ from blip3o.data.words import (
     HOLE,
     IGNORE,
     IMAGE,
+    RENAME_DRAWS,
     ROW_IDS,
     SHAPE_IDS,
     SIZE_IDS,
@@ -47,6 +48,7 @@ from blip3o.data.words import (
     decode,
     literal,
     pick,
+    rename,
     squeeze,
 )
 
@@ -59,7 +61,7 @@ _TEXT_BALANCE[[COUNT_ALL, COUNT, EXIST]] = 0.4
 _TEXT_BALANCE[REL_IS : REL_WHERE + 1] = 4.0
 _TEXT_BALANCE[POS_WHAT] = 4.0
 _FRESH = 104_729  # added to the seed: evaluation pictures are not those of a training run with the same seed
-_STREAM = 128  # streams 128.. of the hash: about pictures, about captions, for evaluation
+_STREAM = 128  # streams 128.. of the hash: about pictures, about captions, for evaluation, nonce words
 
 
 def description(facts: Facts, order: Tensor) -> Tensor:
@@ -105,14 +107,16 @@ def conversations(
     image: bool = True,
     image_tokens: int = 4,
     describe: float = 0.5,
+    nonce: float = 0.0,
     weights: Tensor | None = None,
 ) -> Conversations:
     """`turns` questions about each picture, row i a pure function of (scene, seed, index[i]).
 
     image=True: <bos> <image> x image_tokens (<user> question <assistant> answer <eos>) x turns; image=False: a training
     caption in place of the picture, and only questions it determines. With probability `describe` the last turn asks
-    for a description instead: all that is known of each object, the objects in any order. weights: float [8], relative
-    frequencies of QUESTION_TYPES (describe's is ignored). Raises ValueError for a wrong index shape or turns < 1.
+    for a description instead: all that is known of each object, the objects in any order. With probability `nonce` a
+    conversation about a caption calls some colours and shapes by nonce words (`words.rename`). weights: float [8],
+    relative frequencies of QUESTION_TYPES (describe's is ignored). Raises ValueError for a wrong index shape or turns < 1.
     """
     n = len(scenes)
     if index.shape != (n,):
@@ -149,6 +153,9 @@ def conversations(
     ids, answer, segment, _ = squeeze(
         whole, torch.cat(answers).expand_as(whole), torch.cat(segments).expand_as(whole), fills=(0, -1)
     )
+    if nonce and not image:
+        u = uniform(seed, _STREAM + 3, index, 1 + RENAME_DRAWS)
+        ids = torch.where(u[:, :1] < nonce, rename(ids, u[:, 1:]), ids)
     targets = torch.where(answer, ids, IGNORE)
     targets = torch.cat([targets[:, 1:], targets.new_full((n, 1), IGNORE)], dim=1)
     return Conversations(ids, targets, segment, types)

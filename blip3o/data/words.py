@@ -27,12 +27,15 @@ what where how many colour shape size object objects yes no relative
 describe exactly
 """
 WORDS = (*SPECIAL, *COLORS, *SHAPES, *PLURALS, *SIZES, *NUMBERS, *_COMMON.split())
-VOCAB_SIZE = 128  # of which len(WORDS) are in use
+VOCAB_SIZE = 128  # of which len(WORDS) are in use, and some spare ones as nonce words
 TOKEN = {word: number for number, word in enumerate(WORDS)}
+# Ids that stand for colours and shapes which nobody has seen, in texts alone (see `rename`); no tokenizer knows them.
+NONCE_COLORS = torch.arange(len(WORDS), len(WORDS) + len(COLORS))
+NONCE_SHAPES = torch.arange(len(WORDS) + len(COLORS), len(WORDS) + len(COLORS) + len(SHAPES))
 PAD, BOS, EOS, UNK, USER, ASSISTANT, IMAGE, IMAGE_START = range(8)
 HOLE = PAD
 IGNORE = -100  # a target that is not trained on
-assert len(TOKEN) == len(WORDS) <= VOCAB_SIZE
+assert len(TOKEN) == len(WORDS) < int(NONCE_SHAPES[-1]) < VOCAB_SIZE
 
 
 def ids_of(words: Sequence[str]) -> Tensor:
@@ -89,6 +92,28 @@ def squeeze(ids: Tensor, *others: Tensor, fills: Sequence[int] = ()) -> tuple[Te
         out = tensor.new_full((tensor.shape[0], width + 1), value)
         moved.append(out.scatter_(1, target, tensor)[:, :width])
     return *moved, length
+
+
+def rename(ids: Tensor, u: Tensor) -> Tensor:
+    """Call some colours and shapes of each text by nonce words, each by one of its own, wherever it is named.
+
+    What a text says and what its questions ask stays true. Who reads it cannot know which colours go with which shapes
+    and has to read which do. ids int64 [N, L]; u float [N, RENAME_DRAWS] in [0, 1) -> int64 [N, L]. A colour or shape
+    is renamed half of the time; the plural of a nonce shape is the same word.
+    """
+    words = torch.arange(VOCAB_SIZE).repeat(len(ids), 1)
+    keys = u.split([len(COLORS), len(COLORS), len(SHAPES), len(SHAPES)], dim=1)
+    for renamed, order, nonce, known in (
+        (keys[0], keys[1], NONCE_COLORS, (COLOR_IDS,)),
+        (keys[2], keys[3], NONCE_SHAPES, (SHAPE_IDS, PLURAL_IDS)),
+    ):
+        new = nonce[order.argsort(1)]
+        for table in known:
+            words[:, table] = torch.where(renamed < 0.5, new, table)
+    return words.gather(1, ids)
+
+
+RENAME_DRAWS = 2 * len(COLORS) + 2 * len(SHAPES)
 
 
 def split(ids: Tensor) -> Tensor:

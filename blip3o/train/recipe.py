@@ -65,7 +65,7 @@ class Recipe:
 RECIPES: dict[str, dict[str, Recipe]] = {
     "nano": {
         "clip": Recipe(
-            steps=500, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
             weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
             unnamed=0.0, feature_noise=0.0, turns=1, seed=1,
         ),
@@ -75,12 +75,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
             unnamed=0.0, feature_noise=0.0, turns=3, seed=2,
         ),
         "generation": Recipe(
-            steps=3000, batch_size=256, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
+            steps=5000, batch_size=256, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
             weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=4, condition_drop=0.1, pooled_drop=0.5,
             unnamed=0.25, feature_noise=0.0, turns=1, seed=3,
         ),
         "decoder": Recipe(
-            steps=1000, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
+            steps=1500, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
             weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
             unnamed=0.5, feature_noise=0.1, turns=1, seed=4,
         ),

@@ -22,6 +22,7 @@ PATTERN = (
 # Looking one thing up comes before counting and comparing: what to ask in the first steps, by question type.
 FIRST = (0.3, 0.3, 0.05, 0.05, 0.0, 0.2, 0.1, 0.0)
 FIRST_SHARE = 0.2
+NONCE = 0.5  # share of the conversations about captions in which some colours and shapes go by nonce words
 STATISTICS = 4096  # pictures behind the features' mean and deviation
 
 
@@ -136,6 +137,7 @@ class UnderstandingStage:
             1 if describe else self.recipe.turns,
             image=pictures,
             describe=float(describe),
+            nonce=NONCE,
             weights=torch.tensor(FIRST) if step < FIRST_SHARE * self.recipe.steps else None,
         )
         features = self.bank.features[index] if pictures else None
