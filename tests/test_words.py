@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blip3o.data import text
-from blip3o.data.scenes import sample
+from blip3o.data.scenes import CELLS, sample
 from blip3o.data.words import SPECIAL, TOKEN, VOCAB_SIZE, WORDS, compile_templates, fill, squeeze
 
 

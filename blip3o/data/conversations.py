@@ -116,7 +116,9 @@ def conversations(
     caption in place of the picture, and only questions it determines. With probability `describe` the last turn asks
     for a description instead: all that is known of each object, the objects in any order. With probability `nonce` a
     conversation about a caption calls some colours and shapes by nonce words (`words.rename`). weights: float [8],
-    relative frequencies of QUESTION_TYPES (describe's is ignored). Raises ValueError for a wrong index shape or turns < 1.
+    relative frequencies of QUESTION_TYPES (describe's is ignored).
+
+    Raises ValueError for a wrong index shape or turns < 1.
     """
     n = len(scenes)
     if index.shape != (n,):
