@@ -65,7 +65,7 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "machine": platform.machine(),
-                "products in training": "bfloat16" if BFLOAT16_PRODUCTS else "float32",
+                "products on this machine": "bfloat16" if BFLOAT16_PRODUCTS else "float32",
             },
         ),
     )

@@ -69,7 +69,7 @@ class DitAttention(nn.Module):
         self.condition_norm = RMSNorm(width, config.eps)
         self.cross_kv = nn.Linear(width, 2 * kv_width, bias=False)  # of the condition: key, value
         self.cross_key_norm = LayerNorm(kv_width, QK_EPS)
-        self.cross_gate = nn.Parameter(torch.zeros(config.num_heads))
+        self.cross_gate = nn.Parameter(torch.ones(config.num_heads))
         self.out = nn.Linear(width, width, bias=False)
 
     def cross_keys_values(self, condition: Tensor) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def answer_ids(
     """Greedy answers [B, <= limit] to conversations `ids`, `mask` [B, T] (padded on the left) that end in a question.
 
     An answer ends in the end token; padding follows. `words` is the size of the vocabulary: rows of the output layer
-    beyond it are spare, and a model that has learnt little must not say them.
+    beyond it are spare or stand for nonce words of the training's texts, and are never said.
     """
     if limit < 1:
         raise ValueError(f"limit must be at least 1 token, got {limit}")

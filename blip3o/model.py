@@ -123,11 +123,12 @@ class Blip3o(nn.Module):
         A prompt may hold a picture: `features` [P, F, C] of the P pictures, in reading order, take the place of the
         image tokens.
 
-        The prompt cannot see the queries, so with a frozen language model autograd keeps nothing of its pass. One that
-        learns gets a single pass over both, through which its gradient flows.
+        The prompt cannot see the queries, so where nothing that reads it learns, autograd keeps nothing of its pass.
+        Otherwise there is a single pass over both, through which the gradient flows.
         """
         prompts, queries = self.embed(ids, features), self.queries.expand(len(ids), -1, -1)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.llm.parameters()):
+        learning = prompts.requires_grad or any(parameter.requires_grad for parameter in self.llm.parameters())
+        if torch.is_grad_enabled() and learning:
             mask = nn.functional.pad(mask, (0, self.config.num_queries), value=True)
             return self.llm(torch.cat([prompts, queries], dim=1), None, mask)[:, -self.config.num_queries :]
         cache = self.cache(len(ids), ids.shape[1] + self.config.num_queries)
@@ -135,7 +136,10 @@ class Blip3o(nn.Module):
         return self.llm(queries, None, None, cache)
 
     def cache(self, batch: int, capacity: int) -> KvCache:
-        """An empty cache for `batch` conversations of at most `capacity` tokens, where and as the weights are."""
+        """An empty cache for `batch` conversations of at most `capacity` tokens, on the weights' device.
+
+        Its dtype is the weights' own, or autocast's where that is on.
+        """
         weight = self.llm.output_weight
         kind, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(kind):

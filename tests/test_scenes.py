@@ -1,5 +1,7 @@
 """The world of pictures: pure, inside its cells, drawn as it says, and free of held-out pairs unless asked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from blip3o.data.scenes import (
     KINDS,
     PAIR_HELD_OUT,
     PALETTE_RGB,
+    RADIUS_RANGE,
     SHAPES,
     coverage,
     mix64,
@@ -186,8 +189,17 @@ def test_unnamed_colours_are_none_of_the_named():
     assert (drawn.color[present] >= len(COLORS)).all() and (drawn.color[~present] == -1).all()
     assert len(drawn.color[present].unique()) > 300 and len(PALETTE_RGB) == int(drawn.color.max()) + 1
     assert torch.equal(PALETTE_RGB[: len(COLORS)], COLOR_RGB)
-    assert not detect(render(drawn)).clear.any()
-    assert detect(render(sample(3, index))).clear.all()
+    unnamed = torch.arange(len(COLORS), len(PALETTE_RGB))
+    for shape in range(len(SHAPES)):
+        for size in range(2):
+            alone = sample(0, torch.zeros_like(unnamed), kind=0)
+            first = (torch.arange(3) == 0).expand_as(alone.color)
+            alone = replace(
+                alone, color=torch.where(first, unnamed[:, None], -1), shape=torch.where(first, shape, -1),
+                radius=torch.where(first, RADIUS_RANGE[size].mean(), -1.0),
+            )  # fmt: skip
+            assert not detect(render(alone)).clear.any()
+            assert detect(render(replace(alone, color=alone.color.clamp(max=1)))).clear.all()
     named = sample(3, index, held_out="any")
     for field in FIELDS:
         assert field == "color" or torch.equal(getattr(drawn, field), getattr(named, field))

@@ -1,6 +1,7 @@
 """The stages one by one: their feature banks, their batches, and what is read and aimed at."""
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from blip3o.data import scenes, text
+from blip3o.data.words import NONCE_COLORS, NONCE_SHAPES
+from blip3o.dit import Context
+from blip3o.evaluate.judge import detect
 from blip3o.model import Blip3o
 from blip3o.train import loop, stages
 from blip3o.train.recipe import STAGES, Recipe
@@ -60,31 +64,59 @@ def test_a_step_is_a_function_of_its_number(tiny: dict[str, Recipe], lively: Bli
         lively.requires_grad_(True)
 
 
-@pytest.mark.parametrize("unnamed", [0.0, 0.5])
-def test_unnamed_pictures_are_prompts_and_targets(tiny: dict[str, Recipe], lively: Blip3o, unnamed: float) -> None:
-    """The noises of the last prompts belong to pictures of the second bank, which are read in a caption's stead."""
-    drawing = stage("generation", lively, replace(tiny["generation"], unnamed=unnamed))
-    assert isinstance(drawing, stages.GenerationStage)
-    read: list[tuple[Tensor, Tensor | None]] = []
-    aimed: list[Tensor] = []
+@dataclass
+class Seen:
+    """What a stage's loss read and aimed at."""
 
-    def condition(ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        read.append((ids, features))
-        return lively_condition(ids, mask, features)
+    ids: list[Tensor]
+    features: list[Tensor | None]
+    targets: list[Tensor]
+    contexts: list[object]
 
-    def loss(_flow: object, _predict: object, x: Tensor, *_: Tensor) -> Tensor:
-        aimed.append(x)
+
+@pytest.fixture
+def seen(lively: Blip3o, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
+    """Listens to `lively` and to the flow-matching loss, which becomes the sum of its targets."""
+    heard = Seen([], [], [], [])
+    condition, read = lively.condition, lively.read
+
+    def hear_condition(ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
+        heard.ids.append(ids)
+        heard.features.append(features)
+        return condition(ids, mask, features)
+
+    def hear_read(ids: Tensor, features: Tensor | None = None) -> Tensor:
+        heard.ids.append(ids)
+        return read(ids, features)
+
+    def hear_context(noisy: Tensor, timestep: Tensor, context: object) -> Tensor:
+        heard.contexts.append(context)
+        return noisy
+
+    def loss(
+        _flow: object, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, noise: Tensor, sigma: Tensor
+    ) -> Tensor:
+        heard.targets.append(x)
+        predict(noise, sigma)
         return x.sum()
 
-    lively_condition = lively.condition
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lively, "condition", condition)
-        patch.setattr(stages, "training_loss", loss)
-        try:
-            drawing.loss(3)
-        finally:
-            lively.requires_grad_(True)
-    [(ids, features)], [x] = read, aimed
+    monkeypatch.setattr(lively, "condition", hear_condition)
+    monkeypatch.setattr(lively, "read", hear_read)
+    monkeypatch.setattr(lively.dit, "forward", hear_context)
+    monkeypatch.setattr(stages, "training_loss", loss)
+    yield heard
+    lively.requires_grad_(True)
+
+
+@pytest.mark.parametrize("unnamed", [0.0, 0.5])
+def test_unnamed_pictures_are_prompts_and_targets(
+    tiny: dict[str, Recipe], lively: Blip3o, seen: Seen, unnamed: float
+) -> None:
+    """The noises of the last prompts belong to pictures of the second bank, which are read in a caption's stead."""
+    drawing = stage("generation", lively, replace(tiny["generation"], unnamed=unnamed))
+    assert isinstance(drawing, stages.GenerationStage) and drawing.unnamed is not None
+    drawing.loss(3)
+    [ids], [features], [x] = seen.ids, seen.features, seen.targets
     images = (ids == lively.config.image_token).sum(1)
     assert images.tolist() == ([0, 0, 4, 4] if unnamed else [0, 0, 0, 0])
     known = [{row.sum().item() for row in bank.features} for bank in (drawing.bank, drawing.unnamed)]
@@ -93,6 +125,48 @@ def test_unnamed_pictures_are_prompts_and_targets(tiny: dict[str, Recipe], livel
         assert features is not None and torch.equal(features.repeat_interleave(2, 0), x[4:])
     else:
         assert features is None
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.999])
+def test_the_pooled_condition_can_be_dropped(tiny: dict[str, Recipe], lively: Blip3o, seen: Seen, drop: float) -> None:
+    """It alone: the keys and values of the condition stay."""
+    stage("generation", lively, replace(tiny["generation"], pooled_drop=drop, condition_drop=0.0)).loss(3)
+    [context] = seen.contexts
+    assert isinstance(context, Context)
+    assert bool((context.pooled == 0).all()) == bool(drop)
+    assert all(bool(keys.flatten(1).any(1).all()) for keys in context.keys)
+
+
+def test_half_of_the_decoders_pictures_have_no_names(tiny: dict[str, Recipe], lively: Blip3o, seen: Seen) -> None:
+    """And each picture goes with its own features."""
+    given: list[Tensor] = []
+    drawing = stage("decoder", lively, replace(tiny["decoder"], feature_noise=0.0))
+    assert isinstance(drawing, stages.DecoderStage) and lively.decoder is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lively.decoder, "forward", lambda x, timestep, features: given.append(features) or x)
+        drawing.loss(3)
+    [pictures], [features] = seen.targets, given
+    torch.testing.assert_close(lively.features((pictures + 1) / 2), features, atol=1e-4, rtol=1e-4)
+    assert detect((pictures + 1) / 2).clear.tolist() == [True] * 4 + [False] * 4
+
+
+def test_texts_of_understanding_hold_nonce_words(tiny: dict[str, Recipe], lively: Blip3o, seen: Seen) -> None:
+    reading = stage("understanding", lively, tiny["understanding"])
+    for step in range(len(stages.PATTERN)):
+        reading.loss(step)
+    for (pictures, _), ids in zip(stages.PATTERN, seen.ids, strict=True):
+        assert bool(torch.isin(ids, torch.cat([NONCE_COLORS, NONCE_SHAPES])).any()) != pictures
+
+
+def test_a_run_has_a_bank_of_each_kind(tiny: dict[str, Recipe], snapshots: Path) -> None:
+    run = Run(snapshots / "clip", "tiny")
+    assert int(run.bank(64).scenes.color.max()) < len(scenes.COLORS) <= int(run.bank(64, True).scenes.color.max())
+    built = run._stage("generation", replace(tiny["generation"], unnamed=0.0))
+    assert isinstance(built, stages.GenerationStage) and built.unnamed is None
+    built.loss(0)
+    built = run._stage("decoder", replace(tiny["decoder"], unnamed=0.0))
+    assert isinstance(built, stages.DecoderStage) and built.banks == [(run.bank(64), 8)]
+    built.loss(0)
 
 
 def test_a_prompt_may_be_a_picture(lively: Blip3o) -> None:

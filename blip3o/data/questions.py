@@ -81,9 +81,9 @@ _QUESTION = compile_templates(
 )
 _QUESTION_COUNT = torch.tensor([len(form) for form in _PHRASINGS])
 _QUESTION_START = _QUESTION_COUNT.cumsum(0) - _QUESTION_COUNT
-BY_PAIR, BY_SHAPE, BY_COLOR = range(3)  # how an object is named
-_NAMING = torch.full((len(FORMS),), BY_PAIR)
-_NAMING[COLOR], _NAMING[SHAPE] = BY_SHAPE, BY_COLOR
+_BY_PAIR, _BY_SHAPE, _BY_COLOR = range(3)  # how an object is named
+_NAMING = torch.full((len(FORMS),), _BY_PAIR)
+_NAMING[COLOR], _NAMING[SHAPE] = _BY_SHAPE, _BY_COLOR
 DRAWS = 65  # random numbers per question
 
 # what may be counted or be there: a shape, a colour, or a pair (colour * 4 + shape)
@@ -253,15 +253,14 @@ def ask(facts: Facts, weight: Tensor, hidden: Tensor, u: Tensor, turns: int) -> 
     place = _any_of(fits, u[:, 55:63])
     row, column = facts.row[picture, a], facts.column[picture, a]
     home = torch.where(row < 0, 6 + column, torch.where(column < 0, 4 + row, 2 * row + column))
-    place = torch.where((form == POS_IS) | (form == POS_WHAT), place, home)
     size = torch.where(coin | (size_a < 0), size_a, 1 - size_a)
 
     # words
     how = _NAMING[form]
 
     def name(color: Tensor, shape: Tensor) -> tuple[Tensor, Tensor]:
-        noun = torch.where(how == BY_COLOR, TOKEN["object"], pick(SHAPE_IDS, shape))
-        return pick(COLOR_IDS, color, how != BY_SHAPE), noun
+        noun = torch.where(how == _BY_COLOR, TOKEN["object"], pick(SHAPE_IDS, shape))
+        return pick(COLOR_IDS, color, how != _BY_SHAPE), noun
 
     values = torch.stack(
         [

@@ -36,7 +36,9 @@ COLOR_RGB = torch.tensor(
     ]
 )
 BACKGROUND_RGB = torch.tensor([0.96, 0.96, 0.96])
-UNNAMED_DISTANCE = 0.25  # in RGB: what a colour must differ by from a named one to be none
+# A colour has no name if it is further than this, in RGB, from every named one at 0.75 to 1.25 times its strength (the
+# judge takes 0.25 and 0.75 for the same), and twice as far from the background.
+UNNAMED_DISTANCE = 0.25
 RADIUS_RANGE = torch.tensor([[3.7, 4.3], [6.0, 6.5]])  # per size, pixels
 EXTENT = torch.tensor([1.0, 0.9, 1.12, 1.12])  # half the side of the bounding box, per shape, in radii
 CROSS_ARM = 0.36  # half the width of an arm of the cross, in radii
@@ -44,16 +46,14 @@ JITTER = 2.0  # the centre of an object is at most this far from the centre of i
 
 
 def _unnamed_rgb(levels: int = 9) -> Tensor:
-    """RGB of the colours that have no name: [U, 3], from a grid of `levels` a channel.
-
-    They differ from the background, and from each named colour at three quarters of its strength and more.
-    """
+    """RGB of the colours that have no name: [U, 3], from a grid of `levels` a channel."""
     level = torch.linspace(0, 1, levels)
-    rgb = torch.cartesian_prod(level, level, level) - BACKGROUND_RGB  # [levels^3, 3]
+    offset = torch.cartesian_prod(level, level, level) - BACKGROUND_RGB  # [levels^3, 3]
     tint = COLOR_RGB - BACKGROUND_RGB  # [6, 3]
-    strength = (rgb @ tint.T / tint.square().sum(-1)).clamp(0.75, 1.25)
-    from_named = (rgb[:, None] - strength[..., None] * tint).norm(dim=-1).amin(1)
-    return (rgb + BACKGROUND_RGB)[(from_named > UNNAMED_DISTANCE) & (rgb.norm(dim=-1) > 2 * UNNAMED_DISTANCE)]
+    strength = (offset @ tint.T / tint.square().sum(-1)).clamp(0.75, 1.25)
+    from_named = (offset[:, None] - strength[..., None] * tint).norm(dim=-1).amin(1)
+    far = (from_named > UNNAMED_DISTANCE) & (offset.norm(dim=-1) > 2 * UNNAMED_DISTANCE)
+    return offset[far] + BACKGROUND_RGB
 
 
 PALETTE_RGB = torch.cat([COLOR_RGB, _unnamed_rgb()])  # what the colours of a scene index: the named ones first

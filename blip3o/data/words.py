@@ -35,7 +35,7 @@ NONCE_SHAPES = torch.arange(len(WORDS) + len(COLORS), len(WORDS) + len(COLORS) +
 PAD, BOS, EOS, UNK, USER, ASSISTANT, IMAGE, IMAGE_START = range(8)
 HOLE = PAD
 IGNORE = -100  # a target that is not trained on
-assert len(TOKEN) == len(WORDS) < int(NONCE_SHAPES[-1]) < VOCAB_SIZE
+assert len(TOKEN) == len(WORDS) and int(NONCE_SHAPES[-1]) < VOCAB_SIZE
 
 
 def ids_of(words: Sequence[str]) -> Tensor:
@@ -94,6 +94,10 @@ def squeeze(ids: Tensor, *others: Tensor, fills: Sequence[int] = ()) -> tuple[Te
     return *moved, length
 
 
+_RENAME_KEYS = [len(COLORS), len(COLORS), len(SHAPES), len(SHAPES)]
+RENAME_DRAWS = sum(_RENAME_KEYS)  # random numbers per text
+
+
 def rename(ids: Tensor, u: Tensor) -> Tensor:
     """Call some colours and shapes of each text by nonce words, each by one of its own, wherever it is named.
 
@@ -102,7 +106,7 @@ def rename(ids: Tensor, u: Tensor) -> Tensor:
     is renamed half of the time; the plural of a nonce shape is the same word.
     """
     words = torch.arange(VOCAB_SIZE).repeat(len(ids), 1)
-    keys = u.split([len(COLORS), len(COLORS), len(SHAPES), len(SHAPES)], dim=1)
+    keys = u.split(_RENAME_KEYS, dim=1)
     for renamed, order, nonce, known in (
         (keys[0], keys[1], NONCE_COLORS, (COLOR_IDS,)),
         (keys[2], keys[3], NONCE_SHAPES, (SHAPE_IDS, PLURAL_IDS)),
@@ -111,9 +115,6 @@ def rename(ids: Tensor, u: Tensor) -> Tensor:
         for table in known:
             words[:, table] = torch.where(renamed < 0.5, new, table)
     return words.gather(1, ids)
-
-
-RENAME_DRAWS = 2 * len(COLORS) + 2 * len(SHAPES)
 
 
 def split(ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class Recipe:
     learning_rate         peak; linear warm-up over `warmup_steps`, then a cosine down to `final_learning_rate`
     weight_decay          on matrices only; gains, biases and embeddings-like vectors are not decayed
     clip_norm             largest gradient norm
-    pictures              size of the feature bank that stages after CLIP draw from: frozen features, computed once
+    pictures              size of each feature bank that stages after CLIP draw from: frozen features, computed once
     draws_per_prompt      generation: noises drawn for each prompt, which share one pass of the language model
     condition_drop        generation: share of prompts whose condition is zeroed, for guidance
     pooled_drop           generation: share of prompts whose pooled condition is zeroed while its tokens stay: through
@@ -41,6 +41,10 @@ class Recipe:
     feature_noise: float
     turns: int
     seed: int
+
+    def unnamed_of(self, count: int) -> int:
+        """How many of `count` pictures show colours without a name; never all of them."""
+        return min(round(self.unnamed * count), count - 1)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "pictures", "draws_per_prompt", "turns"):

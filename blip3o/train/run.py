@@ -179,7 +179,8 @@ class Run:
         if name == "understanding":
             return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
         kind = GenerationStage if name == "generation" else DecoderStage
-        return kind(self.model, recipe, self.bank(recipe.pictures), self.bank(recipe.pictures, unnamed=True))
+        unnamed = self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
+        return kind(self.model, recipe, self.bank(recipe.pictures), unnamed)
 
     def _save(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> None:
         """The model folder first: were it last, a kill in between would leave it behind a finished run for good."""

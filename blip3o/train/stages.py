@@ -29,16 +29,12 @@ STATISTICS = 4096  # pictures behind the features' mean and deviation
 class FeatureBank:
     """`count` pictures of the world and what the frozen CLIP tower sees in them: computed once, used at every step.
 
-    scenes  the scenes of indices 0..count-1, drawn by `sample` (by default `scenes.sample`)
-    features [count, F, C] float32, standardised per channel
+    scenes    those of indices 0..count-1, as `sample` draws them
+    features  [count, F, C] float32, standardised per channel
     """
 
     def __init__(
-        self,
-        model: Blip3o,
-        seed: int,
-        count: int,
-        sample: Callable[[int, Tensor], scenes.Scenes] = scenes.sample,
+        self, model: Blip3o, seed: int, count: int, sample: Callable[[int, Tensor], scenes.Scenes] = scenes.sample
     ) -> None:
         self.count = count
         self.scenes = sample(seed, torch.arange(count))
@@ -121,7 +117,7 @@ class UnderstandingStage:
         }
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """In turn: a description and questions of pictures, a description and questions of captions, of pictures again.
+        """One kind of conversation a step, in the order of PATTERN.
 
         What is asked of a picture can be asked of a text. Descriptions teach most of what a question needs, at every
         word: they name objects in any order, so after "a small red" the shape must be looked up, and then the place.
@@ -155,12 +151,13 @@ class GenerationStage:
 
     A prompt is read once for several noises. `condition_drop` of the conditions are zeroed, which teaches the
     unconditional velocity that guidance needs. `unnamed` of the prompts are no captions but pictures, to be drawn once
-    more; their objects have colours without a name, so colour and shape come in all combinations.
+    more; their objects have colours without a name, so colour and shape come in all combinations. What reads those
+    pictures, the projector, is frozen like the language model.
     """
 
     name = "generation"
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank) -> None:
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
         self.model, self.recipe, self.bank, self.unnamed = model, recipe, bank, unnamed
         model.llm.requires_grad_(False)
         if model.image_projector is not None:
@@ -177,17 +174,17 @@ class GenerationStage:
         recipe, draws = self.recipe, self.recipe.draws_per_prompt
         generator = _generator(recipe, step)
         prompts = recipe.batch_size // draws
-        shown = int(recipe.unnamed * prompts)
+        shown = 0 if self.unnamed is None else recipe.unnamed_of(prompts)
         told = prompts - shown
         index = torch.randint(self.bank.count, (told,), generator=generator)
         said = text.captions(self.bank.scenes[index], recipe.seed, step * told + torch.arange(told))
         ids, mask = text.drawing_prompts(said)
-        x, pictures = self.bank.features[index], None
-        if shown:
-            pictures = self.unnamed.features[torch.randint(self.unnamed.count, (shown,), generator=generator)]
-            x = torch.cat([x, pictures])
-            ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(pictures.shape[1])] * shown))
-        condition = self.model.condition(ids, mask, pictures)  # [prompts, Q, W]
+        x, seen = self.bank.features[index], None
+        if self.unnamed is not None and shown:
+            seen = self.unnamed.features[torch.randint(self.unnamed.count, (shown,), generator=generator)]
+            x = torch.cat([x, seen])
+            ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(seen.shape[1])] * shown))
+        condition = self.model.condition(ids, mask, seen)  # [prompts, Q, W]
         kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
         context = self.model.dit.context(self.model.dit.project(condition * kept[:, None, None]))
         pooled = torch.rand(prompts, generator=generator) >= recipe.pooled_drop
@@ -214,10 +211,14 @@ class DecoderStage:
 
     name = "decoder"
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank) -> None:
+    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
         if model.decoder is None:
             raise ValueError(f"preset {model.config.name!r} has no visual decoder of its own to train")
-        self.decoder, self.recipe, self.banks = model.decoder, recipe, (bank, unnamed)
+        self.decoder, self.recipe = model.decoder, recipe
+        count = 0 if unnamed is None else recipe.unnamed_of(recipe.batch_size)
+        self.banks = [(bank, recipe.batch_size - count)]  # and how much of a batch comes from each
+        if unnamed is not None:
+            self.banks.append((unnamed, count))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"decoder.{name}": parameter for name, parameter in self.decoder.named_parameters()}
@@ -225,11 +226,7 @@ class DecoderStage:
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         recipe, decoder = self.recipe, self.decoder
         generator = _generator(recipe, step)
-        unnamed = int(recipe.unnamed * recipe.batch_size)
-        drawn = [
-            (bank, torch.randint(bank.count, (count,), generator=generator))
-            for bank, count in zip(self.banks, (recipe.batch_size - unnamed, unnamed), strict=True)
-        ]
+        drawn = [(bank, torch.randint(bank.count, (count,), generator=generator)) for bank, count in self.banks]
         pictures = torch.cat([scenes.render(bank.scenes[index]) for bank, index in drawn]) * 2 - 1
         features = torch.cat([bank.features[index] for bank, index in drawn])
         features = features + recipe.feature_noise * torch.randn(features.shape, generator=generator)
