@@ -158,6 +158,14 @@ def test_texts_of_understanding_hold_nonce_words(tiny: dict[str, Recipe], lively
         assert bool(torch.isin(ids, torch.cat([NONCE_COLORS, NONCE_SHAPES])).any()) != pictures
 
 
+def test_a_batch_of_one_shows_a_colour_with_a_name(tiny: dict[str, Recipe], lively: Blip3o) -> None:
+    for name in ("generation", "decoder"):
+        one = replace(tiny[name], batch_size=1, draws_per_prompt=1)
+        assert one.unnamed_of(1) == 0
+        stage(name, lively, one).loss(0)
+    lively.requires_grad_(True)
+
+
 def test_a_run_has_a_bank_of_each_kind(tiny: dict[str, Recipe], snapshots: Path) -> None:
     run = Run(snapshots / "clip", "tiny")
     assert int(run.bank(64).scenes.color.max()) < len(scenes.COLORS) <= int(run.bank(64, True).scenes.color.max())

@@ -217,7 +217,7 @@ class DecoderStage:
         self.decoder, self.recipe = model.decoder, recipe
         count = 0 if unnamed is None else recipe.unnamed_of(recipe.batch_size)
         self.banks = [(bank, recipe.batch_size - count)]  # and how much of a batch comes from each
-        if unnamed is not None:
+        if unnamed is not None and count:
             self.banks.append((unnamed, count))
 
     def trainable(self) -> dict[str, nn.Parameter]:
