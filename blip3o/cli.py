@@ -62,8 +62,8 @@ def generate(arguments: argparse.Namespace) -> None:
     scale = arguments.scale
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     image.resize((image.width * scale, image.height * scale), 0).save(arguments.out)
-    seeds = f"{arguments.seed}..{arguments.seed + arguments.n - 1}"
-    print(f"{arguments.out}: {len(pictures)} drawings of {arguments.prompt!r}, seeds {seeds}")
+    seeds = " ".join(str(arguments.seed + k) for k in range(arguments.n))
+    print(f"{arguments.out}: drawings of {arguments.prompt!r} from seeds {seeds}")
 
 
 def ask(arguments: argparse.Namespace) -> None:

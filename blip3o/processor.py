@@ -114,7 +114,7 @@ class Processor:
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        if not encoding.ids:
+        if not encoding.ids or not any(character.isalnum() for character in text):
             raise ValueError(f"text must hold at least one word, got {text!r}")
         unknown = self.tokenizer.token_to_id("<unk>")
         spans = zip(encoding.ids, encoding.offsets, strict=True)

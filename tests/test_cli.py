@@ -64,7 +64,7 @@ def test_generate(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     drawn = ("generate", "A red circle left of a blue square!", "--model", model_folder, "--steps", 2, "--out", out)
     assert run(*drawn, "-n", 3, "--seed", 7, "--scale", 2) == 0
     captured = capsys.readouterr()
-    assert captured.out == f"{out}: 3 drawings of 'A red circle left of a blue square!', seeds 7..9\n"
+    assert captured.out == f"{out}: drawings of 'A red circle left of a blue square!' from seeds 7 8 9\n"
     assert captured.err == ""
     with Image.open(out) as image:
         assert image.size == (2 * (3 * 32 + 2 * 2), 2 * 32) and image.mode == "RGB"

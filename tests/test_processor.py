@@ -87,7 +87,7 @@ def test_decoding_ends_at_the_first_end(processor: Processor):
 def test_unknown_words_are_named(processor: Processor):
     with pytest.raises(ValueError, match="unknown: 'dodecahedron', 'Zebra' in"):
         processor.encode("a red dodecahedron left of a Zebra and a dodecahedron")
-    for typed in ("", "   ", "\n\t", "!"):
+    for typed in ("", "   ", "\n\t", "!", "?", " , ?"):
         with pytest.raises(ValueError, match="at least one word"):
             processor.encode(typed)
     for typed in (None, 3, b"a circle", ["a", "circle"]):
