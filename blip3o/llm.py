@@ -131,7 +131,7 @@ class Llm(nn.Module):
         """weight                          distribution
         every nn.Linear                   N(0, 1 / width), bias 0: 0.02 at width 2048, and no dead start at width 128
         embedding                         N(0, 1), or what the blocks add would drown it; N(0, 1 / width) if tied
-        attention.out, mlp.down           N(0, 1 / (2 depth width)): what the blocks add up to has the size of one
+        attention.out, mlp.down           N(0, 0.02^2 / (2 depth)): a block starts near the identity
         norms                             1
         """
         std = self.config.width**-0.5
