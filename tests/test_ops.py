@@ -26,38 +26,21 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 # What every op has beside its reference: (backend, device) -> (dtypes, directions). An op that is not named has
-# nothing.
+# nothing. On a CPU, Triton runs in its interpreter only.
+BOTH = (FLOATS, "forward and backward")
+NATIVE = {("native", "cpu"): BOTH}
+CUDA = {("native", "cuda"): BOTH}
+TRITON = {("triton", "cuda"): BOTH, ("triton", "cpu"): BOTH}
 MATRIX = {
-    "rms_norm": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-        ("native", "cuda"): (FLOATS, "forward and backward"),
-        ("triton", "cuda"): (FLOATS, "forward and backward"),
-        ("triton", "cpu"): (FLOATS, "forward and backward"),  # in Triton's interpreter only
-    },
-    "layer_norm": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "modulate": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "gated_residual": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "flow_interpolate": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "flow_loss": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "rope": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "attention": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
-    "swiglu": {
-        ("native", "cpu"): (FLOATS, "forward and backward"),
-    },
+    "rms_norm": {**NATIVE, **CUDA, **TRITON},
+    "layer_norm": NATIVE,
+    "modulate": NATIVE,
+    "gated_residual": NATIVE,
+    "rope": NATIVE,
+    "attention": NATIVE,
+    "swiglu": NATIVE,
+    "flow_interpolate": NATIVE,
+    "flow_loss": NATIVE,
 }
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch, native, strides, triton_ops
-from ..dispatch import Body, Op, choose, direct, instruction_set, transformed
-from ..native import DTYPES
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
+from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, register, register_gradient
 from ..samples import Draw, Sample
 
@@ -107,36 +107,7 @@ class _RmsNorm(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool, backend: str
 ) -> Tensor:
-    if backend == "triton":
-        from ..triton_ops import rms_norm as triton_body
-
-        return triton_body.forward(x, weight, eps, weight_offset, round_before_weight)
-    x, stride = strides.rows(x)
-    y = torch.empty_like(x)
-    width = x.shape[-1]
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    dtype = DTYPES[x.dtype]
-    arguments = (
-        y.data_ptr(),
-        x.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        x.numel() // width,
-        width,
-        stride,
-        eps,
-        weight_offset,
-        dtype,
-        dtype if weight is None else DTYPES[weight.dtype],
-        round_before_weight,
-    )
-    if x.is_cpu:
-        status = _CPU_FORWARD(_PACK(*arguments, instruction_set(), torch.get_num_threads(), 0))
-    else:
-        with torch.cuda.device(x.device):
-            status = _CUDA_FORWARD(_PACK(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
-    if status:
-        raise native.failed("rms_norm", status)
+    y: Tensor = body("rms_norm", backend).forward(x, weight, eps, weight_offset, round_before_weight)
     return y
 
 
@@ -151,54 +122,8 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """dx, and dweight if it is wanted (otherwise an empty tensor)."""
-    if backend == "triton":
-        from ..triton_ops import rms_norm as triton_body
-
-        return triton_body.backward(dy, x, weight, wanted, eps, weight_offset)
-    x, stride = strides.rows(x)
-    dy = dy.contiguous()
-    dx = torch.empty_like(dy)
-    width = x.shape[-1]
-    rows = x.numel() // width
-    # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
-    blocks = max(1, min(64 if x.is_cpu else 256, rows // 32))
-    if weight is not None and wanted:
-        weight = weight.contiguous()
-        dweight = torch.empty_like(weight)
-        partial = torch.empty(blocks, width, dtype=torch.float32, device=x.device)
-        sums = (dweight.data_ptr(), partial.data_ptr())
-    else:
-        dweight = x.new_empty(0)
-        sums = (0, 0)
-    dtype = DTYPES[x.dtype]
-    arguments = (
-        dx.data_ptr(),
-        *sums,
-        dy.data_ptr(),
-        x.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        rows,
-        width,
-        stride,
-        blocks,
-        eps,
-        weight_offset,
-        dtype,
-        dtype if weight is None else DTYPES[weight.dtype],
-    )
-    if x.is_cpu:
-        status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), torch.get_num_threads(), 0))
-    else:
-        with torch.cuda.device(x.device):
-            status = _CUDA_BACKWARD(_PACK_BACKWARD(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
-    if status:
-        raise native.failed("rms_norm", status)
-    return dx, dweight
-
-
-_PACK, _PACK_BACKWARD = native.packer("rms_norm"), native.packer("rms_norm_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "rms_norm"), native.function("cpu", "rms_norm_backward")
-_CUDA_FORWARD, _CUDA_BACKWARD = native.function("cuda", "rms_norm"), native.function("cuda", "rms_norm_backward")
+    gradients: tuple[Tensor, Tensor] = body("rms_norm", backend).backward(dy, x, weight, wanted, eps, weight_offset)
+    return gradients
 
 
 # As torch knows it: torch.ops.blip3o.rms_norm.
@@ -272,10 +197,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "weight"),
-    bodies=(
-        Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),
-        Body("native", "cuda", (torch.float32, torch.bfloat16, torch.float16), True, native.CUDA_MISSING),
-        Body("triton", "cuda", (torch.float32, torch.bfloat16, torch.float16), True, triton_ops.GPU_MISSING),
-        Body("triton", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, triton_ops.CPU_MISSING),
-    ),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

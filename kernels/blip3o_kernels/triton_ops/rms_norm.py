@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import strides
-from .rounding import rounded
+from .numbers import rounded, wide
 
 WHOLE = 8192  # columns a row may have to be held in registers: 8 warps with 32 floats a thread
 MAX_BLOCKS = 512
@@ -37,22 +37,22 @@ def _forward_kernel(
     y_ptr += row * width
     columns = tl.arange(0, BLOCK)
     if IS_WHOLE:
-        x = tl.load(x_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        x = wide(x_ptr + columns, columns < width)
         square = tl.sum(x * x, axis=0)
     else:
         squares = tl.zeros([BLOCK], dtype=tl.float32)
         for start in range(0, width, BLOCK):
-            part = tl.load(x_ptr + start + columns, mask=start + columns < width, other=0.0).to(tl.float32)
+            part = wide(x_ptr + start + columns, start + columns < width)
             squares += part * part
         square = tl.sum(squares, axis=0)
     rstd = 1.0 / tl.sqrt(square / width + eps)
     for start in range(0, width, BLOCK):
         inside = start + columns < width
         if not IS_WHOLE:
-            x = tl.load(x_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+            x = wide(x_ptr + start + columns, inside)
         y = x * rstd
         if WEIGHTED:
-            weight = tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+            weight = wide(weight_ptr + start + columns, inside)
             if ROUND_BEFORE_WEIGHT:
                 y = rounded(y, y_ptr).to(tl.float32)
             y *= offset + weight
@@ -84,15 +84,15 @@ def _backward_kernel(
         inside = columns < width
         gain = tl.zeros([BLOCK], dtype=tl.float32) + 1.0
         if WEIGHTED:
-            gain = offset + tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            gain = offset + wide(weight_ptr + columns, inside)
         sums = tl.zeros([BLOCK], dtype=tl.float32)
     for row in range(rows * block // blocks, rows * (block + 1) // blocks):
         x_row = x_ptr + row * stride
         dy_row = dy_ptr + row * width
         dx_row = dx_ptr + row * width
         if IS_WHOLE:
-            x = tl.load(x_row + columns, mask=inside, other=0.0).to(tl.float32)
-            dy = tl.load(dy_row + columns, mask=inside, other=0.0).to(tl.float32)
+            x = wide(x_row + columns, inside)
+            dy = wide(dy_row + columns, inside)
             square = tl.sum(x * x, axis=0)
             dot = tl.sum(dy * gain * x, axis=0)
         else:
@@ -100,11 +100,11 @@ def _backward_kernel(
             dots = tl.zeros([BLOCK], dtype=tl.float32)
             for start in range(0, width, BLOCK):
                 inside = start + columns < width
-                x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
-                dy = tl.load(dy_row + start + columns, mask=inside, other=0.0).to(tl.float32)
+                x = wide(x_row + start + columns, inside)
+                dy = wide(dy_row + start + columns, inside)
                 squares += x * x
                 if WEIGHTED:
-                    dy *= offset + tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+                    dy *= offset + wide(weight_ptr + start + columns, inside)
                 dots += dy * x
             square = tl.sum(squares, axis=0)
             dot = tl.sum(dots, axis=0)
@@ -116,13 +116,13 @@ def _backward_kernel(
         else:
             for start in range(0, width, BLOCK):
                 inside = start + columns < width
-                x = tl.load(x_row + start + columns, mask=inside, other=0.0).to(tl.float32)
-                dy = tl.load(dy_row + start + columns, mask=inside, other=0.0).to(tl.float32)
+                x = wide(x_row + start + columns, inside)
+                dy = wide(dy_row + start + columns, inside)
                 if WANTED:
                     sums = tl.load(partial_ptr + start + columns, mask=inside, other=0.0) + dy * (x * rstd)
                     tl.store(partial_ptr + start + columns, sums, mask=inside)
                 if WEIGHTED:
-                    dy *= offset + tl.load(weight_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+                    dy *= offset + wide(weight_ptr + start + columns, inside)
                 tl.store(dx_row + start + columns, rounded(dy * rstd - x * c, dx_ptr), mask=inside)
     if IS_WHOLE and WANTED:
         tl.store(partial_ptr + columns, sums, mask=inside)

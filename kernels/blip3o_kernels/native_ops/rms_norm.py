@@ -1,0 +1,94 @@
+"""Calls csrc/cpu/rms_norm.cpp and csrc/cuda/rms_norm.cu; the contract is ops/rms_norm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native, strides
+from ..dispatch import instruction_set
+from ..native import DTYPES
+
+_PACK, _PACK_BACKWARD = native.packer("rms_norm"), native.packer("rms_norm_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "rms_norm"), native.function("cpu", "rms_norm_backward")
+_CUDA_FORWARD, _CUDA_BACKWARD = native.function("cuda", "rms_norm"), native.function("cuda", "rms_norm_backward")
+
+
+def forward(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool) -> Tensor:
+    x, stride = strides.rows(x)
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    dtype = DTYPES[x.dtype]
+    arguments = (
+        y.data_ptr(),
+        x.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        x.numel() // width,
+        width,
+        stride,
+        eps,
+        weight_offset,
+        dtype,
+        dtype if weight is None else DTYPES[weight.dtype],
+        round_before_weight,
+    )
+    if x.is_cpu:
+        status = _CPU_FORWARD(_PACK(*arguments, instruction_set(), torch.get_num_threads(), 0))
+    else:
+        with torch.cuda.device(x.device):
+            status = _CUDA_FORWARD(_PACK(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
+    if status:
+        raise native.failed("rms_norm", status)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    wanted: bool,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """dx, and dweight if it is wanted (otherwise an empty tensor)."""
+    x, stride = strides.rows(x)
+    dy = dy.contiguous()
+    dx = torch.empty_like(dy)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
+    blocks = max(1, min(64 if x.is_cpu else 256, rows // 32))
+    if weight is not None and wanted:
+        weight = weight.contiguous()
+        dweight = torch.empty_like(weight)
+        partial = torch.empty(blocks, width, dtype=torch.float32, device=x.device)
+        sums = (dweight.data_ptr(), partial.data_ptr())
+    else:
+        dweight = x.new_empty(0)
+        sums = (0, 0)
+    dtype = DTYPES[x.dtype]
+    arguments = (
+        dx.data_ptr(),
+        *sums,
+        dy.data_ptr(),
+        x.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        rows,
+        width,
+        stride,
+        blocks,
+        eps,
+        weight_offset,
+        dtype,
+        dtype if weight is None else DTYPES[weight.dtype],
+    )
+    if x.is_cpu:
+        status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), torch.get_num_threads(), 0))
+    else:
+        with torch.cuda.device(x.device):
+            status = _CUDA_BACKWARD(_PACK_BACKWARD(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
+    if status:
+        raise native.failed("rms_norm", status)
+    return dx, dweight
