@@ -1,0 +1,99 @@
+"""What the tests of the ops share: running an op with its gradients, and the bound that a body must keep.
+
+Truth is the reference in float64. With err(y) = |y - truth|, a body passes if max err(body) <= 2 max err(eager) + 2
+ulp(max |truth|) and rms err(body) <= 1.5 rms err(eager), where eager is the reference in the same dtype on the same
+inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from blip3o_kernels.dispatch import Op
+from blip3o_kernels.samples import Sample
+
+
+def bound(op: Op, sample: Sample) -> dict[str, object]:
+    """The sample's arguments by name."""
+    return dict(inspect.signature(op.reference).bind(*sample.args, **sample.kwargs).arguments)
+
+
+def floating(arguments: dict[str, object]) -> dict[str, Tensor]:
+    return {name: x for name, x in arguments.items() if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def evaluate(
+    op: Op,
+    function: Callable[..., object],
+    arguments: dict[str, object],
+    dtype: torch.dtype | None = None,
+    backward: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name.
+
+    dtype: what floating tensors are converted to, None leaves them. backward: what the backward pass runs in.
+    """
+    leaves: dict[str, Tensor] = {}
+    converted = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            if dtype is not None and value.is_floating_point():
+                value = value.to(dtype)
+            value = value.detach()
+            if name in op.differentiable and value.is_floating_point():
+                leaves[name] = value.requires_grad_()
+            converted[name] = value
+    found = outputs_of(function(**converted))
+    if leaves:
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(found.values())).device)
+        for y, upstream in zip(found.values(), upstreams(found), strict=True):
+            total = total + (y * upstream.to(y)).sum(dtype=torch.float64)
+        with backward():
+            total.backward()
+    found = {name: y.detach() for name, y in found.items()}
+    for name, leaf in leaves.items():
+        assert leaf.grad is not None, f"{name} has no gradient"
+        assert leaf.grad.dtype == leaf.dtype and leaf.grad.shape == leaf.shape
+        found[f"gradient of {name}"] = leaf.grad
+    return found
+
+
+def outputs_of(result: object) -> dict[str, Tensor]:
+    results = result if isinstance(result, tuple) else (result,)
+    return {f"output {i}": y for i, y in enumerate(results)}
+
+
+def upstreams(outputs: dict[str, Tensor]) -> Iterator[Tensor]:
+    """The gradients that come in, exact in every dtype but float16."""
+    generator = torch.Generator().manual_seed(1)
+    for y in outputs.values():
+        yield torch.randn(y.shape, generator=generator).to(torch.bfloat16).to(y.device)
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    return info.eps * 2.0 ** math.floor(math.log2(max(value, info.tiny)))
+
+
+def violations(got: dict[str, Tensor], truth: dict[str, Tensor], eager: dict[str, Tensor]) -> Iterator[str]:
+    """What is wrong with `got`, one line for each output or gradient that breaks the bound."""
+    for name, y in got.items():
+        if y.shape != truth[name].shape or y.dtype != eager[name].dtype:
+            yield f"{name}: {y.dtype} {list(y.shape)} for {eager[name].dtype} {list(truth[name].shape)}"
+            continue
+        if not y.numel():
+            continue
+        error, expected = ((value.double() - truth[name]).abs() for value in (y, eager[name]))
+        slack = 2 * ulp(truth[name].abs().max().item(), y.dtype)
+        if not error.max() <= 2 * expected.max() + slack:
+            yield f"{name}: off by {error.max()}, eager by {expected.max()}"
+        elif y.numel() >= 64:  # of fewer, eager's may be small by luck
+            rms, eager_rms = error.square().mean().sqrt(), expected.square().mean().sqrt()
+            if not rms <= 1.5 * eager_rms:
+                yield f"{name}: off by {rms} in the mean square, eager by {eager_rms}"
