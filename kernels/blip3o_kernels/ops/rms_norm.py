@@ -174,14 +174,16 @@ torch.library.register_vmap("blip3o::rms_norm", _batched, lib=LIBRARY)
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for shape in ((3, 7), (2, 5, 64), (1, 1024), (33, 129), (4, 3, 1000), (257, 16), (2, 9001)):
+    for shape in ((3, 7), (2, 5, 64), (1, 1024), (33, 129), (4, 3, 1000), (257, 16), (2, 1152), (3, 1792), (2, 9001)):
         x, weight = draw(*shape), draw(shape[-1])
         yield Sample(f"{shape}", (x, weight))
     # One column normalises to about 1: without a large eps its gradient is what rounding leaves of a difference of
     # equals.
     yield Sample("(2, 1)", (draw(2, 1), draw(1), 0.5))
     yield Sample("no weight", (draw(5, 48),))
-    yield Sample("gemma", (draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0, "round_before_weight": False})
+    for width in (48, 51, 9001):
+        gemma: dict[str, object] = {"weight_offset": 1.0, "round_before_weight": False}
+        yield Sample(f"gemma {width}", (draw(5, width), draw(width, scale=0.1)), gemma)
     yield Sample("offset", (draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0})
     yield Sample("float32 weight", (draw(5, 48), draw(48, dtype=torch.promote_types(dtype, torch.float32))))
     yield Sample("strided rows", (draw(6, 3, 40)[:, 1], draw(40)))

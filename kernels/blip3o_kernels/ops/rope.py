@@ -218,7 +218,13 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
     for interleaved in (False, True):
         style: dict[str, object] = {"interleaved": interleaved}
-        for shape, rotated in (((1, 1, 1, 2), 2), ((2, 3, 5, 16), 16), ((1, 2, 7, 24), 12), ((2, 2, 33, 64), 64)):
+        for shape, rotated in (
+            ((1, 1, 1, 2), 2),
+            ((2, 3, 5, 16), 16),
+            ((1, 2, 7, 24), 12),
+            ((1, 2, 3, 9), 6),
+            ((2, 2, 33, 64), 64),
+        ):
             table = rope_table(torch.arange(shape[2], device=device), rotated, 10000.0)
             yield Sample(f"{shape} rotates {rotated} interleaved={interleaved}", (draw(*shape), *table), style)
         table = rope_table(draw.integers(50, 2, 5), 16, 10000.0)

@@ -82,7 +82,7 @@ def _backward_kernel(
     partial_ptr += block * width
     if IS_WHOLE:
         inside = columns < width
-        gain = tl.zeros([BLOCK], dtype=tl.float32) + 1.0
+        gain = tl.full([BLOCK], 1.0, dtype=tl.float32)
         if WEIGHTED:
             gain = offset + wide(weight_ptr + columns, inside)
         sums = tl.zeros([BLOCK], dtype=tl.float32)
