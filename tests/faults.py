@@ -15,17 +15,16 @@ import argparse
 import ast
 import ctypes
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from rebuilt import PACKAGE, ROOT, build_library, copy_package, run_on_copy
+
 MOST = 100_000  # numbers below are C++, from here on Python
 
 # Terms that nobody can miss: (op, file, the line's text) -> why.
@@ -192,12 +191,11 @@ def instrument_python(path: Path, sites: Sites) -> str:
 
 def make_copy(folder: Path, backend: str) -> Sites:
     """The package in `folder`, with switches; for native with a library of the portable bodies."""
-    sites, source, target = Sites(), ROOT / "kernels/blip3o_kernels", folder / "blip3o_kernels"
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("lib", "__pycache__"))
+    sites, target = Sites(), copy_package(folder)
     (target / "faults.py").write_text(SWITCH_PYTHON)
-    for path in sorted(source.glob(f"{backend}_ops/*.py")):
+    for path in sorted(PACKAGE.glob(f"{backend}_ops/*.py")):
         if path.stem not in ("__init__", "numbers"):
-            (target / path.relative_to(source)).write_text(instrument_python(path, sites))
+            (target / path.relative_to(PACKAGE)).write_text(instrument_python(path, sites))
     if backend == "native":
         native = folder / "csrc"
         shutil.copytree(ROOT / "csrc", native)
@@ -212,22 +210,8 @@ def make_copy(folder: Path, backend: str) -> Sites:
             + f"int blip3o_fault = -1, blip3o_recording = 0;\nunsigned char blip3o_reached[{MOST}];\n"
         )
         (folder / "switch.h").write_text(SWITCH)
-        (target / "lib").mkdir()
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-fopenmp",
-            "-shared",
-            "-fPIC",
-            "-w",
-            "-Wno-psabi",
-            "-include",
-            str(folder / "switch.h"),
-        ]
-        flags += ["-fno-exceptions", "-fno-rtti", "-Wl,--unresolved-symbols=ignore-all"]
-        compiler = shutil.which(os.environ.get("CXX", "c++")) or "c++"
-        units = [str(path) for path in sorted(native.glob("cpu/*.cpp"))]
-        subprocess.run([compiler, *flags, *units, "-o", str(target / "lib/libblip3o_cpu.so")], check=True)
+        flags = ["-O1", "-include", str(folder / "switch.h")]
+        build_library(folder, sorted(native.glob("cpu/*.cpp")), flags)
     return sites
 
 
@@ -311,13 +295,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "sites.json").write_text(json.dumps(make_copy(folder, options.backend).found))
-        # -S: no start-up files of site-packages, so no editable install that would win over the copy
-        path = [name, str(ROOT / "tests"), *(p for p in sys.path if "site-packages" in p)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-        if options.backend == "triton":
-            environment["TRITON_INTERPRET"] = "1"
-        command = [sys.executable, "-S", __file__, options.backend, "--op", options.op, "--inside", name]
-        return subprocess.run(command, env=environment, check=False).returncode
+        command = [__file__, options.backend, "--op", options.op, "--inside", name]
+        return run_on_copy(folder, command, **({"TRITON_INTERPRET": "1"} if options.backend == "triton" else {}))
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ static int run(const blip3o_modulate_arguments& a) {
         if (a.saved && CENTRED) a.saved[rows + row + r] = means[r];
       }
       columns(width, [&](int64_t i, auto n) {
-        Floats gain = 1.0f + load(scale + i, n), offset{};
-        if (bias) offset = gain * load(bias + i, n);
-        if (shift) offset += load(shift + i, n);
-        if (weight) gain *= load(weight + i, n);
+        const Floats gain = 1.0f + load(scale + i, n), offset = shift ? load(shift + i, n) : Floats{};
+        const Floats w = weight ? load(weight + i, n) : all(1.0f), b = bias ? load(bias + i, n) : Floats{};
         for (int r = 0; r < R; ++r) {
           const Floats v = load(x + r * stride + i, n);
-          store(y + r * width + i, (CENTRED ? v - mean[r] : v) * rstd[r] * gain + offset, n);
+          // b * gain + offset once for all rows would be NaN for an infinite gain, where the formula has infinity.
+          const Floats normed = CENTRED ? ((v - mean[r]) * rstd[r] * w + b) * gain : v * rstd[r] * (w * gain);
+          store(y + r * width + i, normed + offset, n);
         }
       });
     });

@@ -1,0 +1,288 @@
+"""Every op as torch's other parts see it: registration, compilation, tracing, fake, meta, functional and distributed
+tensors, functorch, FLOP counting, activation checkpointing, double differentiation. Right, or a typed error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from conformance import bound, evaluate, floating, outputs_of, tensors_of, variants
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip3o_kernels import OPS, use
+from blip3o_kernels.dispatch import Op
+from blip3o_kernels.samples import Sample
+
+NATIVE = [op for op in OPS if any((body.backend, body.device) == ("native", "cpu") for body in op.bodies)]
+CASES = [pytest.param(op, sample, id=f"{op.name}-{sample.name}") for op in OPS for sample in variants(op)]
+NATIVE_CASES = [case for case in CASES if case.values[0] in NATIVE]
+# What torch raises where a transform meets an op that it has no rule for.
+TYPED = (NotImplementedError, RuntimeError)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def forcing(backend: str) -> AbstractContextManager[None]:
+    return use(backend) if backend else nullcontext()
+
+
+def call(op: Op, sample: Sample, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return outputs_of(op.function(**{**bound(op, sample), **tensors}))
+
+
+def of_tensors(op: Op, sample: Sample) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The op as a function of its tensors, and these."""
+    arguments = tensors_of(bound(op, sample))
+
+    def function(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(call(op, sample, dict(zip(arguments, tensors, strict=True))).values())
+
+    return function, list(arguments.values())
+
+
+def same(found: dict[str, Tensor] | tuple[Tensor, ...], expected: dict[str, Tensor] | tuple[Tensor, ...]) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+class Recorder(TorchDispatchMode):
+    """Collects the calls of registered ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple[object, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "blip3o":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_opcheck(op: Op, sample: Sample) -> None:
+    """Schema, fake implementation, autograd registration and tracing of the registered ops, as torch tests them."""
+    with Recorder() as recorder, use("native"):
+        evaluate(op, op.function, bound(op, sample))
+    names = {func.name().removeprefix("blip3o::") for func, _ in recorder.calls}
+    assert names == {op.name, *([f"{op.name}_backward"] if op.differentiable else [])}
+    differentiable = {id(x) for name, x in bound(op, sample).items() if name in op.differentiable}
+    for func, arguments in recorder.calls:
+        leaf = func.name() == f"blip3o::{op.name}"
+        given = [
+            x.detach().clone().requires_grad_(leaf and x.requires_grad) if isinstance(x, Tensor) else x
+            for x in arguments
+        ]
+        assert not leaf or not differentiable or any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        torch.library.opcheck(func, tuple(given))
+
+
+@pytest.mark.parametrize("backend", ["", "native"])
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_compile(op: Op, sample: Sample, backend: str) -> None:
+    """No graph break, forward and backward, in shapes that change: as the formula, and as one opaque op if forced."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with forcing(backend):
+        same(evaluate(op, compiled, bound(op, sample)), evaluate(op, op.function, bound(op, sample)))
+        torch.compile(op.function, fullgraph=True, dynamic=True, backend=capture)(**bound(op, sample))
+    assert (f"blip3o.{op.name}" in graphs[0].print_readable(print_output=False)) == (backend == "native")
+
+
+@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
+def test_compiled_once_for_all_shapes(op: Op) -> None:
+    """One graph serves every size: the opaque op does not tie a size down."""
+    torch._dynamo.reset()
+    families: dict[str, list[Sample]] = {}
+    for sample in op.samples(torch.float32):
+        arguments, seen = bound(op, sample), [0, 1]  # torch compiles for sizes of 0 and 1, and for equal sizes
+        pattern = {
+            name: (x.dtype, x.is_contiguous(), [seen.append(n) or seen.index(n) for n in x.shape])  # type: ignore[func-returns-value]
+            if isinstance(x, Tensor)
+            else x
+            for name, x in arguments.items()
+        }
+        families.setdefault(str(pattern), []).append(sample)
+    family = max(families.values(), key=len)
+    assert len(family) > 1, "the samples have no two calls that differ in sizes alone"
+    counter = CompileCounter()
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend=counter)
+    with use("native"), torch.no_grad():
+        for sample in family:
+            compiled(*sample.args, **sample.kwargs)
+    assert counter.frame_count == 1, [sample.name for sample in family]
+
+
+@pytest.mark.parametrize("backend", ["", "native"])
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_meta_and_fake(op: Op, sample: Sample, backend: str) -> None:
+    """Shapes, dtypes and strides without values."""
+    with forcing(backend):
+        expected = call(op, sample, {})
+    tensors = tensors_of(bound(op, sample))
+    with torch._subclasses.FakeTensorMode() as mode, forcing(backend):
+        faked = call(op, sample, {name: mode.from_tensor(x) for name, x in tensors.items()})
+    found = [faked]
+    if not backend:  # no body runs on the device "meta"
+        found.append(call(op, sample, {name: x.to("meta") for name, x in tensors.items()}))
+    for outputs in found:
+        for name, y in expected.items():
+            assert (outputs[name].shape, outputs[name].dtype) == (y.shape, y.dtype)
+            assert not backend or outputs[name].stride() == y.stride()
+
+
+@pytest.mark.parametrize("backend", ["", "native"])
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_tracing(op: Op, sample: Sample, backend: str) -> None:
+    function, tensors = of_tensors(op, sample)
+    with forcing(backend):
+        expected = function(*tensors)
+        same(torch.func.functionalize(function)(*tensors), expected)
+        for mode in ("real", "fake", "symbolic"):
+            traced = make_fx(function, tracing_mode=mode)(*tensors)
+            same(traced(*tensors), expected)
+            assert f"blip3o.{op.name}" in traced.code or not backend
+
+
+@pytest.mark.parametrize("backend", ["", "native"])
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_functorch(op: Op, sample: Sample, backend: str) -> None:
+    """vmap over all inputs, and over each alone; grad; forward mode. By default right, forced right or an error."""
+    function, tensors = of_tensors(op, sample)
+    stacked = [torch.stack((x, x.flip(0), x * 0.5)) for x in tensors]
+    dims = [tuple(0 if i == j else None for j in range(len(tensors))) for i in range(len(tensors))]
+    for in_dims in ((0,) * len(tensors), *dims):
+        rows = [
+            [each[i] if dim == 0 else x for each, x, dim in zip(stacked, tensors, in_dims, strict=True)]
+            for i in range(3)
+        ]
+        given = [each if dim == 0 else x for each, x, dim in zip(stacked, tensors, in_dims, strict=True)]
+        with forcing(backend):
+            expected = tuple(torch.stack(parts) for parts in zip(*(function(*row) for row in rows), strict=True))
+            try:
+                found = torch.vmap(function, in_dims=in_dims)(*given)
+            except TYPED as error:
+                assert backend, error
+                continue
+        same(found, expected)
+    if not op.differentiable:
+        return
+    primal = next(i for i, name in enumerate(tensors_of(bound(op, sample))) if name in op.differentiable)
+
+    def summed(x: Tensor) -> Tensor:
+        given = [*tensors[:primal], x, *tensors[primal + 1 :]]
+        return sum((y.sin().sum() for y in function(*given)), torch.zeros(()))
+
+    leaf = tensors[primal].detach().clone().requires_grad_()
+    with use("reference"):
+        (expected,) = torch.autograd.grad(summed(leaf), leaf)
+    direction = torch.ones_like(leaf)
+    with forcing(backend):
+        try:
+            same((torch.func.grad(summed)(tensors[primal]),), (expected,))
+            _, slope = torch.func.jvp(summed, (tensors[primal],), (direction,))
+        except TYPED as error:
+            assert backend, error
+        else:
+            torch.testing.assert_close(slope, (expected * direction).sum(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
+def test_flops_are_counted(op: Op) -> None:
+    sample = variants(op)[0]
+    with FlopCounterMode(display=False) as counter, use("native"):
+        evaluate(op, op.function, bound(op, sample))
+    counted = counter.get_flop_counts()["Global"]
+    assert {str(name): number > 0 for name, number in counted.items() if "blip3o" in str(name)} == {
+        f"blip3o.{name}": True for name in (op.name, *([f"{op.name}_backward"] if op.differentiable else []))
+    }
+
+
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_activation_checkpointing(op: Op, sample: Sample) -> None:
+    def again(**arguments: object) -> object:
+        names = list(arguments)
+        return checkpoint(
+            lambda *values: op.function(**dict(zip(names, values, strict=True))),
+            *arguments.values(),
+            use_reentrant=False,
+        )
+
+    with use("native"):
+        found, expected = evaluate(op, again, bound(op, sample)), evaluate(op, op.function, bound(op, sample))
+    for name, y in expected.items():
+        assert torch.equal(found[name], y), name
+
+
+@pytest.mark.parametrize("registered", [False, True])
+@pytest.mark.parametrize(("op", "sample"), [case for case in NATIVE_CASES if case.values[0].differentiable])
+def test_double_differentiation_raises(op: Op, sample: Sample, registered: bool) -> None:
+    """A body has no second derivative: asking for one raises, also where nothing but the saved inputs depends on it."""
+    function, tensors = of_tensors(op, sample)
+    names = list(tensors_of(bound(op, sample)))
+    leaves = [x.detach().requires_grad_(name in op.differentiable) for name, x in zip(names, tensors, strict=True)]
+    wanted = [x for x in leaves if x.requires_grad]
+    with use("native"), Recorder() if registered else nullcontext():
+        total = sum((y.sin().sum() for y in function(*leaves)), torch.zeros(()))
+        gradients = torch.autograd.grad(total, wanted, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentia"):
+            sum((x.square().sum() for x in gradients), torch.zeros(())).backward()
+
+
+@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+def test_lazy_negation_and_conjugation_of_any_input(op: Op, sample: Sample) -> None:
+    expected = call(op, sample, {})
+    for name, x in floating(bound(op, sample)).items():
+        negated = torch._neg_view(-x)
+        assert negated.is_neg()
+        with use("native"):
+            same(call(op, sample, {name: negated}), expected)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[dist.DeviceMesh]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["", "native"])
+@pytest.mark.parametrize("op", NATIVE, ids=lambda op: op.name)
+def test_distributed_tensors(op: Op, backend: str, mesh: dist.DeviceMesh) -> None:
+    sample = variants(op)[0]
+    tensors = {name: distribute_tensor(x, mesh, [Replicate()]) for name, x in tensors_of(bound(op, sample)).items()}
+    with forcing(backend):
+        try:
+            found = call(op, sample, tensors)
+        except TYPED as error:
+            assert str(error)
+            return
+    whole = {name: y.full_tensor() if isinstance(y, DTensor) else y for name, y in found.items()}
+    same(whole, call(op, sample, {}))
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_inference_mode(op: Op, sample: Sample) -> None:
+    expected = call(op, sample, {})
+    with torch.inference_mode():
+        same(call(op, sample, {}), expected)

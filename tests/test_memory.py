@@ -1,0 +1,151 @@
+"""Every op wherever its inputs lie and whatever they hold: any strides and offsets, rows 2^30 elements apart, random
+shapes, infinities and NaN; and the same bits every time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from conformance import bound, evaluate, floating, tensors_of, variants, violations
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_calls import CALLS, Draw
+from torch import Tensor
+
+from blip3o_kernels import OPS, native, triton_ops, use
+from blip3o_kernels.dispatch import INSTRUCTION_SETS, Op
+from blip3o_kernels.samples import Sample
+
+
+def runs() -> Iterator[tuple[Op, str]]:
+    """Each op on each backend of this process: Triton's if it is interpreted, then alone, otherwise native's."""
+    for op in OPS:
+        names = {body.backend for body in op.bodies if body.device == "cpu" and not body.missing}
+        if triton_ops.INTERPRETED:
+            yield from ((op, name) for name in names & {"triton"})
+        elif "native" in names:
+            best = INSTRUCTION_SETS[native.instruction_set()]
+            yield from ((op, f"native:{name}") for name, code in INSTRUCTION_SETS.items() if 0 < code <= best)
+
+
+RUNS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op, backend in runs()]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(op: Op, backend: str, arguments: dict[str, object]) -> dict[str, Tensor]:
+    with use(backend):
+        return evaluate(op, op.function, arguments)
+
+
+def equal(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    for name, y in expected.items():
+        assert torch.equal(found[name], y), f"{where}: {name}"
+
+
+def moved(x: Tensor, offset: int) -> Tensor:
+    room = x.new_empty(x.numel() + offset)
+    return room[offset:].view(x.shape).copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "behind one element": lambda x: moved(x, 1),
+    "behind three elements": lambda x: moved(x, 3),
+    "with a step": lambda x: x.new_empty(*x.shape, 2)[..., 0].copy_(x),
+    "with gaps": lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] + 5)[..., : x.shape[-1]].copy_(x) if x.dim() else x,
+    "first dimension last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0) if x.dim() else x,
+    "all turned round": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_layouts_do_not_change_a_bit(op: Op, backend: str, layout: str) -> None:
+    """In float32 and bfloat16: what a call computes depends on the values alone, not on where they lie."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for sample in variants(op, dtype):
+            arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in bound(op, sample).items()}
+            elsewhere = {name: LAYOUTS[layout](x) for name, x in tensors_of(arguments).items()}
+            expected = run(op, backend, arguments)
+            equal(run(op, backend, {**arguments, **elsewhere}), expected, f"{sample.name}, {layout}")
+
+
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_every_time_the_same_bits(op: Op, backend: str) -> None:
+    for sample in variants(op):
+        first = run(op, backend, bound(op, sample))
+        equal(run(op, backend, bound(op, sample)), first, sample.name)
+
+
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_rows_past_two_to_the_31(op: Op, backend: str) -> None:
+    """A dimension of every tensor has a step of 2^30 elements, in memory that is never touched between."""
+    tried = 0
+    for sample in variants(op, torch.bfloat16):
+        arguments, apart = bound(op, sample), {}
+        for name, x in tensors_of(arguments).items():
+            far = next((i for i in range(x.dim() - 1) if 2 < x.shape[i] < 6), None)
+            if far is not None:
+                strides = list(x.movedim(far, 0).contiguous().movedim(0, far).stride())
+                strides[far] = 2**30
+                apart[name] = torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+        if apart:
+            near = {name: x.contiguous() for name, x in apart.items()}
+            equal(run(op, backend, {**arguments, **apart}), run(op, backend, {**arguments, **near}), sample.name)
+            tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_infinities_and_nan(op: Op, backend: str, value: float) -> None:
+    """One such element in each input: NaN and infinities come out where the reference has them."""
+    for sample in variants(op):
+        arguments = bound(op, sample)
+        for name, x in floating(arguments).items():
+            spoilt = torch.empty(x.shape).copy_(x)
+            spoilt.view(-1)[spoilt.numel() // 2] = value
+            given = {**arguments, name: spoilt}
+            expected, found = evaluate(op, op.reference, given), run(op, backend, given)
+            wrong = []
+            for output, y in expected.items():
+                where = f"{sample.name}, {value} in {name}: {output}"
+                tests = [torch.isfinite] if "gradient" in output else [torch.isnan, torch.isposinf, torch.isneginf]
+                wrong += [f"{where} {test.__name__}" for test in tests if not torch.equal(test(found[output]), test(y))]
+            assert not wrong, wrong
+
+
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_random_calls(op: Op, backend: str) -> None:
+    """Shapes, strides, offsets and options as Hypothesis finds them, within the conformance bound."""
+
+    @settings(
+        max_examples=10 if triton_ops.INTERPRETED else 25,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    def check(data: st.DataObject, dtype: torch.dtype) -> None:
+        draw = Draw(lambda low, high: data.draw(st.integers(low, high)), dtype)
+        args, kwargs = CALLS[op.name](draw)
+        arguments = bound(op, Sample("random", args, kwargs))
+        truth = evaluate(op, op.reference, arguments, torch.float64)
+        broken = list(
+            violations(run(op, backend, arguments), truth, evaluate(op, op.reference, arguments), any_size=True)
+        )
+        assert not broken, (broken, {name: getattr(x, "shape", x) for name, x in arguments.items()})
+
+    check()
+
+
+def test_every_op_has_random_calls() -> None:
+    assert {op.name for op in OPS} <= set(CALLS)
