@@ -4,11 +4,11 @@
     s     = sigmoid(mean + std * n)      distribution "logit_normal": n standard normal
     sigma = shift * s / (1 + (shift - 1) * s)
 
-positions [B] int64 (each sample's place in the whole run); sigma [B] float32, in [0, 1]: sigma = 0 is data, sigma = 1 is
-noise. u and n are those of element 0 of the samples in philox.py's stream "timesteps", from seed (0 <= seed < 2^64) and
-draw (0 <= draw < 2^24); mean and std are not used by "uniform". shift > 1 moves levels towards noise: a picture with m
-times as many pixels keeps what is visible of it with shift = sqrt(m). Computed in float32 and without a gradient; dtype
-is for the reference alone, whose float64 is the same formula of the same bits.
+positions [B] int64 (each sample's place in the whole run); sigma [B] float32 in [0, 1]: 0 is data, 1 is noise. u and n
+are those of element 0 of the samples in philox.py's stream "timesteps", from seed (0 <= seed < 2^64) and draw
+(0 <= draw < 2^24); "uniform" does not use mean and std. shift > 1 moves levels towards noise: for pictures with m times
+as many pixels, shift = sqrt(m) leaves as much of them visible. Computed in float32 and without a gradient; dtype is for
+the reference alone, whose float64 is the same formula of the same bits.
 Errors: TypeError for a dtype, ValueError for a shape, a word or a range.
 Source: Esser et al. 2024, arXiv:2403.03206, logit-normal levels in section 3.1, the shift by resolution in 5.3.2.
 """
