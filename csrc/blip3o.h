@@ -194,7 +194,7 @@ typedef struct {
   void* x_sigma;
   void* velocity;
   const void* x;
-  const void* noise; /* null: drawn */
+  const void* noise;        /* null: drawn from seed, positions and draw */
   const float* sigma;       /* [samples] */
   const int64_t* positions; /* [samples]; null with noise */
   int64_t samples, elements, seed;

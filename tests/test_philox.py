@@ -9,11 +9,13 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from blip3o_kernels import flow_interpolate, flow_timesteps, native, philox, triton_ops, use
@@ -177,15 +179,16 @@ def test_compile(backend: str | None) -> None:
         return (x_sigma * velocity).sum()
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for draw in (0, 1, 5, 6):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for draw in (2, 3, 5, 6):
         x, positions = torch.randn(4, 24, requires_grad=True), torch.arange(4) + draw
-        with use(backend or "native"):
-            expected = step(x, positions, draw)
-            got = compiled(x, positions, draw) if backend else None
-        got = compiled(x, positions, draw) if got is None else got
+        expected = step(x, positions, draw)
+        with use(backend) if backend else nullcontext():
+            got = compiled(x, positions, draw)
         assert torch.equal(got, expected)
         assert torch.equal(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
+    assert counter.frame_count == 2  # the second one takes draw as a symbol
 
 
 def test_modes_and_subclasses_see_the_call() -> None:

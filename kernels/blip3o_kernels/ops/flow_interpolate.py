@@ -75,7 +75,7 @@ def flow_interpolate(
         key = _check_drawing(x, seed, positions, draw)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours; but Philox in 64-bit integers is not.
-    formula = transformed() or (compiling and noise is not None)
+    formula = noise is not None if compiling else transformed()
     backend = "reference" if dispatch.forced is None and formula else choose(OP, x)
     if backend == "reference":
         return reference(x, noise, sigma, seed=seed, positions=positions, draw=draw)

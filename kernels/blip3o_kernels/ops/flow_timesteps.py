@@ -73,11 +73,12 @@ def flow_timesteps(
     for name, value in (("std", std), ("shift", shift)):
         if not 0 < value < math.inf:
             checks.fail(name, "a positive, finite number", value)
-    backend = "reference" if dispatch.forced is None and transformed() else choose(OP, positions)
+    compiling = torch.compiler.is_compiling()
+    backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":
         return reference(positions, seed, distribution=distribution, mean=mean, std=std, shift=shift, draw=draw)
     options = (key, distribution == "logit_normal", mean, std, shift, draw, backend)
-    if torch.compiler.is_compiling() or not direct(positions):
+    if compiling or not direct(positions):
         sigma: Tensor = _forward_op(positions, *options)
         return sigma
     return _forward(positions, *options)
@@ -114,12 +115,13 @@ _forward_op = register(
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     """`dtype` changes nothing: positions are int64, and sigma is float32."""
     places = torch.arange(300, device=device)
-    for options in (
+    several: tuple[dict[str, object], ...] = (
         {},
         {"shift": 3.0},
         {"distribution": "logit_normal"},
         {"distribution": "logit_normal", "mean": -0.6, "std": 1.3, "shift": 1.7, "draw": 2**24 - 1},
-    ):
+    )
+    for options in several:
         name = str(options) if options else "uniform"
         yield Sample(name, (places, 1), options)
         yield Sample(f"{name}, far", (places[:70] * (2**40 + 2**31 + 1), 2**64 - 5), options)
