@@ -186,37 +186,55 @@ BLIP3O_API int blip3o_cpu_layer_norm_backward(const blip3o_layer_norm_backward_a
  * of a sample being shorter; sums has room for one number per chunk. */
 #define BLIP3O_CHUNK 1024
 
+/* What random bits are for; kernels/blip3o_kernels/philox.py defines them, from a seed (64 bits), positions and a draw (24 bits). */
+enum blip3o_stream { BLIP3O_NOISE = 0, BLIP3O_TIMESTEPS = 1 };
+
 /* flow_interpolate as kernels/blip3o_kernels/ops/flow_interpolate.py defines it. */
 typedef struct {
   void* x_sigma;
   void* velocity;
   const void* x;
-  const void* noise;
-  const float* sigma; /* [samples] */
-  int64_t samples, elements;
-  int dtype;
+  const void* noise;        /* null: drawn from seed, positions and draw */
+  const float* sigma;       /* [samples] */
+  const int64_t* positions; /* [samples]; null with noise */
+  int64_t samples, elements, seed;
+  int dtype, draw;
   int instruction_set, threads;
   void* stream;
 } blip3o_flow_interpolate_arguments;
 
 typedef struct {
   void* dx;
-  void* dnoise;
-  float* dsigma;
-  double* sums;
+  void* dnoise;  /* null: not wanted */
+  float* dsigma; /* null: not wanted */
+  double* sums;  /* null without dsigma */
   const void* dx_sigma;
   const void* dvelocity;
   const void* x;
-  const void* noise;
+  const void* noise; /* null: drawn */
   const float* sigma;
-  int64_t samples, elements;
-  int dtype;
+  const int64_t* positions;
+  int64_t samples, elements, seed;
+  int dtype, draw;
   int instruction_set, threads;
   void* stream;
 } blip3o_flow_interpolate_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_flow_interpolate(const blip3o_flow_interpolate_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_interpolate_backward(const blip3o_flow_interpolate_backward_arguments* arguments);
+
+/* flow_timesteps as kernels/blip3o_kernels/ops/flow_timesteps.py defines it. */
+typedef struct {
+  float* sigma;
+  const int64_t* positions;
+  int64_t samples, seed;
+  float mean, std, shift;
+  int logit_normal, draw;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_timesteps_arguments;
+
+BLIP3O_API int blip3o_cpu_flow_timesteps(const blip3o_flow_timesteps_arguments* arguments);
 
 /* flow_loss as kernels/blip3o_kernels/ops/flow_loss.py defines it. means [samples]: each sample's own, without its weight. */
 typedef struct {

@@ -45,6 +45,8 @@ def evaluate(
     """
     leaves: dict[str, Tensor] = {}
     converted = dict(arguments)
+    if dtype is not None and "dtype" in inspect.signature(function).parameters:  # an op without floating inputs
+        converted["dtype"] = dtype
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             if dtype is not None and value.is_floating_point():

@@ -1,4 +1,4 @@
-"""flow_interpolate and flow_loss as torch sees them: registration, threads, which gradients, double differentiation."""
+"""The flow ops as torch sees them: registration, threads, which gradients, double differentiation."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ def test_opcheck() -> None:
     ops = torch.ops.blip3o
     x, noise = draw(3, 5, 7).requires_grad_(), draw(3, 5, 7, seed=1).requires_grad_()
     sigma = draw(3).sigmoid().requires_grad_()
-    torch.library.opcheck(ops.flow_interpolate.default, (x, noise, sigma))
+    positions, drawing = torch.arange(3), (-5, 7)  # the seed 2^64 - 5
+    torch.library.opcheck(ops.flow_interpolate.default, (x, noise, sigma, None, 0, 0, "native"))
+    torch.library.opcheck(ops.flow_interpolate.default, (x, None, sigma, positions, *drawing, "native"))
+    torch.library.opcheck(ops.flow_timesteps.default, (positions, -5, True, 0.0, 1.0, 3.0, 7, "native"))
     torch.library.opcheck(ops.flow_loss.default, (x, noise, sigma))
     torch.library.opcheck(ops.flow_loss.default, (x, noise, None))
     x, noise, sigma = x.detach(), noise.detach(), sigma.detach()
-    torch.library.opcheck(ops.flow_interpolate_backward.default, (x, noise, x, noise, sigma))
+    for wanted in ((True, True), (False, True), (False, False)):
+        given = (x, noise, x, noise, sigma, None, 0, 0, *wanted, "native")
+        torch.library.opcheck(ops.flow_interpolate_backward.default, given)
+    drawn = (x, noise, x, None, sigma, positions, *drawing, False, True, "native")
+    torch.library.opcheck(ops.flow_interpolate_backward.default, drawn)
     torch.library.opcheck(ops.flow_loss_backward.default, (torch.tensor(0.5), x, noise, sigma))
 
 

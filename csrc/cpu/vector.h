@@ -5,7 +5,8 @@
 //   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
 //   rounded<T>(v)                what store and load again would give
 //   sum(v)                       in a fixed order
-//   exponential(v), logarithm(v)
+//   exponential(v), logarithm(v), square_root(v), turn(u, cosine, sine)
+//   interleaved(a, b, low, high) (a[0], b[0], a[1], b[1], ...)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
@@ -206,5 +207,48 @@ static inline Floats swapped_pairs(Floats v) {
   return (Floats)_mm256_permute_ps((__m256)v, 0xb1);
 #else
   return Floats{v[1], v[0], v[3], v[2]};
+#endif
+}
+
+static inline Floats square_root(Floats v) {
+#if BLIP3O_LANES == 16
+  return (Floats)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif BLIP3O_LANES == 8
+  return (Floats)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < BLIP3O_LANES; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+
+// cos(2 pi u) and sin(2 pi u) to about one unit in the last place, for |u| < 2^20.
+__attribute__((always_inline)) static inline void turn(Floats u, Floats& cosine, Floats& sine) {
+  const Floats shift = all(0x1.8p23f), shifted = u * 4.0f + shift;  // the sum's last bits are the nearest quarter
+  const Words quarter = bits_of<Words>(shifted);
+  const Floats t = (u - (shifted - shift) * 0.25f) * 6.28318531f, square = t * t;  // the difference is exact
+  Floats c = all(2.443315711809948e-5f);
+  c = c * square + -1.388731625493765e-3f;
+  c = c * square + 4.166664568298827e-2f;
+  c = c * (square * square) + (1.0f - square * 0.5f);
+  Floats s = all(-1.9515295891e-4f);
+  s = s * square + 8.3321608736e-3f;
+  s = s * square + -1.6666654611e-1f;
+  s = s * (square * t) + t;
+  const Integers odd = Integers((quarter & 1u) == 1u);
+  const Words cosine_sign = ((quarter + 1u) & 2u) << 30, sine_sign = (quarter & 2u) << 30;
+  cosine = bits_of<Floats>(bits_of<Words>(odd ? s : c) ^ cosine_sign);
+  sine = bits_of<Floats>(bits_of<Words>(odd ? c : s) ^ sine_sign);
+}
+
+static inline void interleaved(Floats a, Floats b, Floats& low, Floats& high) {
+#if defined(__clang__)
+  for (int i = 0; i < BLIP3O_LANES / 2; ++i) {
+    low[2 * i] = a[i], low[2 * i + 1] = b[i];
+    high[2 * i] = a[BLIP3O_LANES / 2 + i], high[2 * i + 1] = b[BLIP3O_LANES / 2 + i];
+  }
+#else
+  Integers from;
+  for (int i = 0; i < BLIP3O_LANES; ++i) from[i] = i / 2 + i % 2 * BLIP3O_LANES;
+  low = __builtin_shuffle(a, b, from), high = __builtin_shuffle(a, b, from + BLIP3O_LANES / 2);
 #endif
 }

@@ -10,6 +10,7 @@ from .ops import attention as _attention
 from .ops import flow_interpolate as _flow_interpolate
 from .ops import flow_loss as _flow_loss
 from .ops import flow_step as _flow_step
+from .ops import flow_timesteps as _flow_timesteps
 from .ops import gated_residual as _gated_residual
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
@@ -22,6 +23,7 @@ from .ops.attention import attention
 from .ops.flow_interpolate import flow_interpolate
 from .ops.flow_loss import flow_loss
 from .ops.flow_step import flow_step
+from .ops.flow_timesteps import flow_timesteps
 from .ops.gated_residual import gated_residual
 from .ops.layer_norm import layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
@@ -40,6 +42,7 @@ OPS: tuple[Op, ...] = (
     _attention.OP,
     _swiglu.OP,
     _timestep_embedding.OP,
+    _flow_timesteps.OP,
     _flow_interpolate.OP,
     _flow_loss.OP,
     _flow_step.OP,
@@ -55,6 +58,7 @@ __all__ = [
     "flow_interpolate",
     "flow_loss",
     "flow_step",
+    "flow_timesteps",
     "gated_residual",
     "layer_norm",
     "linear_cross_entropy",

@@ -3,9 +3,16 @@
     x_sigma  = round((1 - sigma) * x + sigma * noise)      [B, ...]      sigma = 0 is data, sigma = 1 is noise
     velocity = round(noise - x)                            [B, ...]      d x_sigma / d sigma
 
-x and noise [B, ...] float, same dtype; sigma [B] float. Both results have the shape and dtype of x. Computed in
-float32 (float64 for float64 x), each rounded once. The native body cannot be differentiated twice.
-Errors: TypeError for a dtype, ValueError for a shape or device.
+x [B, ...] float; sigma [B] float. Both results have the shape and dtype of x. Computed in float32 (float64 for float64
+x), each rounded once. The native and Triton bodies cannot be differentiated twice.
+
+noise is given, [B, ...] with the dtype of x, or None: then it is drawn, standard normal, from seed (0 <= seed < 2^64),
+positions [B] int64 (each sample's place in the whole run) and draw (0 <= draw < 2^24), as philox.py defines it for its
+stream "noise". It is float32 (float64 for float64 x), made where it is used, in the backward pass once more, and never
+stored or rounded to the dtype of x.
+
+Errors: TypeError for a dtype, ValueError for a shape, device or range, for seed or positions missing without noise, and
+for seed, positions or draw beside noise.
 Source: Lipman et al. 2022, arXiv:2210.02747; Liu et al. 2022, arXiv:2209.03003.
 """
 
@@ -17,153 +24,175 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import CHUNK, DTYPES
+from .. import checks, dispatch, philox
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
-def reference(x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def reference(
+    x: Tensor,
+    noise: Tensor | None,
+    sigma: Tensor,
+    *,
+    seed: int | None = None,
+    positions: Tensor | None = None,
+    draw: int = 0,
+) -> tuple[Tensor, Tensor]:
     dtype = checks.wide(x.dtype)
+    if noise is None:
+        assert seed is not None and positions is not None
+        noise = philox.noise(positions, x.shape[1:], seed, draw, dtype)
     data, drawn = x.to(dtype), noise.to(dtype)
     time = sigma.to(dtype).view(-1, *[1] * (x.dim() - 1))
     return ((1 - time) * data + time * drawn).to(x.dtype), (drawn - data).to(x.dtype)
 
 
-def flow_interpolate(x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 - sigma) x + sigma noise, and noise - x; see the module's docstring."""
+def flow_interpolate(
+    x: Tensor,
+    noise: Tensor | None,
+    sigma: Tensor,
+    *,
+    seed: int | None = None,
+    positions: Tensor | None = None,
+    draw: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(1 - sigma) x + sigma noise, and noise - x, of noise given or drawn; see the module's docstring."""
     checks.floating("x", x)
     if x.dim() == 0:
         checks.fail("x", "shape [B, ...]", list(x.shape))
-    checks.like("noise", noise, "x", x)
     checks.floating("sigma", sigma)
     checks.shape("sigma", sigma, x.shape[:1])
     checks.same_device("sigma", sigma, "x", x)
+    key = 0
+    if noise is not None:
+        checks.like("noise", noise, "x", x)
+        for name, value in (("seed", seed), ("positions", positions), ("draw", draw or None)):
+            if value is not None:
+                checks.fail(name, "none beside noise, which is given", value if name != "positions" else "a tensor")
+    else:
+        key = _check_drawing(x, seed, positions, draw)
     compiling = torch.compiler.is_compiling()
-    # Compiled, the formula is left for Inductor to fuse with its neighbours.
-    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
+    # Compiled, the formula is left for Inductor to fuse with its neighbours; but Philox in 64-bit integers is not.
+    formula = noise is not None if compiling else transformed()
+    backend = "reference" if dispatch.forced is None and formula else choose(OP, x)
     if backend == "reference":
-        return reference(x, noise, sigma)
+        return reference(x, noise, sigma, seed=seed, positions=positions, draw=draw)
     sigma = sigma.to(torch.float32)
-    if compiling or not (direct(x, noise) and plain(sigma)):
-        pair: tuple[Tensor, Tensor] = _forward_op(x, noise, sigma)
+    if compiling or not (direct(x, noise) and plain(sigma, positions)):
+        pair: tuple[Tensor, Tensor] = _forward_op(x, noise, sigma, positions, key, draw, backend)
         return pair
-    if torch.is_grad_enabled() and (x.requires_grad or noise.requires_grad or sigma.requires_grad):
-        pair = _FlowInterpolate.apply(x, noise, sigma)
+    differentiated = x.requires_grad or sigma.requires_grad or (noise is not None and noise.requires_grad)
+    if differentiated and torch.is_grad_enabled():
+        pair = _FlowInterpolate.apply(x, noise, sigma, positions, key, draw, backend)
         return pair
-    return _forward(x, noise, sigma)
+    return _forward(x, noise, sigma, positions, key, draw, backend)
+
+
+def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None, draw: int) -> int:
+    """Checks what noise is drawn from; returns the seed as a signed integer."""
+    if seed is None:
+        checks.fail("seed", "an int, because noise is None", None)
+    if positions is None:
+        checks.fail("positions", "an int64 tensor [B], because noise is None", None)
+    philox.check_positions(positions)
+    checks.shape("positions", positions, x.shape[:1])
+    checks.same_device("positions", positions, "x", x)
+    philox.check_draw(draw)
+    if x.shape[1:].numel() > philox.MAX_ELEMENTS:
+        checks.fail("x", "at most 2^34 elements per sample", x.shape[1:].numel())
+    return philox.check_seed(seed)
 
 
 class _FlowInterpolate(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        context.save_for_backward(x, noise, sigma)
-        return _forward(x, noise, sigma)
+    def forward(
+        context: Any, x: Tensor, noise: Tensor | None, sigma: Tensor, positions: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        context.save_for_backward(x, noise, sigma, positions)
+        context.options = options
+        return _forward(x, noise, sigma, positions, *options)
 
     @staticmethod
     @differentiable_once
     def backward(context: Any, dx_sigma: Tensor, dvelocity: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward if direct(dx_sigma, dvelocity) else _backward_op
-        return _wanted(context, backward(dx_sigma, dvelocity, *context.saved_tensors))
+        return _gradients(context, _backward if direct(dx_sigma, dvelocity) else _backward_op, dx_sigma, dvelocity)
 
 
-def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of x, noise and sigma that autograd asks for."""
-    return tuple(gradient if context.needs_input_grad[i] else None for i, gradient in enumerate(gradients))
+def _gradients(context: Any, backward: Any, dx_sigma: Tensor, dvelocity: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asks for, one for each argument of the op."""
+    wanted = context.needs_input_grad[:3]
+    *options, backend = context.options
+    found = backward(dx_sigma, dvelocity, *context.saved_tensors, *options, *wanted[1:], backend)
+    gradients = (gradient if asked else None for gradient, asked in zip(found, wanted, strict=True))
+    return *gradients, None, None, None, None
 
 
-def _forward(x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    x, noise, sigma = x.contiguous(), noise.contiguous(), sigma.contiguous()
-    x_sigma, velocity = _fake(x, noise, sigma)
-    status = _CPU_FORWARD(
-        _PACK(
-            x_sigma.data_ptr(),
-            velocity.data_ptr(),
-            x.data_ptr(),
-            noise.data_ptr(),
-            sigma.data_ptr(),
-            x.shape[0],
-            x.shape[1:].numel(),
-            DTYPES[x.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("flow_interpolate", status)
-    return x_sigma, velocity
+def _forward(
+    x: Tensor, noise: Tensor | None, sigma: Tensor, positions: Tensor | None, seed: int, draw: int, backend: str
+) -> tuple[Tensor, Tensor]:
+    pair: tuple[Tensor, Tensor]
+    pair = body("flow_interpolate", backend).forward(x, noise, sigma, positions, seed, draw)
+    return pair
 
 
 def _backward(
-    dx_sigma: Tensor, dvelocity: Tensor, x: Tensor, noise: Tensor, sigma: Tensor
+    dx_sigma: Tensor,
+    dvelocity: Tensor,
+    x: Tensor,
+    noise: Tensor | None,
+    sigma: Tensor,
+    positions: Tensor | None,
+    seed: int,
+    draw: int,
+    noise_wanted: bool,
+    sigma_wanted: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx_sigma, dvelocity = dx_sigma.contiguous(), dvelocity.contiguous()
-    x, noise, sigma = x.contiguous(), noise.contiguous(), sigma.contiguous()
-    dx, dnoise, dsigma = _fake_backward(dx_sigma, dvelocity, x, noise, sigma)
-    samples, elements = x.shape[0], x.shape[1:].numel()
-    sums = torch.empty(samples * -(-elements // CHUNK), dtype=torch.float64)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            dnoise.data_ptr(),
-            dsigma.data_ptr(),
-            sums.data_ptr(),
-            dx_sigma.data_ptr(),
-            dvelocity.data_ptr(),
-            x.data_ptr(),
-            noise.data_ptr(),
-            sigma.data_ptr(),
-            samples,
-            elements,
-            DTYPES[x.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    """dx, and dnoise and dsigma if they are wanted (otherwise empty tensors)."""
+    gradients: tuple[Tensor, Tensor, Tensor]
+    gradients = body("flow_interpolate", backend).backward(
+        dx_sigma, dvelocity, x, noise, sigma, positions, seed, draw, noise_wanted, sigma_wanted
     )
-    if status:
-        raise native.failed("flow_interpolate", status)
-    return dx, dnoise, dsigma
-
-
-_PACK, _PACK_BACKWARD = native.packer("flow_interpolate"), native.packer("flow_interpolate_backward")
-_CPU_FORWARD = native.function("cpu", "flow_interpolate")
-_CPU_BACKWARD = native.function("cpu", "flow_interpolate_backward")
+    return gradients
 
 
 # As torch knows it: torch.ops.blip3o.flow_interpolate.
-def _fake(x: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 def _fake_backward(
-    dx_sigma: Tensor, dvelocity: Tensor, x: Tensor, noise: Tensor, sigma: Tensor
+    dx_sigma: Tensor, dvelocity: Tensor, x: Tensor, noise: Tensor | None, sigma: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape), sigma.new_empty(sigma.shape)
+    noise_wanted, sigma_wanted = options[3:5]
+    dnoise = x.new_empty(x.shape if noise_wanted else (0,))
+    return x.new_empty(x.shape), dnoise, sigma.new_empty(sigma.shape if sigma_wanted else (0,))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
 
 
 def _gradient(context: Any, dx_sigma: Tensor | None, dvelocity: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, noise, sigma = context.saved_tensors
+    x = context.saved_tensors[0]
     dx_sigma = torch.zeros_like(x) if dx_sigma is None else dx_sigma
     dvelocity = torch.zeros_like(x) if dvelocity is None else dvelocity
-    return _wanted(context, _backward_op(dx_sigma, dvelocity, x, noise, sigma))
+    return _gradients(context, _backward_op, dx_sigma, dvelocity)
 
 
+_arguments = "Tensor x, Tensor? noise, Tensor sigma, Tensor? positions, SymInt seed, SymInt draw"
 _forward_op = register(
-    "flow_interpolate(Tensor x, Tensor noise, Tensor sigma) -> (Tensor, Tensor)",
+    f"flow_interpolate({_arguments}, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     lambda x, *_, **__: 4 * torch.Size(x).numel(),
 )
 _backward_op = register(
-    "flow_interpolate_backward(Tensor dx_sigma, Tensor dvelocity, Tensor x, Tensor noise, Tensor sigma)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"flow_interpolate_backward(Tensor dx_sigma, Tensor dvelocity, {_arguments}, bool noise_wanted, bool sigma_wanted,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     lambda dx_sigma, *_, **__: 7 * torch.Size(dx_sigma).numel(),
@@ -181,6 +210,16 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("no samples", (draw(0, 33), draw(0, 33), draw.uniform(0)))
     yield Sample("no elements", (draw(2, 0), draw(2, 0), draw.uniform(2)))
 
+    def drawn(*shape: int) -> Sample:
+        places = torch.arange(shape[0], device=device) * (2**33 + 2**31 + 7) + 5
+        options = {"seed": 2**63 + 2**33 + shape[-1], "positions": places, "draw": shape[0]}
+        return Sample(f"drawn {shape}", (draw(*shape), None, draw.uniform(shape[0])), options)
+
+    for shape in ((1, 1), (3, 7), (2, 2, 1152), (1, 1792), (0, 33), (2, 0), (2,)):
+        yield drawn(*shape)
+    transposed = drawn(2, 5, 8)
+    yield Sample("drawn, transposed", (draw(8, 2, 5).movedim(0, 2), *transposed.args[1:]), transposed.kwargs)
+
 
 OP = Op(
     "flow_interpolate",
@@ -188,5 +227,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "noise", "sigma"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU, *TRITON),
 )
