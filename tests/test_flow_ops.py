@@ -1,4 +1,4 @@
-"""flow_interpolate and flow_loss as torch sees them: registration, threads, which gradients, double differentiation."""
+"""The flow ops as torch sees them: registration, threads, which gradients, double differentiation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_kernels import flow_interpolate, flow_loss, use
+from blip3o_kernels import flow_interpolate, flow_loss, flow_step, use
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -20,7 +20,11 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.flow_interpolate.default, (x, noise, sigma))
     torch.library.opcheck(ops.flow_loss.default, (x, noise, sigma))
     torch.library.opcheck(ops.flow_loss.default, (x, noise, None))
+    torch.library.opcheck(ops.flow_step.default, (x, noise, sigma, 0.0, x, 3.0, noise, "native"))
+    torch.library.opcheck(ops.flow_step.default, (x, noise, None, 0.5, None, 1.0, None, "native"))
     x, noise, sigma = x.detach(), noise.detach(), sigma.detach()
+    wanted = (x, noise, sigma, 0.0, x, 3.0, noise, [True, True, False, True], "native")
+    torch.library.opcheck(ops.flow_step_backward.default, wanted)
     torch.library.opcheck(ops.flow_interpolate_backward.default, (x, noise, x, noise, sigma))
     torch.library.opcheck(ops.flow_loss_backward.default, (torch.tensor(0.5), x, noise, sigma))
 
@@ -35,6 +39,7 @@ def test_threads_do_not_change_a_bit() -> None:
             given = tuple(tensor.clone().requires_grad_() for tensor in (x, noise, sigma))
             with use("native"):
                 x_sigma, velocity = flow_interpolate(*given)
+                x_sigma = flow_step(x_sigma, velocity, given[2], unconditional=given[1], guidance=2.0)
                 loss = flow_loss(x_sigma, velocity, given[2])
             results.append((loss.detach(), *torch.autograd.grad(loss, given)))
     finally:
@@ -45,7 +50,13 @@ def test_threads_do_not_change_a_bit() -> None:
 
 def test_only_the_gradients_asked_for() -> None:
     inputs = draw(3, 7), draw(3, 7, seed=1), draw(3).sigmoid()
-    for function in (lambda *a: flow_interpolate(*a)[0].sum(), lambda *a: flow_interpolate(*a)[1].sum(), flow_loss):
+    for function in (
+        lambda *a: flow_interpolate(*a)[0].sum(),
+        lambda *a: flow_interpolate(*a)[1].sum(),
+        flow_loss,
+        lambda *a: flow_step(*a).square().sum(),
+        lambda x, base, step: flow_step(base, x, step, unconditional=x, previous=base).square().sum(),
+    ):
         every = tuple(tensor.clone().requires_grad_() for tensor in inputs)
         gradients = torch.autograd.grad(function(*every), every)
         for i, gradient in enumerate(gradients):
@@ -59,7 +70,11 @@ def test_double_differentiation_raises() -> None:
     (gradient,) = torch.autograd.grad(flow_loss(x, target), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         gradient.sum().backward()
-    sigma = draw(3).sigmoid()
+    sigma = draw(3).sigmoid().requires_grad_()
+    (gradient,) = torch.autograd.grad(flow_step(target, target, sigma, previous=x).sum(), sigma, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        gradient.sum().backward()
+    sigma = sigma.detach()
     (gradient,) = torch.autograd.grad(flow_interpolate(x, target, sigma)[0].sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         gradient.sum().backward()

@@ -13,13 +13,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, ops, rms_norm, rope_table_2d, use
-from blip3o_kernels.dispatch import Op
+from blip3o_kernels.dispatch import Op, choose
 from blip3o_kernels.samples import Sample
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,7 @@ MATRIX = {
     "swiglu": NATIVE,
     "flow_interpolate": NATIVE,
     "flow_loss": NATIVE,
+    "flow_step": {**NATIVE, **TRITON},
 }
 
 
@@ -220,8 +222,8 @@ def test_linear_cross_entropy_without_targets() -> None:
 
 def test_forced_backend_refuses() -> None:
     x = torch.randn(2, 8)
-    with use("native"), pytest.raises(BackendError, match=r"flow_step.*no native body"):
-        ops.flow_step.flow_step(x, x, 0.5)
+    with use("native"), pytest.raises(BackendError, match=r"rms_norm.*no native body"):
+        choose(replace(ops.rms_norm.OP, bodies=()), x)
     with use("native"), pytest.raises(BackendError, match=r"does not take torch.float64"):
         rms_norm(x.double())
     with use("native"), pytest.raises(BackendError, match="does not run on meta tensors"):

@@ -39,6 +39,8 @@ FORMATS = {
     "flow_interpolate_backward": "PPPPPPPPPqqiiiP",
     "flow_loss": "PPPPPPqqiiiP",
     "flow_loss_backward": "PPPPPqqiiiP",
+    "flow_step": "PPPPPPqqffiiiP",
+    "flow_step_backward": "PPPPPPPPPPqqffiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
