@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_kernels import flow_interpolate, flow_loss, flow_step, use
+from blip3o_kernels import flow_interpolate, flow_loss, flow_step, timestep_embedding, use
+from blip3o_kernels.ops.timestep_embedding import reference
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -22,7 +23,9 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.flow_loss.default, (x, noise, None))
     torch.library.opcheck(ops.flow_step.default, (x, noise, sigma, 0.0, x, 3.0, noise, "native"))
     torch.library.opcheck(ops.flow_step.default, (x, noise, None, 0.5, None, 1.0, None, "native"))
+    torch.library.opcheck(ops.timestep_embedding.default, (sigma, 6, 10000.0, "native"))
     x, noise, sigma = x.detach(), noise.detach(), sigma.detach()
+    torch.library.opcheck(ops.timestep_embedding_backward.default, (draw(3, 6), sigma, 10000.0, "native"))
     wanted = (x, noise, sigma, 0.0, x, 3.0, noise, [True, True, False, True], "native")
     torch.library.opcheck(ops.flow_step_backward.default, wanted)
     torch.library.opcheck(ops.flow_interpolate_backward.default, (x, noise, x, noise, sigma))
@@ -46,6 +49,17 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
+
+
+def test_sinusoids_are_exact_up_to_rounding() -> None:
+    """At integer timesteps too, and where angles in float32 would be wrong by far more."""
+    steps = torch.tensor([0, 1, 2, 3, 500, 999, 1000, 77777, -100000])
+    truth = reference(steps.double(), 70)
+    for name in ("native:portable", "native:avx2", "native"):
+        for dtype in (torch.int64, torch.int32, torch.float32):
+            with use(name):
+                got = timestep_embedding(steps.to(dtype), 70)
+            assert got.dtype == torch.float32 and (got - truth).abs().max() < 1.01 * 2**-25
 
 
 def test_only_the_gradients_asked_for() -> None:

@@ -40,6 +40,7 @@ MATRIX = {
     "rope": NATIVE,
     "attention": NATIVE,
     "swiglu": NATIVE,
+    "timestep_embedding": {**NATIVE, **TRITON},
     "flow_interpolate": NATIVE,
     "flow_loss": NATIVE,
     "flow_step": {**NATIVE, **TRITON},

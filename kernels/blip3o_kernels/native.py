@@ -25,7 +25,7 @@ VERSION = 1  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
-# The arguments of an op as `struct` packs them: P pointer, q int64_t, f float, i int. Every function returns a status.
+# The arguments of an op as `struct` packs them: P pointer, q int64_t, d double, f float, i int; all return a status.
 FORMATS = {
     "rms_norm": "PPPqqqffiiiiiP",
     "rms_norm_backward": "PPPPPPqqqqffiiiiP",
@@ -35,6 +35,8 @@ FORMATS = {
     "gated_residual_backward": "PPPPPPPPqqqqqiiiiP",
     "layer_norm": "PPPPPqqqfiiiiP",
     "layer_norm_backward": "PPPPPPPPqqqqiiiiP",
+    "timestep_embedding": "PPPqqdiiP",
+    "timestep_embedding_backward": "PPPPqqdiiP",
     "flow_interpolate": "PPPPPqqiiiP",
     "flow_interpolate_backward": "PPPPPPPPPqqiiiP",
     "flow_loss": "PPPPPPqqiiiP",

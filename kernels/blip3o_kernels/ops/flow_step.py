@@ -1,7 +1,7 @@
 """Guidance and one step of the ODE solver in one pass.
 
     v = unconditional + guidance * (velocity - unconditional)      if unconditional is given
-    v = (v + previous) / 2                                         if previous is given: the end of a step of Heun's
+    v = (v + previous) / 2                                         if previous is given: Heun's method
     y = round(x + step * v)                                        [B, ...]
 
 x, velocity, unconditional and previous [B, ...] float, same dtype; step a float or [B] float; guidance a float. y has

@@ -1,4 +1,4 @@
-"""How Triton kernels cut contiguous samples, as csrc/cpu/chunks.h does: by shape alone; the unit of work and of sums."""
+"""How Triton kernels cut contiguous samples, by shape alone as csrc/cpu/chunks.h does: the unit of work, of sums."""
 
 import triton
 import triton.language as tl
