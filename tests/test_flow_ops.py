@@ -19,8 +19,8 @@ def test_opcheck() -> None:
     x, noise = draw(3, 5, 7).requires_grad_(), draw(3, 5, 7, seed=1).requires_grad_()
     sigma = draw(3).sigmoid().requires_grad_()
     torch.library.opcheck(ops.flow_interpolate.default, (x, noise, sigma))
-    torch.library.opcheck(ops.flow_loss.default, (x, noise, sigma))
-    torch.library.opcheck(ops.flow_loss.default, (x, noise, None))
+    torch.library.opcheck(ops.flow_loss.default, (x, noise, sigma, "native"))
+    torch.library.opcheck(ops.flow_loss.default, (x, noise, None, "native"))
     torch.library.opcheck(ops.flow_step.default, (x, noise, sigma, 0.0, x, 3.0, noise, "native"))
     torch.library.opcheck(ops.flow_step.default, (x, noise, None, 0.5, None, 1.0, None, "native"))
     torch.library.opcheck(ops.timestep_embedding.default, (sigma, 6, 10000.0, "native"))
@@ -29,7 +29,7 @@ def test_opcheck() -> None:
     wanted = (x, noise, sigma, 0.0, x, 3.0, noise, [True, True, False, True], "native")
     torch.library.opcheck(ops.flow_step_backward.default, wanted)
     torch.library.opcheck(ops.flow_interpolate_backward.default, (x, noise, x, noise, sigma))
-    torch.library.opcheck(ops.flow_loss_backward.default, (torch.tensor(0.5), x, noise, sigma))
+    torch.library.opcheck(ops.flow_loss_backward.default, (torch.tensor(0.5), x, noise, sigma, "native"))
 
 
 def test_threads_do_not_change_a_bit() -> None:

@@ -42,7 +42,7 @@ MATRIX = {
     "swiglu": NATIVE,
     "timestep_embedding": {**NATIVE, **TRITON},
     "flow_interpolate": NATIVE,
-    "flow_loss": NATIVE,
+    "flow_loss": {**NATIVE, **TRITON},
     "flow_step": {**NATIVE, **TRITON},
 }
 
