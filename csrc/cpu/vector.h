@@ -208,10 +208,11 @@ __attribute__((always_inline)) static inline void sine_cosine(Doubles v, Floats&
   const Doubles r = v - (shifted - 0x1.8p52) * 1.57079632679489661923, z = r * r;
   const Doubles s = ((((z * (-1.0 / 39916800) + 1.0 / 362880) * z - 1.0 / 5040) * z + 1.0 / 120) * z - 1.0 / 6) * (z * r) + r;
   const Doubles c = ((((z * (-1.0 / 3628800) + 1.0 / 40320) * z - 1.0 / 720) * z + 1.0 / 24) * z - 0.5) * z + 1.0;
-  const auto odd = (quarter & 1) != 0;
-  const LongWords flip_sine = (quarter & 2) << 62, flip_cosine = ((quarter + 1) & 2) << 62;
-  sine = __builtin_convertvector(bits_of<Doubles>(bits_of<LongWords>(odd ? c : s) ^ flip_sine), Floats);
-  cosine = __builtin_convertvector(bits_of<Doubles>(bits_of<LongWords>(odd ? s : c) ^ flip_cosine), Floats);
+  // Bits alone: GCC would take a comparison of vectors longer than registers apart, element by element.
+  const LongWords s_bits = bits_of<LongWords>(s), c_bits = bits_of<LongWords>(c);
+  const LongWords swap = (s_bits ^ c_bits) & -(quarter & 1);
+  sine = __builtin_convertvector(bits_of<Doubles>(s_bits ^ swap ^ (quarter & 2) << 62), Floats);
+  cosine = __builtin_convertvector(bits_of<Doubles>(c_bits ^ swap ^ ((quarter + 1) & 2) << 62), Floats);
 }
 
 // (v[1], v[0], v[3], v[2], ...)
