@@ -182,6 +182,32 @@ typedef struct {
 BLIP3O_API int blip3o_cpu_layer_norm(const blip3o_layer_norm_arguments* arguments);
 BLIP3O_API int blip3o_cpu_layer_norm_backward(const blip3o_layer_norm_backward_arguments* arguments);
 
+/* timestep_embedding as kernels/blip3o_kernels/ops/timestep_embedding.py defines it: y [rows, 2 * half]. frequencies is a
+ * workspace of half + 15. */
+typedef struct {
+  float* y;
+  double* frequencies;
+  const float* timestep; /* [rows] */
+  int64_t rows, half;
+  double max_period;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_timestep_embedding_arguments;
+
+typedef struct {
+  float* dtimestep; /* [rows] */
+  double* frequencies;
+  const float* dy;
+  const float* timestep;
+  int64_t rows, half;
+  double max_period;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_timestep_embedding_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_timestep_embedding(const blip3o_timestep_embedding_arguments* arguments);
+BLIP3O_API int blip3o_cpu_timestep_embedding_backward(const blip3o_timestep_embedding_backward_arguments* arguments);
+
 /* The flow ops read contiguous samples of `elements` values each. They cut them into chunks of BLIP3O_CHUNK elements, the last
  * of a sample being shorter; sums has room for one number per chunk. */
 #define BLIP3O_CHUNK 1024
@@ -265,6 +291,43 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_flow_loss(const blip3o_flow_loss_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_loss_backward(const blip3o_flow_loss_backward_arguments* arguments);
+
+/* flow_step as kernels/blip3o_kernels/ops/flow_step.py defines it. Without steps, one step serves all samples. */
+typedef struct {
+  void* y;
+  const void* x;
+  const void* velocity;
+  const void* unconditional; /* null: no guidance */
+  const void* previous;      /* null: no average */
+  const float* steps;        /* [samples]; null: step */
+  int64_t samples, elements;
+  float step, guidance;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_step_arguments;
+
+/* Gradients may be null: not wanted. That of x is dy. */
+typedef struct {
+  void* dvelocity;
+  void* dunconditional;
+  void* dprevious;
+  float* dsteps;
+  double* sums; /* null without dsteps */
+  const void* dy;
+  const void* velocity;
+  const void* unconditional;
+  const void* previous;
+  const float* steps;
+  int64_t samples, elements;
+  float step, guidance;
+  int dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_flow_step_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_flow_step(const blip3o_flow_step_arguments* arguments);
+BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arguments* arguments);
 
 /* swiglu: y = silu(gate) * up, all of one dtype. Rows are `width` long and apart by the strides; y is contiguous. */
 typedef struct {

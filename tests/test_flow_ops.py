@@ -6,30 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_kernels import flow_interpolate, flow_loss, use
+from blip3o_kernels import flow_interpolate, flow_loss, flow_step, timestep_embedding, use
+from blip3o_kernels.ops.timestep_embedding import reference
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
-
-
-def test_opcheck() -> None:
-    ops = torch.ops.blip3o
-    x, noise = draw(3, 5, 7).requires_grad_(), draw(3, 5, 7, seed=1).requires_grad_()
-    sigma = draw(3).sigmoid().requires_grad_()
-    positions, drawing = torch.arange(3), (-5, 7)  # the seed 2^64 - 5
-    torch.library.opcheck(ops.flow_interpolate.default, (x, noise, sigma, None, 0, 0, "native"))
-    torch.library.opcheck(ops.flow_interpolate.default, (x, None, sigma, positions, *drawing, "native"))
-    torch.library.opcheck(ops.flow_timesteps.default, (positions, -5, True, 0.0, 1.0, 3.0, 7, "native"))
-    torch.library.opcheck(ops.flow_loss.default, (x, noise, sigma))
-    torch.library.opcheck(ops.flow_loss.default, (x, noise, None))
-    x, noise, sigma = x.detach(), noise.detach(), sigma.detach()
-    for wanted in ((True, True), (False, True), (False, False)):
-        given = (x, noise, x, noise, sigma, None, 0, 0, *wanted, "native")
-        torch.library.opcheck(ops.flow_interpolate_backward.default, given)
-    drawn = (x, noise, x, None, sigma, positions, *drawing, False, True, "native")
-    torch.library.opcheck(ops.flow_interpolate_backward.default, drawn)
-    torch.library.opcheck(ops.flow_loss_backward.default, (torch.tensor(0.5), x, noise, sigma))
 
 
 def test_threads_do_not_change_a_bit() -> None:
@@ -42,6 +24,7 @@ def test_threads_do_not_change_a_bit() -> None:
             given = tuple(tensor.clone().requires_grad_() for tensor in (x, noise, sigma))
             with use("native"):
                 x_sigma, velocity = flow_interpolate(*given)
+                x_sigma = flow_step(x_sigma, velocity, given[2], unconditional=given[1], guidance=2.0)
                 loss = flow_loss(x_sigma, velocity, given[2])
             results.append((loss.detach(), *torch.autograd.grad(loss, given)))
     finally:
@@ -50,9 +33,26 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
+def test_sinusoids_are_exact_up_to_rounding() -> None:
+    """At integer timesteps too, and where angles in float32 would be wrong by far more."""
+    steps = torch.tensor([0, 1, 2, 3, 500, 999, 1000, 77777, -100000])
+    truth = reference(steps.double(), 70)
+    for name in ("native:portable", "native:avx2", "native"):
+        for dtype in (torch.int64, torch.int32, torch.float32):
+            with use(name):
+                got = timestep_embedding(steps.to(dtype), 70)
+            assert got.dtype == torch.float32 and (got - truth).abs().max() < 1.01 * 2**-25
+
+
 def test_only_the_gradients_asked_for() -> None:
     inputs = draw(3, 7), draw(3, 7, seed=1), draw(3).sigmoid()
-    for function in (lambda *a: flow_interpolate(*a)[0].sum(), lambda *a: flow_interpolate(*a)[1].sum(), flow_loss):
+    for function in (
+        lambda *a: flow_interpolate(*a)[0].sum(),
+        lambda *a: flow_interpolate(*a)[1].sum(),
+        flow_loss,
+        lambda *a: flow_step(*a).square().sum(),
+        lambda x, base, step: flow_step(base, x, step, unconditional=x, previous=base).square().sum(),
+    ):
         every = tuple(tensor.clone().requires_grad_() for tensor in inputs)
         gradients = torch.autograd.grad(function(*every), every)
         for i, gradient in enumerate(gradients):
@@ -66,7 +66,11 @@ def test_double_differentiation_raises() -> None:
     (gradient,) = torch.autograd.grad(flow_loss(x, target), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         gradient.sum().backward()
-    sigma = draw(3).sigmoid()
+    sigma = draw(3).sigmoid().requires_grad_()
+    (gradient,) = torch.autograd.grad(flow_step(target, target, sigma, previous=x).sum(), sigma, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        gradient.sum().backward()
+    sigma = sigma.detach()
     (gradient,) = torch.autograd.grad(flow_interpolate(x, target, sigma)[0].sin().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         gradient.sum().backward()

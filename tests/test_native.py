@@ -18,7 +18,7 @@ from blip3o_kernels import OPS, BackendError, native, rms_norm, use
 from blip3o_kernels.ops import rms_norm as contract
 
 ROOT = Path(__file__).parents[1]
-LETTERS = {"float": "f", "int": "i", "int64_t": "q"}
+LETTERS = {"double": "d", "float": "f", "int": "i", "int64_t": "q"}
 
 
 def formats(header: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ The Triton bodies take part when TRITON_INTERPRET=1; tests/test_triton.py starts
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from conformance import bound, evaluate, violations
 from torch import Tensor
 
 from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, ops, rms_norm, rope_table_2d, use
-from blip3o_kernels.dispatch import Op
+from blip3o_kernels.dispatch import Op, choose
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -38,7 +39,9 @@ MATRIX = {
     # of positions, which are int64; no gradient
     "flow_timesteps": dict.fromkeys({**NATIVE, **TRITON}, ((torch.int64,), "forward")),
     "flow_interpolate": {**NATIVE, **TRITON},
-    "flow_loss": NATIVE,
+    "timestep_embedding": {**NATIVE, **TRITON},
+    "flow_loss": {**NATIVE, **TRITON},
+    "flow_step": {**NATIVE, **TRITON},
 }
 
 
@@ -171,8 +174,8 @@ def test_linear_cross_entropy_without_targets() -> None:
 
 def test_forced_backend_refuses() -> None:
     x = torch.randn(2, 8)
-    with use("native"), pytest.raises(BackendError, match=r"flow_step.*no native body"):
-        ops.flow_step.flow_step(x, x, 0.5)
+    with use("native"), pytest.raises(BackendError, match=r"rms_norm.*no native body"):
+        choose(replace(ops.rms_norm.OP, bodies=()), x)
     with use("native"), pytest.raises(BackendError, match=r"does not take torch.float64"):
         rms_norm(x.double())
     with use("native"), pytest.raises(BackendError, match="does not run on meta tensors"):

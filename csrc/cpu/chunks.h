@@ -5,7 +5,6 @@
 
 // A sum of floats in double: thousands of terms would otherwise cost more digits than the reference loses.
 struct Total {
-  typedef double Doubles __attribute__((vector_size(8 * BLIP3O_LANES)));
   Doubles lanes{};
   void add(Floats v) { lanes += __builtin_convertvector(v, Doubles); }
   double value() const {

@@ -5,13 +5,15 @@
 //   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
 //   rounded<T>(v)                what store and load again would give
 //   sum(v)                       in a fixed order
-//   exponential(v), logarithm(v), square_root(v), turn(u, cosine, sine)
+//   exponential(v), logarithm(v), square_root(v), turn(u, cosine, sine), sine_cosine(v, s, c)
 //   interleaved(a, b, low, high) (a[0], b[0], a[1], b[1], ...)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * BLIP3O_LANES)));
+typedef double Doubles __attribute__((vector_size(8 * BLIP3O_LANES)));
+typedef uint64_t LongWords __attribute__((vector_size(8 * BLIP3O_LANES)));
 
 template <class To, class From>
 static inline To bits_of(From from) {
@@ -197,6 +199,21 @@ static inline Floats logarithm(Floats v) {
   const Floats y = (p * f * square + n * -2.12194440e-4f - square * 0.5f + f) + n * 0.693359375f;
   const Floats edge = v < 0x1p-126f ? (v < 0.0f ? all(__builtin_nanf("")) : all(-__builtin_inff())) : y;
   return v < __builtin_inff() ? edge : v;  // infinity and NaN stay
+}
+
+// Sine and cosine of v to half a unit in the last place and a little, for |v| up to 1e8. In double: there pi / 2 needs
+// no parts, and Taylor's polynomials are short enough.
+__attribute__((always_inline)) static inline void sine_cosine(Doubles v, Floats& sine, Floats& cosine) {
+  const Doubles shifted = v * 0.63661977236758134308 + 0x1.8p52;  // the sum's last bits are the nearest quarter of a turn
+  const LongWords quarter = bits_of<LongWords>(shifted);
+  const Doubles r = v - (shifted - 0x1.8p52) * 1.57079632679489661923, z = r * r;
+  const Doubles s = ((((z * (-1.0 / 39916800) + 1.0 / 362880) * z - 1.0 / 5040) * z + 1.0 / 120) * z - 1.0 / 6) * (z * r) + r;
+  const Doubles c = ((((z * (-1.0 / 3628800) + 1.0 / 40320) * z - 1.0 / 720) * z + 1.0 / 24) * z - 0.5) * z + 1.0;
+  // Bits alone: GCC would take a comparison of vectors longer than registers apart, element by element.
+  const LongWords s_bits = bits_of<LongWords>(s), c_bits = bits_of<LongWords>(c);
+  const LongWords swap = (s_bits ^ c_bits) & -(quarter & 1);
+  sine = __builtin_convertvector(bits_of<Doubles>(s_bits ^ swap ^ (quarter & 2) << 62), Floats);
+  cosine = __builtin_convertvector(bits_of<Doubles>(c_bits ^ swap ^ ((quarter + 1) & 2) << 62), Floats);
 }
 
 // (v[1], v[0], v[3], v[2], ...)

@@ -25,7 +25,7 @@ VERSION = 1  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
-# The arguments of an op as `struct` packs them: P pointer, q int64_t, f float, i int. Every function returns a status.
+# The arguments of an op as `struct` packs them: P pointer, q int64_t, d double, f float, i int; all return a status.
 FORMATS = {
     "rms_norm": "PPPqqqffiiiiiP",
     "rms_norm_backward": "PPPPPPqqqqffiiiiP",
@@ -38,8 +38,12 @@ FORMATS = {
     "flow_interpolate": "PPPPPPqqqiiiiP",
     "flow_interpolate_backward": "PPPPPPPPPPqqqiiiiP",
     "flow_timesteps": "PPqqfffiiiiP",
+    "timestep_embedding": "PPPqqdiiP",
+    "timestep_embedding_backward": "PPPPqqdiiP",
     "flow_loss": "PPPPPPqqiiiP",
     "flow_loss_backward": "PPPPPqqiiiP",
+    "flow_step": "PPPPPPqqffiiiP",
+    "flow_step_backward": "PPPPPPPPPPqqffiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",

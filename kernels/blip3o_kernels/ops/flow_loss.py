@@ -3,7 +3,7 @@
     loss = mean over all elements of weight[b] * (prediction - target)^2      scalar float32
 
 prediction and target [B, ...] float, same dtype; weight [B] float or None (1). The result is float32 (float64 for
-float64 inputs): nothing is rounded to the inputs' dtype. The native body cannot be differentiated twice.
+float64 inputs): nothing is rounded to the inputs' dtype. The native and Triton bodies cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape, device or an empty input.
 """
 
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import CHUNK, DTYPES
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
@@ -48,19 +48,20 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
         return reference(prediction, target, weight)
     weight = None if weight is None else weight.to(torch.float32)
     if compiling or not (direct(prediction, target) and plain(weight)):
-        loss: Tensor = _forward_op(prediction, target, weight)[0]
+        loss: Tensor = _forward_op(prediction, target, weight, backend)[0]
         return loss
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (prediction, target, weight)):
-        loss = _FlowLoss.apply(prediction, target, weight)
+        loss = _FlowLoss.apply(prediction, target, weight, backend)
         return loss
-    return _forward(prediction, target, weight)[0]
+    return _forward(prediction, target, weight, backend)[0]
 
 
 class _FlowLoss(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        loss, means = _forward(prediction, target, weight)
+    def forward(context: Any, prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> Tensor:
+        loss, means = _forward(prediction, target, weight, backend)
         context.save_for_backward(prediction, target, weight, means)
+        context.backend = backend
         return loss
 
     @staticmethod
@@ -72,86 +73,41 @@ class _FlowLoss(torch.autograd.Function):
 def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
     """The gradients of prediction, target and weight that autograd asks for."""
     prediction, target, weight, means = context.saved_tensors
-    to_prediction, to_target, to_weight = context.needs_input_grad
-    both: Tensor | None = backward(dloss, prediction, target, weight) if to_prediction or to_target else None
+    to_prediction, to_target, to_weight = context.needs_input_grad[:3]
+    both: Tensor | None = None
+    if to_prediction or to_target:
+        both = backward(dloss, prediction, target, weight, context.backend)
     return (
         both if to_prediction else None,
         -both if to_target and both is not None else None,
         means * (dloss / len(means)) if to_weight else None,
+        None,
     )
 
 
-def _forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _forward(prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The loss, and each sample's mean squared error [B] without its weight."""
-    prediction, target = prediction.contiguous(), target.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    loss, means = _fake(prediction, target, weight)
-    samples, elements = prediction.shape[0], prediction.shape[1:].numel()
-    sums = torch.empty(samples * -(-elements // CHUNK), dtype=torch.float64)
-    status = _CPU_FORWARD(
-        _PACK(
-            loss.data_ptr(),
-            means.data_ptr(),
-            sums.data_ptr(),
-            prediction.data_ptr(),
-            target.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            samples,
-            elements,
-            DTYPES[prediction.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("flow_loss", status)
-    return loss, means
+    pair: tuple[Tensor, Tensor] = body("flow_loss", backend).forward(prediction, target, weight)
+    return pair
 
 
-def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> Tensor:
     """The gradient of the prediction; the target's is its negative."""
-    prediction, target = prediction.contiguous(), target.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    dprediction = _fake_backward(dloss, prediction, target, weight)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dprediction.data_ptr(),
-            dloss.data_ptr(),
-            prediction.data_ptr(),
-            target.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            prediction.shape[0],
-            prediction.shape[1:].numel(),
-            DTYPES[prediction.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("flow_loss", status)
+    dprediction: Tensor = body("flow_loss", backend).backward(dloss, prediction, target, weight)
     return dprediction
 
 
-_PACK, _PACK_BACKWARD = native.packer("flow_loss"), native.packer("flow_loss_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "flow_loss"), native.function("cpu", "flow_loss_backward")
-
-
 # As torch knows it: torch.ops.blip3o.flow_loss.
-def _fake(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         prediction.new_empty((), dtype=torch.float32),
         prediction.new_empty(prediction.shape[:1], dtype=torch.float32),
     )
 
 
-def _fake_backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-    return prediction.new_empty(prediction.shape)
-
-
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
@@ -160,15 +116,15 @@ def _gradient(context: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 _forward_op = register(
-    "flow_loss(Tensor prediction, Tensor target, Tensor? weight) -> (Tensor, Tensor)",
+    "flow_loss(Tensor prediction, Tensor target, Tensor? weight, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     lambda prediction, *_, **__: 3 * torch.Size(prediction).numel(),
 )
 _backward_op = register(
-    "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight) -> Tensor",
+    "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight, str backend) -> Tensor",
     _backward,
-    _fake_backward,
+    lambda dloss, prediction, *_: prediction.new_empty(prediction.shape),
     lambda dloss, prediction, *_, **__: 2 * torch.Size(prediction).numel(),
 )
 register_gradient("flow_loss", _gradient, _setup)
@@ -179,6 +135,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     for shape in ((1, 1), (3, 7), (2, 5, 64), (3, 3, 9, 11), (3, 2, 41, 43)):
         yield Sample(f"{shape}", (draw(*shape), draw(*shape)))
         yield Sample(f"{shape} weight", (draw(*shape), draw(*shape), draw.uniform(shape[0])))
+    yield Sample("chunks", (draw(2, 3, 1792), draw(2, 3, 1792), draw.uniform(2)))
+    yield Sample("many samples", (draw(70, 3), draw(70, 3), draw.uniform(70)))
     yield Sample("transposed", (draw(8, 3, 5).transpose(0, 1), draw(3, 5, 8).transpose(1, 2)))
 
 
@@ -188,5 +146,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("prediction", "target", "weight"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU, *TRITON),
 )

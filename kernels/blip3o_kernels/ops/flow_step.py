@@ -1,25 +1,27 @@
 """Guidance and one step of the ODE solver in one pass.
 
     v = unconditional + guidance * (velocity - unconditional)      if unconditional is given
-    v = (v + previous) / 2                                         if previous is given: the second half of Heun's
-    method
+    v = (v + previous) / 2                                         if previous is given: Heun's method
     y = round(x + step * v)                                        [B, ...]
 
 x, velocity, unconditional and previous [B, ...] float, same dtype; step a float or [B] float; guidance a float. y has
-the dtype of x. Computed in
-float32 (float64 for float64 x), rounded once. Errors: TypeError for a dtype, ValueError for a shape or device.
+the dtype of x. Computed in float32 (float64 for float64 x), rounded once. The native and Triton bodies cannot be
+differentiated twice. Errors: TypeError for a dtype, ValueError for a shape or device.
 Source: Ho and Salimans 2022, arXiv:2207.12598 (guidance).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
+from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -65,19 +67,159 @@ def flow_step(
         checks.floating("step", step)
         checks.shape("step", step, x.shape[:1])
         checks.same_device("step", step, "x", x)
-    choose(OP, x)
-    return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, the formula is left for Inductor to fuse with its neighbours.
+    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
+    if backend == "reference":
+        return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
+    steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, float(step))
+    arguments = (x, velocity, steps, length, unconditional, float(guidance), previous, backend)
+    if compiling or not (direct(x, velocity) and plain(steps, unconditional, previous)):
+        y: Tensor = _forward_op(*arguments)
+        return y
+    tensors = (x, velocity, steps, unconditional, previous)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        y = _FlowStep.apply(*arguments)
+        return y
+    return _forward(*arguments)
+
+
+class _FlowStep(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, *inputs: Any) -> Tensor:
+        _setup(context, inputs, None)
+        return _forward(*inputs)
+
+    @staticmethod
+    @differentiable_once
+    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(context, dy, _backward if direct(dy) else _backward_op)
+
+
+def _gradients(context: Any, dy: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    """The gradients that autograd asks for, in the order of the arguments."""
+    velocity, steps, unconditional, previous = context.saved_tensors
+    step, guidance, backend = context.options
+    needed = context.needs_input_grad
+    wanted = [needed[1], needed[2], needed[4], needed[6]]
+    found: Sequence[Tensor | None] = [None] * 4
+    if any(wanted):
+        both = backward(dy, velocity, steps, step, unconditional, guidance, previous, wanted, backend)
+        found = [gradient if want else None for gradient, want in zip(both, wanted, strict=True)]
+    return dy if needed[0] else None, found[0], found[1], None, found[2], None, found[3], None
+
+
+def _forward(
+    x: Tensor,
+    velocity: Tensor,
+    steps: Tensor | None,
+    step: float,
+    unconditional: Tensor | None,
+    guidance: float,
+    previous: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """steps [B] float32, or None: `step` for all samples."""
+    y: Tensor = body("flow_step", backend).forward(x, velocity, steps, step, unconditional, guidance, previous)
+    return y
+
+
+def _backward(
+    dy: Tensor,
+    velocity: Tensor,
+    steps: Tensor | None,
+    step: float,
+    unconditional: Tensor | None,
+    guidance: float,
+    previous: Tensor | None,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of velocity, steps, unconditional and previous, an empty tensor if not wanted; that of x is dy."""
+    module = body("flow_step", backend)
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
+        dy, velocity, steps, step, unconditional, guidance, previous, wanted
+    )
+    return gradients
+
+
+# As torch knows it: torch.ops.blip3o.flow_step.
+def _fake_backward(
+    dy: Tensor,
+    velocity: Tensor,
+    steps: Tensor | None,
+    step: float,
+    unconditional: Tensor | None,
+    guidance: float,
+    previous: Tensor | None,
+    wanted: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dvelocity, dunconditional, dprevious = (dy.new_empty(dy.shape if wanted[i] else (0,)) for i in (0, 2, 3))
+    return dvelocity, dy.new_empty(dy.shape[:1] if wanted[1] else (0,), dtype=torch.float32), dunconditional, dprevious
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
+    _, velocity, steps, step, unconditional, guidance, previous, backend = inputs
+    ctx.save_for_backward(velocity, steps, unconditional, previous)
+    ctx.options = step, guidance, backend
+
+
+def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradients(context, dy, _backward_op)
+
+
+def _flops(
+    x: Any,
+    velocity: Any,
+    steps: Any,
+    step: float,
+    unconditional: Any,
+    guidance: float,
+    previous: Any,
+    *_: Any,
+    **__: Any,
+) -> int:
+    return (2 + 3 * (unconditional is not None) + 2 * (previous is not None)) * torch.Size(x).numel()
+
+
+_velocities = "Tensor velocity, Tensor? steps, float step, Tensor? unconditional, float guidance, Tensor? previous"
+_forward_op = register(
+    f"flow_step(Tensor x, {_velocities}, str backend) -> Tensor",
+    _forward,
+    lambda x, *_: x.new_empty(x.shape),
+    _flops,
+)
+_backward_op = register(
+    f"flow_step_backward(Tensor dy, {_velocities}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    lambda dy, *_, **__: 3 * torch.Size(dy).numel(),
+)
+register_gradient("flow_step", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for shape in ((1, 1), (3, 7), (2, 5, 64), (3, 3, 9, 11)):
+    for shape in ((1, 1), (3, 7), (2, 5, 64), (3, 3, 9, 11), (2, 2, 1152), (3, 1792)):
         yield Sample(f"{shape}", (draw(*shape), draw(*shape), -0.05))
         guided: dict[str, object] = {"unconditional": draw(*shape), "guidance": 3.0}
         yield Sample(f"{shape} guided", (draw(*shape), draw(*shape), draw.uniform(shape[0])), guided)
         yield Sample(f"{shape} heun", (draw(*shape), draw(*shape), 0.1), {**guided, "previous": draw(*shape)})
+    previous: dict[str, object] = {"previous": draw(70)}
+    yield Sample("(70,) heun, unguided", (draw(70), draw(70), draw.uniform(70)), previous)
+    yield Sample("several chunks", (draw(2, 5003), draw(2, 5003), draw.uniform(2)))
+    turned: dict[str, object] = {"unconditional": draw(3, 8, 10)[..., ::2], "guidance": 1.5}
+    yield Sample("strided", (draw(8, 3, 5).transpose(0, 1), draw(3, 5, 8).mT, draw.uniform(6)[::2]), turned)
+    yield Sample("no samples", (draw(0, 33), draw(0, 33), draw.uniform(0)))
+    yield Sample("no elements", (draw(2, 0), draw(2, 0), draw.uniform(2)), {"previous": draw(2, 0)})
 
 
 OP = Op(
-    "flow_step", flow_step, reference, samples, differentiable=("x", "velocity", "step", "unconditional", "previous")
+    "flow_step",
+    flow_step,
+    reference,
+    samples,
+    differentiable=("x", "velocity", "step", "unconditional", "previous"),
+    bodies=(NATIVE_CPU, *TRITON),
 )

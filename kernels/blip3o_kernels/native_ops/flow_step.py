@@ -1,0 +1,103 @@
+"""Calls csrc/cpu/flow_step.cpp; the contract is ops/flow_step.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import CHUNK, DTYPES
+
+_PACK, _PACK_BACKWARD = native.packer("flow_step"), native.packer("flow_step_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "flow_step"), native.function("cpu", "flow_step_backward")
+
+
+def forward(
+    x: Tensor,
+    velocity: Tensor,
+    steps: Tensor | None,
+    step: float,
+    unconditional: Tensor | None,
+    guidance: float,
+    previous: Tensor | None,
+) -> Tensor:
+    x, velocity, steps, unconditional, previous = _contiguous(x, velocity, steps, unconditional, previous)
+    y = torch.empty_like(x)
+    samples = 1 if steps is None else x.shape[0]
+    status = _CPU_FORWARD(
+        _PACK(
+            y.data_ptr(),
+            x.data_ptr(),
+            velocity.data_ptr(),
+            _pointer(unconditional),
+            _pointer(previous),
+            _pointer(steps),
+            samples,
+            x.numel() // max(samples, 1),
+            step,
+            guidance,
+            DTYPES[x.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("flow_step", status)
+    return y
+
+
+def backward(
+    dy: Tensor,
+    velocity: Tensor,
+    steps: Tensor | None,
+    step: float,
+    unconditional: Tensor | None,
+    guidance: float,
+    previous: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of velocity, steps, unconditional and previous; an empty tensor where it is not wanted."""
+    dy, velocity, steps, unconditional, previous = _contiguous(dy, velocity, steps, unconditional, previous)
+    samples = 1 if steps is None else dy.shape[0]
+    elements = dy.numel() // max(samples, 1)
+    dvelocity, dunconditional, dprevious = (torch.empty_like(dy) if wanted[i] else dy.new_empty(0) for i in (0, 2, 3))
+    dsteps = dy.new_empty(samples if wanted[1] else 0, dtype=torch.float32)
+    sums = torch.empty(samples * -(-elements // CHUNK) if wanted[1] else 0, dtype=torch.float64)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            dvelocity.data_ptr() if wanted[0] else 0,
+            dunconditional.data_ptr() if wanted[2] else 0,
+            dprevious.data_ptr() if wanted[3] else 0,
+            dsteps.data_ptr() if wanted[1] else 0,
+            sums.data_ptr(),
+            dy.data_ptr(),
+            velocity.data_ptr(),
+            _pointer(unconditional),
+            _pointer(previous),
+            _pointer(steps),
+            samples,
+            elements,
+            step,
+            guidance,
+            DTYPES[dy.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("flow_step", status)
+    return dvelocity, dsteps, dunconditional, dprevious
+
+
+def _contiguous(x: Tensor, velocity: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    return (x.contiguous(), velocity.contiguous(), *(None if other is None else other.contiguous() for other in others))
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
