@@ -41,6 +41,7 @@ MATRIX = {
     "swiglu": NATIVE,
     "flow_interpolate": NATIVE,
     "flow_loss": NATIVE,
+    "linear_cross_entropy": {**NATIVE, **TRITON},
 }
 
 

@@ -39,6 +39,7 @@ FORMATS = {
     "flow_interpolate_backward": "PPPPPPPPPqqiiiP",
     "flow_loss": "PPPPPPqqiiiP",
     "flow_loss_backward": "PPPPPqqiiiP",
+    "linear_cross_entropy": "PPPPqqqffffiiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
