@@ -1,6 +1,7 @@
 // Cross entropy of a chunk of logits on a CPU; the contract is kernels/blip3o_kernels/ops/linear_cross_entropy.py.
 //
-// Three passes over a row, which stays in cache: the maximum, the sum of exponentials, the gradient in place of the logits.
+// Three passes over a row, which stays in cache: the maximum, the sum of exponentials, the gradient in place of the logits. Label
+// smoothing takes one more.
 #ifndef BLIP3O_LANES
 #define BLIP3O_BODY "linear_cross_entropy.cpp"
 #include "instruction_sets.h"
@@ -11,7 +12,7 @@ extern "C" int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy
 
 #else  // once per instruction set
 
-#include "chunks.h"
+#include "columns.h"
 
 // tanh to about two units in the last place: a polynomial where 1 - 2 / (e^2v + 1) would cancel.
 static inline Floats tangent(Floats v) {
@@ -38,10 +39,29 @@ static inline Floats padded(Floats v, int64_t n) {  // the rest is -infinity
   return load(kept);
 }
 
-static inline float largest(Floats v) {
-  float value = v[0];
-  for (int i = 1; i < BLIP3O_LANES; ++i) value = v[i] > value ? v[i] : value;
-  return value;
+static inline float largest(Floats v) {  // as sum() in vector.h
+#if defined(__clang__)
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
+#else
+  Integers lane;
+  for (int i = 0; i < BLIP3O_LANES; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2) v = at_least(v, __builtin_shuffle(v, lane ^ half));
+#endif
+  return v[0];
+}
+
+// The sum of f(i, n) over a row: in float for a while, then in double, for a vocabulary has 10^5 entries.
+template <class F>
+static inline double column_sum(int64_t width, F f) {
+  double total = 0.0;
+  for (int64_t start = 0; start < width; start += 1024) {
+    Floats part{};
+    columns(width - start < 1024 ? width - start : 1024, [&](int64_t i, auto n) { part += f(start + i, n); });
+    total += static_cast<double>(sum(part));
+  }
+  return total;
 }
 
 // The loss of one row; with `wanted`, its logits become their gradient.
@@ -50,22 +70,22 @@ static double row_loss(const blip3o_linear_cross_entropy_arguments& a, T* logits
   const double smoothing = static_cast<double>(a.label_smoothing), z_loss = static_cast<double>(a.z_loss);
   const double vocab = static_cast<double>(a.vocab);
   Floats highest = all(-__builtin_inff());
-  Total sum;
   columns(a.vocab, [&](int64_t i, auto n) {
-    const Floats v = capped<CAPPED>(load(logits + i, n), a.softcap);
-    highest = at_least(highest, padded(v, n));
-    if (a.label_smoothing > 0.0f) sum.add(only(v, n));
+    highest = at_least(highest, padded(capped<CAPPED>(load(logits + i, n), a.softcap), n));
   });
   const float maximum = largest(highest);
-  Total exponentials;
-  columns(a.vocab, [&](int64_t i, auto n) {
-    exponentials.add(exponential(padded(capped<CAPPED>(load(logits + i, n), a.softcap), n) - maximum));
+  const double total = column_sum(a.vocab, [&](int64_t i, auto n) {
+    return exponential(padded(capped<CAPPED>(load(logits + i, n), a.softcap), n) - maximum);
   });
-  const double total = exponentials.value(), log_sum = static_cast<double>(maximum) + std::log(total);
+  const double log_sum = static_cast<double>(maximum) + std::log(total);
   const double raw = static_cast<double>(load(logits + target, 1)[0]), softcap = static_cast<double>(a.softcap);
   const double tanh = CAPPED ? std::tanh(raw / softcap) : 0.0, chosen = CAPPED ? softcap * tanh : raw;
   double loss = log_sum - (1.0 - smoothing) * chosen + z_loss * log_sum * log_sum;
-  if (a.label_smoothing > 0.0f) loss -= smoothing * sum.value() / vocab;
+  if (a.label_smoothing > 0.0f) {
+    loss -= smoothing / vocab * column_sum(a.vocab, [&](int64_t i, auto n) {
+      return capped<CAPPED>(load(logits + i, n), a.softcap);  // beyond the row's end tanh(0) = 0
+    });
+  }
   if (!a.wanted) return loss;
   // d loss / d logit[v] = probability[v] (1 + 2 z_loss log_sum) - smoothing / vocab - (1 - smoothing) [v = target]
   const double share = static_cast<double>(a.share), slope = share * (1.0 + 2.0 * z_loss * log_sum) / total;
@@ -80,7 +100,8 @@ static double row_loss(const blip3o_linear_cross_entropy_arguments& a, T* logits
       store(logits + i, exponential(v - maximum) * scale - less, n);
     }
   });
-  const double own = std::exp(chosen - static_cast<double>(maximum)) * slope - spread - share * (1.0 - smoothing);
+  const double likely = static_cast<double>(exponential(all(static_cast<float>(chosen) - maximum))[0]);
+  const double own = likely * slope - spread - share * (1.0 - smoothing);
   store(logits + target, all(static_cast<float>(own * (1.0 - tanh * tanh))), 1);
   return loss;
 }

@@ -39,6 +39,14 @@ def chunk_rows(rows: int, vocab: int, device: str) -> int:
     return max(16, -(-rows // (16 * max(chunks, 1))) * 16)
 
 
+def check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError for a target that is neither in [0, vocab) nor ignore_index."""
+    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    if outside.any():
+        wrong = target[outside][0].item()
+        raise IndexError(f"target: expected values in [0, {vocab}) or ignore_index, {ignore_index}, got {wrong}")
+
+
 def gradients(
     kernel: Kernel,
     x: Tensor,
@@ -74,7 +82,8 @@ def gradients(
                 if operand is torch.float32:
                     torch.mm(dlogits, weight, out=result)
                 else:
-                    torch.sum(_product(dlogits, weight, autocast).view(parts, *part.shape), 0, out=result)
+                    products = _product(dlogits, weight, autocast).split(len(part))
+                    result.copy_(products[0] if parts == 1 else products[0] + products[1])
             if want_weight and operand is torch.float32:
                 dweight.addmm_(dlogits.t(), part)
             elif want_weight:

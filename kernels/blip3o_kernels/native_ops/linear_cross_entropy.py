@@ -17,7 +17,6 @@ def forward(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
-    kept: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -26,8 +25,8 @@ def forward(
     want_x: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64, kept its rows' count."""
-    rows, count = x.shape[0], kept.item()
+    """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64."""
+    rows, kept = x.shape[0], max(1, int(torch.count_nonzero(target != ignore_index)))
     total = torch.zeros((), dtype=torch.float64)
     losses = torch.empty(rows, dtype=torch.float64)
 
@@ -41,7 +40,7 @@ def forward(
                 chunk.shape[0],
                 chunk.shape[1],
                 ignore_index,
-                1.0 / count,
+                1.0 / kept,
                 label_smoothing,
                 z_loss,
                 softcap,
@@ -53,7 +52,8 @@ def forward(
             )
         )
         if status:
+            logits.check_target(target, chunk.shape[1], ignore_index)  # the most likely reason
             raise native.failed("linear_cross_entropy", status)
 
     gradients = logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False)
-    return (total / count).to(torch.float32), *gradients
+    return (total / kept).to(torch.float32), *gradients

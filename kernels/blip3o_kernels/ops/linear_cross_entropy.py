@@ -33,6 +33,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
+from ..logits import check_target
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
@@ -93,7 +94,7 @@ def linear_cross_entropy(
     immediate = not compiling and direct(x, weight) and plain(target)
     if backend == "reference":
         if immediate and x.is_cpu:
-            _check_target(target, weight.shape[0], ignore_index)
+            check_target(target, weight.shape[0], ignore_index)
         return reference(
             x, weight, target, ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
         )
@@ -110,13 +111,6 @@ def linear_cross_entropy(
     return _forward(x, weight, target, *wanted, *options)[0]
 
 
-def _check_target(target: Tensor, vocab: int, ignore_index: int) -> None:
-    outside = ((target < 0) | (target >= vocab)) & (target != ignore_index)
-    if outside.any():
-        wrong = target[outside][0].item()
-        raise IndexError(f"target: expected values in [0, {vocab}) or ignore_index, {ignore_index}, got {wrong}")
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, target: Tensor, *options: Any) -> Tensor:
@@ -127,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(context, dloss, _backward if direct(dloss) else _backward_op)
+        return _gradients(context, dloss, _backward_eager if direct(dloss) else _backward_op)
 
 
 def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
@@ -153,15 +147,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients of x and weight, float32; empty where they are not wanted. softcap 0: none."""
-    if x.is_cpu:
-        _check_target(target, weight.shape[0], ignore_index)
     rows = target.flatten().to(torch.int64).contiguous()
-    kept = (rows != ignore_index).sum().clamp(min=1)
     loss, dx, dweight = body("linear_cross_entropy", backend).forward(
         x.flatten(0, -2),
         weight,
         rows,
-        kept,
         ignore_index,
         label_smoothing,
         z_loss,
@@ -176,6 +166,13 @@ def _forward(
 def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
     """The kept gradients times dloss, in the dtype of x. x and weight are here for autograd to see what they are of."""
     return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
+
+
+def _backward_eager(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    """`_backward`, but times 1, as most losses are, it is the kept gradients themselves."""
+    if x.dtype is torch.float32 and x.is_cpu and dloss.item() == 1.0:
+        return dx, dweight
+    return _backward(dloss, x, weight, dx, dweight)
 
 
 # As torch knows it: torch.ops.blip3o.linear_cross_entropy.

@@ -120,7 +120,6 @@ def forward(
     x: Tensor,
     weight: Tensor,
     target: Tensor,
-    kept: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -129,7 +128,10 @@ def forward(
     want_x: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64, kept its rows' count."""
+    """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64."""
+    if x.is_cpu:
+        logits.check_target(target, weight.shape[0], ignore_index)
+    kept = (target != ignore_index).sum().clamp(min=1)
     losses = x.new_empty(x.shape[0], dtype=torch.float32)
     block, warps = tile(weight.shape[0])
 
