@@ -90,7 +90,7 @@ def linear_cross_entropy(
         checks.fail("softcap", "a finite number > 0, or None", softcap)
     compiling = torch.compiler.is_compiling()
     # Compiled, it stays one op: the formula would hold all logits.
-    backend = "reference" if dispatch.forced is None and transformed() else choose(OP, x)
+    backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, x)
     immediate = not compiling and direct(x, weight) and plain(target)
     if backend == "reference":
         if immediate and x.is_cpu:
@@ -100,7 +100,7 @@ def linear_cross_entropy(
         )
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options = (ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0), autocast, backend)
+    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, backend)
     wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
     if not immediate:
         loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
