@@ -16,6 +16,7 @@ dlogits and, on a CPU, the products' results are rounded to autocast's dtype, as
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -63,9 +64,11 @@ def gradients(
     parts = 2 if autocast is None and operand is torch.bfloat16 else 1
     weight = weight.to(operand)
     dx = x.new_empty((rows, x.shape[1]) if want_x else 0, dtype=torch.float32)
-    dweight = x.new_zeros(weight.shape if want_weight else 0, dtype=torch.float32)
+    dweight = x.new_empty(weight.shape if want_weight else 0, dtype=torch.float32)
+    if rows == 0:
+        dweight.zero_()
     step = chunk_rows(rows, vocab, x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type, autocast):
         for start in range(0, rows, step):
             part = x[start : start + step].to(operand)
             logits = _product(part, weight.t(), autocast)
@@ -74,23 +77,32 @@ def gradients(
                 continue
             dlogits = logits
             if logits.dtype is not operand:  # its rows lie a multiple of 128 bytes apart, as a GPU's products like it
-                dlogits = x.new_empty(parts * len(part), -(-vocab // 64) * 64, dtype=operand)[:, :vocab]
+                dlogits = x.new_empty(parts * part.shape[0], -(-vocab // 64) * 64, dtype=operand)[:, :vocab]
             kernel(logits, dlogits, start)
             del logits
             if want_x:
                 result = dx[start : start + step]
                 if operand is torch.float32:
                     torch.mm(dlogits, weight, out=result)
+                elif parts == 1:
+                    result.copy_(_product(dlogits, weight, autocast))
                 else:
-                    products = _product(dlogits, weight, autocast).split(len(part))
-                    result.copy_(products[0] if parts == 1 else products[0] + products[1])
+                    torch.add(*_product(dlogits, weight, autocast).split(part.shape[0]), out=result)
             if want_weight and operand is torch.float32:
-                dweight.addmm_(dlogits.t(), part)
+                dweight.addmm_(dlogits.t(), part, beta=0 if start == 0 else 1)
             elif want_weight:
                 part = torch.cat([part] * parts) if parts > 1 else part
-                for row in range(0, vocab, SLICE):
-                    dweight[row : row + SLICE] += _product(dlogits[:, row : row + SLICE].t(), part, autocast)
+                for sums, columns in zip(dweight.split(SLICE), dlogits.split(SLICE, 1), strict=True):
+                    product = _product(columns.t(), part, autocast)
+                    sums.copy_(product) if start == 0 else sums.add_(product)
     return dx, dweight
+
+
+def _without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[object]:
+    """The operands have their dtypes: an autocast that would change them, as around a compiled graph, is turned off."""
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is not autocast:
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _product(a: Tensor, b: Tensor, autocast: torch.dtype | None) -> Tensor:
@@ -98,5 +110,5 @@ def _product(a: Tensor, b: Tensor, autocast: torch.dtype | None) -> Tensor:
     if a.dtype is not torch.float32 and a.is_cuda and WIDE_RESULTS:
         return torch.mm(a, b, out_dtype=torch.float32)
     if autocast is None:
-        return a.to(torch.float32) @ b.to(torch.float32)
-    return a @ b
+        a, b = a.to(torch.float32), b.to(torch.float32)
+    return torch.mm(a, b)

@@ -147,7 +147,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and the gradients of x and weight, float32; empty where they are not wanted. softcap 0: none."""
-    rows = target.flatten().to(torch.int64).contiguous()
+    rows = target.reshape(-1).to(torch.int64).contiguous()
     loss, dx, dweight = body("linear_cross_entropy", backend).forward(
         x.flatten(0, -2),
         weight,

@@ -111,9 +111,9 @@ def _kernel(
 
 
 def tile(vocab: int) -> tuple[int, int]:
-    """BLOCK and the number of warps: 16 logits a thread."""
-    block = min(triton.next_power_of_2(vocab), 4096)
-    return block, min(max(block // 512, 1), 8)
+    """BLOCK and the number of warps: 8 logits a thread."""
+    block = min(triton.next_power_of_2(vocab), 2048)
+    return block, max(block // 256, 1)
 
 
 def forward(
