@@ -328,6 +328,22 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_flow_step(const blip3o_flow_step_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arguments* arguments);
+/* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: logits
+ * [rows, vocab], contiguous. The sum of the rows' losses is added to *total. With `wanted`, the logits are overwritten by the
+ * gradient of `share` times that sum. */
+typedef struct {
+  void* logits;
+  double* losses; /* [rows], workspace */
+  double* total;
+  const int64_t* target; /* [rows], in [0, vocab) or ignore_index */
+  int64_t rows, vocab, ignore_index;
+  float share, label_smoothing, z_loss, softcap; /* softcap 0: none */
+  int dtype, wanted;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_linear_cross_entropy_arguments;
+
+BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
 /* swiglu: y = silu(gate) * up, all of one dtype. Rows are `width` long and apart by the strides; y is contiguous. */
 typedef struct {

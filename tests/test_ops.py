@@ -42,6 +42,7 @@ MATRIX = {
     "timestep_embedding": {**NATIVE, **TRITON},
     "flow_loss": {**NATIVE, **TRITON},
     "flow_step": {**NATIVE, **TRITON},
+    "linear_cross_entropy": {**NATIVE, **TRITON},
 }
 
 

@@ -44,6 +44,7 @@ FORMATS = {
     "flow_loss_backward": "PPPPPqqiiiP",
     "flow_step": "PPPPPPqqffiiiP",
     "flow_step_backward": "PPPPPPPPPPqqffiiiP",
+    "linear_cross_entropy": "PPPPqqqffffiiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",

@@ -1,61 +1,258 @@
-"""The last linear layer and the cross entropy of its logits.
+"""The last linear layer and the cross entropy of its logits, which are never whole in memory.
 
     logits[n, v] = x[n] . weight[v]                                                      [N, V]   float32, not rounded
-    loss = mean over the kept n of logsumexp(logits[n]) - logits[n, target[n]]           scalar float32
+    logits       = softcap * tanh(logits / softcap)                                      with a softcap: Gemma
+    log_sum[n]   = logsumexp(logits[n])                                                  [N]
+    nll[n]       = log_sum[n] - (1 - s) logits[n, target[n]] - s mean_v logits[n, v]     s = label_smoothing
+    loss         = mean over the kept n of nll[n] + z_loss * log_sum[n]^2                scalar float32
 
 x [..., D] and weight [V, D] float, one dtype; target [...] int64 or int32; a row is kept unless its target is
 ignore_index. With no kept row the loss and its gradients are 0. The result is float32 (float64 for float64 x).
-Errors: TypeError for a dtype, ValueError for a shape or device; a target outside [0, V) other than ignore_index
-raises IndexError on a CPU.
+
+The native and Triton bodies compute the gradients of x and weight, if they are wanted, together with the loss, and keep
+them in float32; the backward pass multiplies them by what comes from above and rounds once. logits.py has the size of a
+chunk and the products' dtypes: without autocast they are exact to float32. With autocast on when the op is called, its
+products, those of the gradients included, are rounded to autocast's dtype, as the reference's are. Not differentiable
+twice.
+
+Errors: TypeError for a dtype, ValueError for a shape, a device or an option out of range: label_smoothing in [0, 1),
+z_loss >= 0, softcap > 0. A target outside [0, V) other than ignore_index raises IndexError on a CPU.
+Sources: label smoothing Szegedy et al. 2016, arXiv:1512.00567, as torch's cross_entropy has it; z-loss Chowdhery et al.
+2022, arXiv:2204.02311; softcap Gemma 2, arXiv:2408.00118.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks
-from ..dispatch import Op, choose
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
+from ..logits import check_target
+from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
-def reference(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
     dtype = checks.wide(x.dtype)
-    logits = x.flatten(0, -2).to(dtype) @ weight.to(dtype).t()
+    logits = (x.flatten(0, -2).to(dtype) @ weight.to(dtype).t()).to(dtype)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     rows = target.flatten().to(torch.int64)
-    kept = (rows != ignore_index).sum().clamp(min=1)
-    return F.cross_entropy(logits, rows, ignore_index=ignore_index, reduction="sum") / kept
+    kept = rows != ignore_index
+    total = F.cross_entropy(logits, rows, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    if z_loss:
+        total = total + z_loss * logits.logsumexp(-1).square().masked_fill(~kept, 0.0).sum()
+    return total / kept.sum().clamp(min=1)
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
     """Mean cross entropy of x @ weight.T against target over the kept rows; see the module's docstring."""
     checks.floating("x", x)
-    if x.dim() < 2:
-        checks.fail("x", "shape [..., D]", list(x.shape))
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        checks.fail("weight", f"shape [V, {x.shape[-1]}]", list(weight.shape))
+    if x.dim() < 2 or not x.shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.shape[0]:
+        checks.fail("weight", f"shape [V, {x.shape[-1]}] with V > 0", list(weight.shape))
     if weight.dtype is not x.dtype:
         raise TypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}")
     checks.integer("target", target)
     checks.shape("target", target, x.shape[:-1])
     checks.same_device("weight", weight, "x", x)
     checks.same_device("target", target, "x", x)
-    choose(OP, x)
-    return reference(x, weight, target, ignore_index)
+    if not 0.0 <= label_smoothing < 1.0:
+        checks.fail("label_smoothing", "a number in [0, 1)", label_smoothing)
+    if not 0.0 <= z_loss < float("inf"):
+        checks.fail("z_loss", "a finite number >= 0", z_loss)
+    if softcap is not None and not 0.0 < softcap < float("inf"):
+        checks.fail("softcap", "a finite number > 0, or None", softcap)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, it stays one op: the formula would hold all logits.
+    backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, x)
+    immediate = not compiling and direct(x, weight) and plain(target)
+    if backend == "reference":
+        if immediate and x.is_cpu:
+            check_target(target, weight.shape[0], ignore_index)
+        return reference(
+            x, weight, target, ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap
+        )
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, backend)
+    wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
+    if not immediate:
+        loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
+        return loss
+    if any(wanted):
+        loss = _LinearCrossEntropy.apply(x, weight, target, *wanted, *options)
+        return loss
+    return _forward(x, weight, target, *wanted, *options)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, target: Tensor, *options: Any) -> Tensor:
+        loss, dx, dweight = _forward(x, weight, target, *options)
+        context.save_for_backward(x, weight, dx, dweight)
+        return loss
+
+    @staticmethod
+    @differentiable_once
+    def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(context, dloss, _backward_eager if direct(dloss) else _backward_op)
+
+
+def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+    x, weight, dx, dweight = context.saved_tensors
+    want_x, want_weight = context.needs_input_grad[:2]
+    if (want_x and dx.shape != x.shape) or (want_weight and dweight.shape != weight.shape):
+        raise RuntimeError("linear_cross_entropy: a gradient is asked for that the forward pass was told not to keep")
+    dx, dweight = backward(dloss, x, weight, dx, dweight)
+    return (dx if want_x else None, dweight if want_weight else None, *[None] * 9)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    autocast: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and the gradients of x and weight, float32; empty where they are not wanted. softcap 0: none."""
+    rows = target.reshape(-1).to(torch.int64).contiguous()
+    loss, dx, dweight = body("linear_cross_entropy", backend).forward(
+        x.flatten(0, -2),
+        weight,
+        rows,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        softcap,
+        autocast,
+        want_x,
+        want_weight,
+    )
+    return loss, dx.view(x.shape) if want_x else dx, dweight
+
+
+def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    """The kept gradients times dloss, in the dtype of x. x and weight are here for autograd to see what they are of."""
+    return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
+
+
+def _backward_eager(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    """`_backward`, but times 1, as most losses are, it is the kept gradients themselves."""
+    if x.dtype is torch.float32 and x.is_cpu and dloss.item() == 1.0:
+        return dx, dweight
+    return _backward(dloss, x, weight, dx, dweight)
+
+
+# As torch knows it: torch.ops.blip3o.linear_cross_entropy.
+def _fake(
+    x: Tensor, weight: Tensor, target: Tensor, want_x: bool, want_weight: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((), x.shape if want_x else (0,), weight.shape if want_weight else (0,))
+    loss, dx, dweight = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return loss, dx, dweight
+
+
+def _fake_backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(dx.shape), x.new_empty(dweight.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _gradient(context: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _gradients(context, dloss, _backward_op)
+
+
+def _flops(x: Any, weight: Any, target: Any, want_x: bool, want_weight: bool, *_: Any, **__: Any) -> int:
+    return 2 * torch.Size(x).numel() * int(weight[0]) * (1 + want_x + want_weight)
+
+
+_options = "int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? autocast, str backend"
+_forward_op = register(
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, bool want_x, bool want_weight, {_options})"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    _flops,
+)
+_backward_op = register(
+    "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor dx, Tensor dweight)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    lambda dloss, x, weight, dx, dweight, **_: torch.Size(dx).numel() + torch.Size(dweight).numel(),
+)
+register_gradient("linear_cross_entropy", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for rows, width, vocab in ((1, 8, 5), (7, 24, 33), (40, 64, 301)):
+
+    def some(rows: int, width: int, vocab: int, ignored: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         target = draw.integers(vocab, rows)
-        yield Sample(f"N{rows} D{width} V{vocab}", (draw(rows, width), draw(vocab, width, scale=0.3), target))
-        target = target.masked_fill(draw.integers(2, rows) == 0, -100)
-        yield Sample(f"N{rows} some ignored", (draw(rows, width), draw(vocab, width, scale=0.3), target))
+        if ignored:
+            target = target.masked_fill(draw.uniform(rows, dtype=torch.float32) < ignored, -100)
+        return draw(rows, width), draw(vocab, width, scale=0.3), target
+
+    for rows, width, vocab in ((1, 8, 5), (7, 24, 33), (40, 64, 301)):
+        yield Sample(f"N{rows} D{width} V{vocab}", some(rows, width, vocab))
+        yield Sample(f"N{rows} some ignored", some(rows, width, vocab, 0.5))
+    smoothing, z_loss, softcap = {"label_smoothing": 0.1}, {"z_loss": 1e-2}, {"softcap": 3.0}
+    for name, option in (("smoothing", smoothing), ("z-loss", z_loss), ("softcap", softcap)):
+        yield Sample(name, some(5, 12, 9), {**option})
+        yield Sample(f"{name}, V1000", some(6, 48, 1000, 0.3), {**option})
+    yield Sample("all options", some(5, 12, 9, 0.3), {**smoothing, **z_loss, **softcap})
+    yield Sample("softcap 30", some(9, 40, 77), {"softcap": 30.0})
+    x, weight, target = some(3, 1152, 301)
+    yield Sample("D1152", (x, weight * 0.2, target.to(torch.int32)))
+    yield Sample("V4097", some(2, 16, 4097))
+    yield Sample("one entry", some(3, 8, 1))
+    x, weight, target = some(6, 20, 30)
+    yield Sample("strided", (x[:, ::2], weight.t()[:10].t(), target))
     nothing = torch.full((2, 3), 9, device=device)
-    yield Sample("all ignored", (draw(2, 3, 16), draw(10, 16), nothing), {"ignore_index": 9})
+    yield Sample("all ignored", (draw(2, 3, 16), draw(10, 16), nothing), {"ignore_index": 9, **z_loss})
+    yield Sample("no rows", some(0, 8, 11))
 
 
-OP = Op("linear_cross_entropy", linear_cross_entropy, reference, samples, differentiable=("x", "weight"))
+OP = Op(
+    "linear_cross_entropy",
+    linear_cross_entropy,
+    reference,
+    samples,
+    differentiable=("x", "weight"),
+    bodies=(NATIVE_CPU, *TRITON),
+)

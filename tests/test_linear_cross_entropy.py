@@ -1,0 +1,247 @@
+"""linear_cross_entropy beyond the conformance test: memory, options, autocast, errors, and how torch sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from blip3o_kernels import linear_cross_entropy, logits, use
+from blip3o_kernels.native_ops import linear_cross_entropy as native
+from blip3o_kernels.ops import linear_cross_entropy as contract
+
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}
+
+
+def arguments(rows: int = 40, width: int = 24, vocab: int = 301, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=generator).requires_grad_()
+    weight = (0.3 * torch.randn(vocab, width, generator=generator)).requires_grad_()
+    target = torch.randint(vocab, (rows,), generator=generator)
+    return x, weight, target.masked_fill(torch.rand(rows, generator=generator) < 0.2, -100)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 16 rows."""
+    monkeypatch.setattr(logits, "MIN_ROWS", 1)
+    monkeypatch.setitem(logits.LOGITS, "cpu", 1)
+    yield
+
+
+def test_chunk_rows() -> None:
+    """As few chunks as fit, all of about one size, whatever the number of threads; never no row."""
+    for rows, vocab, expected in ((2048, 8192, 512), (3000, 8192, 512), (1, 5, 16), (0, 5, 16), (4096, 151668, 256)):
+        assert logits.chunk_rows(rows, vocab, "cpu") == expected
+    for rows in (1, 100, 5000, 100_000):
+        for vocab in (2, 1000, 151668):
+            step = logits.chunk_rows(rows, vocab, "cpu")
+            assert step * vocab <= max(logits.LOGITS["cpu"], logits.MIN_ROWS * vocab) + 16 * vocab
+
+
+def test_reference_is_cross_entropy_of_the_logits() -> None:
+    x, weight, target = arguments()
+    table = 5.0 * torch.tanh(F.linear(x, weight) / 5.0)
+    expected = F.cross_entropy(table, target, label_smoothing=0.1)
+    expected = expected + 1e-3 * table.logsumexp(-1)[target != -100].square().mean()
+    torch.testing.assert_close(contract.reference(x, weight, target, **OPTIONS), expected)
+
+
+def test_many_chunks(small_chunks: None) -> None:
+    """The same loss and gradients as in one chunk: sums of chunks, with the mean over all of them."""
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        results = []
+        for backend in ("reference", "native"):
+            x, weight, target = arguments(rows=70)
+            x.requires_grad_(wanted[0])
+            weight.requires_grad_(wanted[1])
+            with use(backend):
+                loss = linear_cross_entropy(x, weight, target, **OPTIONS)
+            if any(wanted):
+                (3 * loss).backward()
+            results.append((loss.detach(), x.grad, weight.grad))
+        for got, expected in zip(*results, strict=True):
+            assert (got is None) == (expected is None)
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an op inside the block returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // 4 for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def test_logits_are_never_whole(small_chunks: None) -> None:
+    x, weight, target = (tensor.detach() for tensor in arguments(rows=500, width=8, vocab=1000))
+    for wanted in (False, True):
+        with Largest() as seen:
+            native.forward(x, weight, target, -100, 0.1, 0.0, 0.0, None, wanted, wanted)
+        assert seen.elements == max(16 * 1000, *(tensor.numel() for tensor in (x, weight)))
+
+
+def test_threads_do_not_change_a_bit(small_chunks: None) -> None:
+    """The kernel, that is: torch's products are its own."""
+    before, seen = torch.get_num_threads(), []
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(100, 5000, generator=generator)
+    x, weight, target = torch.eye(100), table.t().contiguous(), torch.randint(5000, (100,), generator=generator)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            seen.append(native.forward(x, weight, target, -100, 0.1, 1e-4, 0.0, None, True, False)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Products in autocast's dtype, forward and backward, as close to the truth as the reference's."""
+    x, weight, target = arguments(rows=200, width=64)
+    truth = None
+    errors: dict[str, list[Tensor]] = {}
+    for backend in ("none", "reference", "native"):
+        x.grad = weight.grad = None
+        with use("reference" if backend == "none" else backend):
+            with torch.autocast("cpu", dtype, enabled=backend != "none"):
+                loss = linear_cross_entropy(x, weight, target, **OPTIONS)
+        assert loss.dtype is torch.float32
+        loss.backward()
+        got = [loss.detach(), x.grad, weight.grad]
+        truth = truth or got
+        errors[backend] = [
+            (a - b).square().mean().sqrt() / b.square().mean().sqrt() for a, b in zip(got, truth, strict=True)
+        ]
+    for ours, reference in zip(errors["native"], errors["reference"], strict=True):
+        assert 0 < ours < 1.5 * reference + 1e-6
+    # and it is autocast's dtype that decides, not what surrounds the products
+    with use("native"), torch.autocast("cpu", dtype):
+        again = linear_cross_entropy(x.detach(), weight.detach(), target, **OPTIONS)
+    assert torch.equal(again, loss.detach())
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight, target = arguments()
+    for words, options in (
+        (r"label_smoothing: expected a number in \[0, 1\), got 1.0", {"label_smoothing": 1.0}),
+        ("z_loss: expected a finite number >= 0, got -1", {"z_loss": -1}),
+        ("z_loss: expected a finite number >= 0, got nan", {"z_loss": float("nan")}),
+        ("softcap: expected a finite number > 0, or None, got 0", {"softcap": 0}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            linear_cross_entropy(x, weight, target, **options)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[V, 24\] with V > 0, got \[0, 24\]"):
+        linear_cross_entropy(x, weight[:0], target)
+    with pytest.raises(ValueError, match=r"target: expected shape \[40\]"):
+        linear_cross_entropy(x, weight, target[1:])
+    with pytest.raises(TypeError, match="weight: expected the dtype of x"):
+        linear_cross_entropy(x, weight.double(), target)
+    with pytest.raises(ValueError, match="weight: expected the device of x"):
+        linear_cross_entropy(x, weight.to("meta"), target)
+
+
+def test_a_target_outside_the_vocabulary() -> None:
+    x, weight, target = arguments()
+    for wrong in (301, -1, -101):
+        target[7] = wrong
+        for backend in ("reference", "native"):
+            with use(backend), pytest.raises(IndexError, match=rf"target: expected values in \[0, 301\).*got {wrong}"):
+                linear_cross_entropy(x, weight, target)
+        with pytest.raises(IndexError, match="target: expected"):
+            torch.ops.blip3o.linear_cross_entropy(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, "native")
+
+
+def test_infinite_logits() -> None:
+    """NaN and infinity reach the loss, as in the reference."""
+    x, weight, target = torch.ones(1, 1), torch.tensor([[0.0], [1.0], [-float("inf")]]), torch.tensor([1])
+    for value in (-float("inf"), float("inf"), float("nan"), 1e38):
+        weight[2] = value
+        with use("native"):
+            got = linear_cross_entropy(x, weight, target)
+        torch.testing.assert_close(got, contract.reference(x, weight, target), equal_nan=True)
+
+
+def test_opcheck() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight, target = arguments()
+        x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
+        given = (x, weight, target, True, True, -100, 0.1, 1e-3, 0.0, None, "native")
+        torch.library.opcheck(torch.ops.blip3o.linear_cross_entropy.default, given)
+        kept = (x.detach().float(), weight.detach().float())
+        torch.library.opcheck(
+            torch.ops.blip3o.linear_cross_entropy_backward.default,
+            (torch.tensor(2.0), x.detach(), weight.detach(), *kept),
+        )
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile(autocast: bool) -> None:
+    """One op in the graph, no break, in a changing shape, with autocast decided where the call stands."""
+    graphs = []
+
+    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph
+
+    def step(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return linear_cross_entropy(x * 2, weight, target, softcap=5.0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for rows in (40, 20, 33):
+        x, weight, target = arguments(rows)
+        got, expected = compiled(x, weight, target), step(x, weight, target)
+        torch.testing.assert_close(got, expected)
+        for mine, eager in zip(
+            torch.autograd.grad(2 * got, (x, weight)), torch.autograd.grad(2 * expected, (x, weight)), strict=True
+        ):
+            torch.testing.assert_close(mine, eager)
+    torch._dynamo.reset()
+    torch.compile(step, fullgraph=True, backend=capture)(*arguments())
+    assert "blip3o.linear_cross_entropy" in graphs[0].print_readable(print_output=False)
+
+
+def test_modes_and_transforms() -> None:
+    x, weight, target = arguments()
+    with FlopCounterMode(display=False) as counter, use("native"):
+        linear_cross_entropy(x.detach(), weight, target).backward()
+    assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 301 + 301 * 24
+    with torch._subclasses.FakeTensorMode() as mode, use("native"):
+        fake = linear_cross_entropy(*(mode.from_tensor(tensor) for tensor in (x, weight, target)))
+    assert fake.shape == () and fake.dtype is torch.float32
+    gradient = torch.func.grad(lambda x: linear_cross_entropy(x, weight, target))(x.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(linear_cross_entropy(x, weight, target), x)[0])
+
+
+def test_gradients_twice_and_again() -> None:
+    """Differentiating them raises; a graph that is retained gives them again."""
+    x, weight, target = arguments()
+    for direct in (True, False):
+        if direct:
+            loss = linear_cross_entropy(x, weight, target)
+        else:
+            call = torch.ops.blip3o.linear_cross_entropy
+            loss = call(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, "native")[0]
+        (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (second,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
+        assert torch.equal(second, 2 * first)
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate"):
+            gradient.sum().backward()
+    unkept = torch.ops.blip3o.linear_cross_entropy(x, weight, target, False, True, -100, 0.0, 0.0, 0.0, None, "native")
+    with pytest.raises(RuntimeError, match="told not to keep"):
+        unkept[0].backward()
