@@ -172,10 +172,10 @@ def flow_timesteps(draw: Draw) -> Iterator[Workload]:
 
 
 def linear_cross_entropy(draw: Draw) -> Iterator[Workload]:
+    width = LLMS["4b"][0]
     for vocabulary in VOCABULARIES:
-        for model, (width, *_) in LLMS.items():
-            tensors = (draw(CONTEXT, width), draw(vocabulary, width, scale=width**-0.5))
-            yield Workload(f"{model} {vocabulary} words", (*tensors, draw.integers(vocabulary, CONTEXT)))
+        tensors = (draw(CONTEXT, width), draw(vocabulary, width, scale=width**-0.5))
+        yield Workload(f"4b, {vocabulary} words", (*tensors, draw.integers(vocabulary, CONTEXT)))
 
 
 WORKLOADS: dict[str, Callable[[Draw], Iterator[Workload]]] = {
