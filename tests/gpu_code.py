@@ -196,7 +196,9 @@ def unread(op: Op) -> Iterator[None]:
 
         return run
 
-    functions = {name: quiet(vars(module)[name]) for name in ("forward", "backward") if name in vars(module)}
+    functions: dict[str, Any] = {
+        name: quiet(vars(module)[name]) for name in ("forward", "backward") if name in vars(module)
+    }
     with mock.patch.multiple(module, **functions):
         yield
 

@@ -151,7 +151,10 @@ def _features(draw: Draw) -> Tensor:
 
 
 def flow_interpolate(draw: Draw) -> Iterator[Workload]:
-    yield Workload("dit", (_features(draw), _features(draw), draw.uniform(BATCH, dtype=torch.float32)))
+    sigma = draw.uniform(BATCH, dtype=torch.float32)
+    drawn: dict[str, object] = {"seed": 0, "positions": torch.arange(BATCH, device=draw.device)}
+    yield Workload("noise drawn", (_features(draw), None, sigma), drawn)
+    yield Workload("noise given", (_features(draw), _features(draw), sigma))
 
 
 def flow_loss(draw: Draw) -> Iterator[Workload]:
@@ -168,7 +171,9 @@ def flow_step(draw: Draw) -> Iterator[Workload]:
 
 
 def flow_timesteps(draw: Draw) -> Iterator[Workload]:
-    yield Workload("dit", (torch.arange(BATCH, device=draw.device), 0), trained=False)
+    positions = torch.arange(BATCH, device=draw.device)
+    yield Workload("uniform", (positions, 0), trained=False)
+    yield Workload("logit-normal", (positions, 0), {"distribution": "logit_normal"}, trained=False)
 
 
 def linear_cross_entropy(draw: Draw) -> Iterator[Workload]:
