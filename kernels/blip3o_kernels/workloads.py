@@ -121,19 +121,20 @@ def attention(draw: Draw) -> Iterator[Workload]:
     def heads(batch: int, tokens: int, number: int, head_dim: int = HEAD_DIM) -> Tensor:
         return _heads(draw, batch, tokens, number, head_dim)
 
+    gqa: dict[str, object] = {"enable_gqa": True}
+    causal: dict[str, object] = {**gqa, "is_causal": True}
     for model, (_, number, groups, _) in LLMS.items():
-        gqa: dict[str, object] = {"enable_gqa": True}
-        causal: dict[str, object] = {**gqa, "is_causal": True}
         whole = (heads(1, CONTEXT, number), *(heads(1, CONTEXT, groups) for _ in range(2)))
         yield Workload(f"{model} {CONTEXT} tokens", whole, causal)
-        ends = torch.arange(0, CONTEXT + 1, 512, dtype=torch.int32, device=draw.device)
-        yield Workload(f"{model} packed", whole, {**causal, "cu_seqlens_q": ends})
-        padding = torch.ones(8, 1, 1, 512, dtype=torch.bool, device=draw.device)
-        padded = (heads(8, 512, number), *(heads(8, 512, groups) for _ in range(2)), padding)
-        yield Workload(f"{model} padded", padded, causal)
         for batch in (8, 1):
             cache = (draw(batch, groups, CONTEXT, HEAD_DIM)[:, :, :2048] for _ in range(2))
             yield Workload(f"{model} decode, batch {batch}", (heads(batch, 1, number), *cache), gqa, trained=False)
+        if model == "4b":
+            ends = torch.arange(0, CONTEXT + 1, 512, dtype=torch.int32, device=draw.device)
+            yield Workload(f"{model} packed", whole, {**causal, "cu_seqlens_q": ends})
+            padding = torch.ones(8, 1, 1, 512, dtype=torch.bool, device=draw.device)
+            padded = (heads(8, 512, number), *(heads(8, 512, groups) for _ in range(2)), padding)
+            yield Workload(f"{model} padded", padded, causal)
     yield Workload("dit, self and cross", tuple(heads(BATCH, TOKENS, HEADS, DIT_HEAD_DIM) for _ in range(3)))
     yield Workload("clip", tuple(heads(8, 1025, 16, 112) for _ in range(3)))
     vision = tuple(heads(1, CONTEXT, 16, 80) for _ in range(3))
