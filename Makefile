@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test check-gpu-code lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Machine code of every GPU kernel, without a GPU: Triton's from launches that are recorded, CUDA's where nvcc is.
+check-gpu-code: $(INSTALLED)
+	$(BIN)/python tests/gpu_code.py --out build/gpu_code.md
+	$(BIN)/pytest tests/test_cuda.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason='needs triton: pip install "blip3o[triton]"')
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import gpu_code  # noqa: E402
+import triton.language as tl  # noqa: E402
 
-from blip3o_kernels import OPS  # noqa: E402
+from blip3o_kernels import OPS, ops  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-TARGETS = (
-    GPUTarget("cuda", 80, 32),
-    GPUTarget("cuda", 90, 32),
-    GPUTarget("cuda", 100, 32),
-    GPUTarget("cuda", 120, 32),
-    GPUTarget("hip", "gfx942", 64),
-    GPUTarget("hip", "gfx1100", 32),
-)
 
 
 def test_conformance_in_the_interpreter() -> None:
@@ -37,72 +32,60 @@ def test_conformance_in_the_interpreter() -> None:
     assert re.search(rf"\b{sum(len(body.dtypes) for body in bodies)} passed, \d+ deselected", run.stdout), run.stdout
 
 
-# Integers are declared multiples of 16, as Triton itself does when they are: 16-byte loads depend on it.
-def compiled(
-    target: GPUTarget, kernel: object, types: dict[str, str], constants: dict[str, object], warps: int
-) -> object:
-    signature = {**types, **dict.fromkeys(constants, "constexpr")}
-    names = kernel.arg_names  # type: ignore[attr-defined]
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] in "*i"},
-    )
-    return triton.compile(source, target=target, options={"num_warps": warps})
-
-
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
-def test_compiles_without_spills(target: GPUTarget, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.fixture
+def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from blip3o_kernels.triton_ops import rms_norm
 
-    block, whole, warps = rms_norm.tile(4096)
-    shape = {"width": "i32", "stride": "i32", "eps": "fp32", "offset": "fp32"}
-    pointers = {"x_ptr": "*bf16", "weight_ptr": "*bf16"}
-    constants: dict[str, object] = {"WEIGHTED": True, "BLOCK": block, "IS_WHOLE": whole}
-    forward = compiled(
-        target,
-        rms_norm._forward_kernel,
-        {"y_ptr": "*bf16", **pointers, **shape},
-        {**constants, "ROUND_BEFORE_WEIGHT": True},
-        warps,
-    )
-    backward = compiled(
-        target,
-        rms_norm._backward_kernel,
-        {
-            "dx_ptr": "*bf16",
-            "partial_ptr": "*fp32",
-            "dy_ptr": "*bf16",
-            **pointers,
-            "rows": "i32",
-            "blocks": "i32",
-            **shape,
-        },
-        {**constants, "WANTED": True},
-        warps,
-    )
-    total = compiled(
-        target,
-        rms_norm._sum_kernel,
-        {"dweight_ptr": "*bf16", "partial_ptr": "*fp32", "blocks": "i32", "width": "i32"},
-        {"BLOCK": 128},
-        4,
-    )
-    for kernel in (forward, backward, total):
-        code = kernel.asm  # type: ignore[attr-defined]
-        if target.backend == "hip":
-            assert ".vgpr_spill_count: 0\n" in code["amdgcn"] and ".sgpr_spill_count: 0\n" in code["amdgcn"]
-            continue
-        ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-        if target.arch >= 100 and ptxas.with_name("ptxas-blackwell").exists():
-            ptxas = ptxas.with_name("ptxas-blackwell")
-        (tmp_path / "kernel.ptx").write_text(code["ptx"])
-        name = re.search(r"\.target (sm_\w+)", code["ptx"])
-        assert name is not None
-        command = [str(ptxas), "-v", f"--gpu-name={name[1]}", str(tmp_path / "kernel.ptx"), "-o", os.devnull]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        assert "0 bytes spill stores, 0 bytes spill loads" in report, report
-        if kernel is not total:
-            assert "ld.global.v4.b32" in code["ptx"], "16-byte loads are missing"
+
+@pytest.mark.usefixtures("empty_cache")
+def test_machine_code_of_one_kernel() -> None:
+    """`make check-gpu-code` does this for all kernels: compiled for six GPUs, measured, held to committed limits."""
+    jobs = [
+        job
+        for job in gpu_code.jobs_of([ops.rms_norm.OP])
+        if job.kernel == "rms_norm._forward_kernel" and job.variant.startswith("bf16") and "BLOCK=4096" in job.variant
+    ]
+    assert {job.target for job in jobs} == set(gpu_code.TARGETS)
+    found = gpu_code.measure_all(jobs, processes=1)
+    assert not gpu_code.check(found, json.loads(gpu_code.LIMITS.read_text()))
+    for key, code in found.items():
+        assert code.registers and code.load16 and code.store16 and not code.spills, key
+
+
+@triton.jit
+def _greedy_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    """Every value is needed after the sum of all of them: far more than a thread has registers."""
+    columns = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + columns)
+    tl.store(y_ptr + columns, x - tl.sum(x, axis=0))
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_machine_code_can_fail() -> None:
+    with gpu_code.recorded() as jobs:
+        x = torch.empty(16384)
+        _greedy_kernel[(1,)](x, x, BLOCK=16384, num_warps=1)
+    chosen = [job for job in jobs.values() if job.target in ("sm_90", "gfx1100")]
+    found = gpu_code.measure_all(chosen, processes=1)
+    assert len(found) == 2
+
+    def objections(limit: dict[str, object], **measured: int) -> list[str]:
+        """To the two pieces, with limits that fit but for `limit`, and with numbers that are theirs but for some."""
+        limits = gpu_code.updated(found, {"triton": "", "code": {}}, everything=True)
+        for fitting in limits["code"].values():
+            fitting.update(limit)
+        return gpu_code.check({key: replace(code, **measured) for key, code in found.items()}, limits)
+
+    def both(lines: list[str], words: str) -> bool:
+        return len(lines) == 2 and all(words in line for line in lines)
+
+    allowed: dict[str, object] = {"spills": 10**6, "reason": "this test"}
+    assert both(objections({}), "spills") and both(objections({"spills": 10**6}), "spills")
+    assert not objections(allowed)
+    assert both(objections({**allowed, "registers": 8}), "limit 8")
+    assert both(objections({**allowed, "holds": ["matrix"]}), "holds no matrix")
+    assert len(objections(allowed, shared=2**20)) == 4, "more than the limit, and more than the GPU has"
+    nothing = {"triton": triton.__version__, "code": {}}
+    assert len([line for line in gpu_code.check(found, nothing) if "--update" in line]) == 2
+    other = {"triton": "0", "code": {}}
+    assert both(gpu_code.check(found, other), "spills")
