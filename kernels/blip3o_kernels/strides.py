@@ -25,3 +25,8 @@ def conditions(x: Tensor) -> tuple[Tensor, int]:
     if x.stride(1) != 1:
         x = x.contiguous()
     return x, x.stride(0)
+
+
+def last_adjacent(x: Tensor) -> Tensor:
+    """x [..., D] with adjacent elements in the last dimension, without a copy where that is so already."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

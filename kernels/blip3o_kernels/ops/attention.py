@@ -1,15 +1,27 @@
-"""Scaled dot-product attention in the layout and with the argument names of torch's `scaled_dot_product_attention`.
+"""Scaled dot-product attention in the layout and with the argument names of torch's `scaled_dot_product_attention`,
+then those of flash-attn.
 
-    scores[b, h, t, s] = scale * query[b, h, t] . key[b, g(h), s] + mask      [B, H, T, S]  float32
-    y = round(softmax(scores) @ value)                                        [B, H, T, V]
+    scores[b, h, t, s] = cap(scale * query[b, h, t] . key[b, g(h), s]) + mask     [B, H, T, S]  float32
+    y = round(softmax(scores) @ value)                                            [B, H, T, V]
 
-query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype; g(h) = h // (H / G), and G != H needs
-enable_gqa=True. scale defaults to 1/sqrt(K). attn_mask broadcasts to [B, H, T, S]: boolean (True takes part) or
-additive float; it carries no gradient. is_causal is aligned bottom-right, s <= t + S - T, as flash-attn does and
-torch does not, and may be combined with a mask. A fully masked row gives 0, and gradient 0. Scores and probabilities
-are float32 (float64 for float64), y is rounded once. For T * S >= LONG the reference calls torch's fused kernel,
-which computes the same and rounds the probabilities of half-precision inputs.
-Errors: TypeError for a dtype, ValueError for a shape or device and for dropout_p != 0.
+query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype, any K and V; g(h) = h // (H / G), and G != H
+needs enable_gqa=True. scale defaults to 1/sqrt(K). What a query sees:
+
+    attn_mask     broadcasts to [B, H, T, S]: boolean (True takes part) or additive float; it carries no gradient
+    is_causal     s <= t + S - T: aligned bottom-right, as flash-attn does and torch does not
+    window_size   (left, right): t + S - T - left <= s <= t + S - T + right; -1 is no limit, is_causal makes right 0
+    cu_seqlens_q, cu_seqlens_k   packed sequences: B is 1; sequence i has the queries cu_seqlens_q[i] to [i + 1] and
+                  sees the keys cu_seqlens_k[i] to [i + 1] (by default the same), with T and S of its own above. int32
+                  [N + 1], ascending from 0 to T and to S, which is checked on a CPU only. No attn_mask then.
+
+softcap c: cap(x) = c tanh(x / c) (Gemma 2); None or 0: cap(x) = x. A query that sees nothing gives 0, gradient 0 and
+log-sum-exp -inf. Scores and probabilities are float32 (float64 for float64), y is rounded once. For T * S >= LONG and
+without a softcap the reference calls torch's fused kernel, which computes the same and rounds the probabilities of
+half-precision inputs. y lies in memory as [B, T, H, V]. Keys and values are read where they lie, such as a part of a
+preallocated cache, if elements of the last dimension are adjacent.
+The native and Triton bodies cannot be differentiated twice; their sums are added in an order fixed by shape.
+Errors: TypeError for a dtype, ValueError for a shape, device or value and for dropout_p != 0.
+Source: Vaswani et al. 2017, arXiv:1706.03762; Dao 2023, arXiv:2307.08691, whose window and packing these are.
 """
 
 from __future__ import annotations
@@ -20,39 +32,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import DTYPES
-from ..registered import LIBRARY, register, register_gradient
+from .. import checks, dispatch, masks, strides
+from ..bodies import NATIVE_CPU, body
+from ..dispatch import Op, choose, direct, plain, transformed
+from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 # T * S from which torch's fused kernel wins over matmul and softmax, forward and backward: measured on one core of a
 # Xeon with AVX-512 at B = 256, H = 6, K = 32. Below, the two differ by less than 20 % either way.
 LONG = 32 * 32
-
-
-def _additive(mask: Tensor | None, is_causal: bool, query: Tensor, key: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """One finite additive mask for both kinds, and the rows [.., T, 1] that nothing may attend to."""
-    tokens, keys, dtype = query.shape[-2], key.shape[-2], query.dtype
-    # Low enough to give probability 0, high enough that a score added to it stays finite in every dtype.
-    lowest = torch.finfo(dtype).min / 4
-    blocked = None
-    if mask is not None:
-        blocked = ~mask if mask.dtype is torch.bool else mask == -torch.inf
-    if is_causal:
-        ahead = torch.ones(tokens, keys, dtype=torch.bool, device=query.device).triu(keys - tokens + 1)
-        blocked = ahead if blocked is None else blocked | ahead
-    if blocked is None:
-        return None, None
-    if mask is None or mask.dtype is torch.bool:
-        additive = torch.zeros(blocked.shape, dtype=dtype, device=query.device)
-    else:
-        additive = mask.detach().to(dtype)
-    # Without a mask only causal attention over fewer keys than queries leaves a row empty.
-    dead = blocked.all(-1, keepdim=True) if mask is not None or tokens > keys else None
-    return additive.masked_fill(blocked, lowest), dead
 
 
 def reference(
@@ -64,36 +53,40 @@ def reference(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     batch, heads, tokens, head_dim = query.shape
     groups, keys = key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
-    if tokens == 1:
-        is_causal = False  # the last query sees every key
-    if tokens * keys >= LONG:
-        if attn_mask is None and (not is_causal or tokens == keys):
+    left, right = window_size or (-1, -1)
+    window = (left, 0 if is_causal else right)
+    empty = attn_mask is not None or cu_seqlens_q is not None or tokens > keys  # whether a query may see nothing
+    if tokens * keys >= LONG and not softcap:
+        if is_causal and tokens == keys and left < 0 and attn_mask is None and cu_seqlens_q is None:
             return F.scaled_dot_product_attention(
-                query, key, value, is_causal=is_causal, scale=scale, enable_gqa=groups != heads
+                query, key, value, is_causal=True, scale=scale, enable_gqa=groups != heads
             )
-        additive, dead = _additive(attn_mask, is_causal, query, key)
+        blocked = masks.hidden(tokens, keys, window, cu_seqlens_q, cu_seqlens_k, query.device)
+        additive, dead = masks.additive(attn_mask, blocked, query.dtype, empty)
         y = F.scaled_dot_product_attention(query, key, value, additive, scale=scale, enable_gqa=groups != heads)
         return y if dead is None else y.masked_fill(dead, 0)
     dtype = checks.wide(query.dtype)
     wide_query, wide_key, wide_value = query.to(dtype) * scale, key.to(dtype), value.to(dtype)
-    additive, dead = _additive(attn_mask, is_causal, wide_query, wide_key)
-    if groups == heads:
-        scores = wide_query @ wide_key.transpose(-1, -2)
-        probabilities = (scores if additive is None else scores + additive).softmax(-1)
-        y = probabilities @ wide_value
-    else:  # fold the query heads that share a key into the rows, so that keys and values are not repeated
-        folded = wide_query.reshape(batch, groups, heads // groups * tokens, head_dim)
-        scores = folded @ wide_key.transpose(-1, -2)
-        if additive is not None:
-            scores = (scores.view(batch, heads, tokens, keys) + additive).view_as(scores)
-        y = (scores.softmax(-1) @ wide_value).view(batch, heads, tokens, value.shape[-1])
-    if dead is not None:
-        y = y.masked_fill(dead, 0)
-    return y.to(query.dtype)
+    blocked = masks.hidden(tokens, keys, window, cu_seqlens_q, cu_seqlens_k, query.device)
+    additive, dead = masks.additive(attn_mask, blocked, dtype, empty)
+    # Fold the query heads that share a key into the rows, so that keys and values are not repeated.
+    folded = wide_query if groups == heads else wide_query.reshape(batch, groups, heads // groups * tokens, head_dim)
+    scores = folded @ wide_key.transpose(-1, -2)
+    if softcap:
+        scores = (scores / softcap).tanh() * softcap
+    if additive is not None:
+        scores = (scores.view(batch, heads, tokens, keys) + additive).view_as(scores)
+    y = (scores.softmax(-1) @ wide_value).view(batch, heads, tokens, value.shape[-1])
+    return (y if dead is None else y.masked_fill(dead, 0)).to(query.dtype)
 
 
 def attention(
@@ -105,6 +98,11 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    window_size: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
     if query.dtype not in checks.FLOATING:
@@ -127,142 +125,80 @@ def attention(
     if dropout_p != 0.0:
         checks.fail("dropout_p", "0.0, there is no dropout", dropout_p)
     if attn_mask is not None:
-        _check_mask(attn_mask, query, (batch, heads, tokens, keys))
+        masks.check_mask(attn_mask, query, (batch, heads, tokens, keys))
+    if window_size is not None:
+        masks.check_window(window_size)
+    if softcap is not None and not 0 <= softcap < float("inf"):
+        checks.fail("softcap", "a finite number that is not negative, or None", softcap)
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        if attn_mask is not None:
+            checks.fail("attn_mask", "None, as cu_seqlens_q says what a query sees", list(attn_mask.shape))
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        masks.check_packed(cu_seqlens_q, cu_seqlens_k, query, key)
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, query)
     if backend == "reference":
-        return reference(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return reference(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            window_size=window_size,
+            softcap=softcap,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+        )
     scale = head_dim**-0.5 if scale is None else float(scale)
-    if compiling or not (direct(query, key) and plain(value, attn_mask)):
-        y: Tensor = _forward_op(query, key, value, attn_mask, is_causal, scale, backend)[0]
+    left, right = window_size or (-1, -1)
+    inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    options = (is_causal, left, right, float(softcap or 0.0), scale, backend)
+    if compiling or not (direct(query, key) and plain(value, attn_mask, cu_seqlens_q, cu_seqlens_k)):
+        y: Tensor = _forward_op(*inputs, *options)[0]
         return y
     if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
-        y = _Attention.apply(query, key, value, attn_mask, is_causal, scale, backend)
+        y = _Attention.apply(*inputs, *options)
         return y
-    return _forward(query, key, value, attn_mask, is_causal, scale, backend)[0]
-
-
-def _check_mask(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> None:
-    if mask.dtype is not torch.bool:
-        checks.floating("attn_mask", mask)
-    if mask.dim() > 4 or any(
-        size not in (1, expected) for size, expected in zip(reversed(mask.shape), reversed(full), strict=False)
-    ):
-        checks.fail("attn_mask", f"a shape that broadcasts to {list(full)}", list(mask.shape))
-    checks.same_device("attn_mask", mask, "query", query)
+    return _forward(*inputs, *options)[0]
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any) -> Tensor:
-        y, log_sum = _forward(query, key, value, mask, *options)
-        context.save_for_backward(log_sum, query, key, value, mask)
-        context.options = options
+    def forward(context: Any, *inputs: Any) -> Tensor:
+        y, log_sum = _forward(*inputs)
+        context.save_for_backward(y, log_sum, *inputs[:6])
+        context.options = inputs[6:]
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         run = _backward if direct(dy) else _backward_op
-        return *run(dy, *context.saved_tensors, *context.options), None, None, None, None
+        return *run(dy, *context.saved_tensors, *context.options), *_NO_GRADIENTS
 
 
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+_NO_GRADIENTS = (None,) * 9
 
 
-def _masked(mask: Tensor | None, full: torch.Size) -> tuple[Tensor | None, int, Tensor | None]:
-    """The mask as the library reads it (to be kept alive), its kind, and a view of the full shape for its strides."""
-    if mask is None:
-        return None, 0, None
-    if mask.dtype is not torch.bool:
-        mask = mask.detach().to(torch.float32)
-    if not mask.dim() or mask.shape[-1] != full[-1]:
-        mask = mask.expand(*mask.shape[:-1], full[-1])
-    if mask.stride(-1) != 1:
-        mask = mask.contiguous()
-    return mask, 1 if mask.dtype is torch.bool else 2, mask.expand(full)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The arguments of the registered op -> the output, [B, T, H, V] in memory, and the scores' log-sum-exp [B, H, T],
+    float32."""
+    *inputs, causal, left, right, softcap, scale, backend = arguments
+    results: tuple[Tensor, Tensor] = body("attention", backend).forward(*inputs, causal, (left, right), softcap, scale)
+    return results
 
 
-def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Of batch, head and token."""
-    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
-def _padded(n: int, to: int) -> int:
-    return (n + to - 1) // to * to
-
-
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The output, [B, T, H, V] in memory, and the log-sum-exp [B, H, T]."""
-    query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
-    batch, heads, tokens, head_dim = query.shape
-    _, groups, keys, value_dim = value.shape
-    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
-    log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    threads = max(1, min(torch.get_num_threads(), batch * groups))
-    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
-    floats = _padded(keys, 16) * (widths + 128) + 128 * widths
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
-    sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, floats)
-    options = (scale, DTYPES[query.dtype], mask_kind, causal, instruction_set(), threads, 0)
-    status = _CPU_FORWARD(
-        _PACK(
-            *_addresses(y, log_sum, query, key, value, mask, workspace),
-            *sizes,
-            *_strides(y, query, key, value, full_mask),
-            *options,
-        )
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, the forward pass's results and its arguments -> dquery, dkey and dvalue, each a filled
+    torch.empty_like(strides.last_adjacent(x)) of its x."""
+    *inputs, causal, left, right, softcap, scale, backend = arguments
+    gradients: tuple[Tensor, Tensor, Tensor] = body("attention", backend).backward(
+        *inputs, causal, (left, right), softcap, scale
     )
-    if status:
-        raise native.failed("attention", status)
-    return y, log_sum
-
-
-def _backward(
-    dy: Tensor,
-    log_sum: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, dy = (_last_contiguous(x) for x in (query, key, value, dy))
-    batch, heads, tokens, head_dim = query.shape
-    _, groups, keys, value_dim = value.shape
-    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    threads = max(1, min(torch.get_num_threads(), batch * groups))
-    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
-    floats = _padded(keys, 16) * (2 * widths + 192) + 192 * widths
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
-    sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, floats)
-    options = (scale, DTYPES[query.dtype], mask_kind, causal, instruction_set(), threads, 0)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            *_addresses(*gradients, dy, log_sum, query, key, value, mask, workspace),
-            *sizes,
-            *_strides(*gradients, dy, query, key, value, full_mask),
-            *options,
-        )
-    )
-    if status:
-        raise native.failed("attention", status)
     return gradients
-
-
-_PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
 
 
 # As torch knows it: torch.ops.blip3o.attention, which returns the log-sum-exp too; that carries no gradient.
@@ -272,54 +208,62 @@ def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[T
     return y, query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
-def _fake_backward(dy: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(_last_contiguous(x)) for x in inputs[:3])
+def _fake_backward(dy: Tensor, y: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(strides.last_adjacent(x)) for x in inputs[:3])
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, mask, *ctx.options = inputs
-    ctx.save_for_backward(output[1], query, key, value, mask)
+    ctx.save_for_backward(*output, *inputs[:6])
+    ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradient(context: Any, dy: Tensor, dlog_sum: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_backward_op(dy, *context.saved_tensors, *context.options), None, None, None, None
+    return *_backward_op(dy, *context.saved_tensors, *context.options), *_NO_GRADIENTS
 
 
 def _batched(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
-    """vmap: the batch is more samples."""
-    count, mask = info.batch_size, inputs[3]
+    """vmap: the batch is more samples, of packed sequences more heads."""
+    count, mask, packed = info.batch_size, inputs[3], inputs[4] is not None
+    if dims[4] is not None or dims[5] is not None:
+        raise NotImplementedError("attention: vmap over cu_seqlens_q or cu_seqlens_k")
     query, key, value = (
-        (x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+        x.expand(count, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(inputs[:3], dims[:3], strict=True)
     )
-    batch = len(query) // count
+    batch = query.shape[1]
+    if packed:  # B is 1
+        outputs = _forward_op(*(x.transpose(0, 1).flatten(1, 2) for x in (query, key, value)), *inputs[3:])
+        return tuple(x.unflatten(1, (count, -1)).transpose(0, 1) for x in outputs), (0, 0)
     if mask is not None:
         mask = mask.unsqueeze(0) if dims[3] is None else mask.movedim(dims[3], 0)
         mask = mask.view(len(mask), *[1] * (5 - mask.dim()), *mask.shape[1:])
         mask = mask.expand(count, batch, *mask.shape[2:]).flatten(0, 1)
-    outputs = _forward_op(query, key, value, mask, *inputs[4:])
+    outputs = _forward_op(*(x.flatten(0, 1) for x in (query, key, value)), mask, *inputs[4:])
     return tuple(x.unflatten(0, (count, batch)) for x in outputs), (0, 0)
 
 
 def _flops(query: Any, key: Any, value: Any) -> int:
+    """As if every query saw every key."""
     batch, heads, tokens, head_dim = torch.Size(query)
     return 2 * batch * heads * tokens * torch.Size(key)[2] * (head_dim + torch.Size(value)[3])
 
 
+_arguments = (
+    "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
+    " bool causal, int left, int right, float softcap, float scale, str backend"
+)
 _forward_op = register(
-    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal, float scale, str backend)"
-    " -> (Tensor, Tensor)",
+    f"attention({_arguments}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     lambda query, key, value, *_, **__: _flops(query, key, value),
 )
 _backward_op = register(
-    "attention_backward(Tensor dy, Tensor log_sum, Tensor query, Tensor key, Tensor value, Tensor? mask, bool causal,"
-    " float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    f"attention_backward(Tensor dy, Tensor y, Tensor log_sum, {_arguments}) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
-    lambda dy, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
+    lambda dy, y, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
 )
 register_gradient("attention", _gradient, _setup)
 torch.library.register_vmap("blip3o::attention", _batched, lib=LIBRARY)
@@ -359,6 +303,68 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("one mask for all keys", (*(draw(2, 4, 19, 16) for _ in range(3)), everyone))
     yield Sample("large scores", (draw(1, 2, 20, 32, scale=8.0), draw(1, 2, 20, 32, scale=8.0), draw(1, 2, 20, 32)))
     yield Sample("no samples", (draw(0, 2, 3, 16), draw(0, 2, 5, 16), draw(0, 2, 5, 16)))
+    yield Sample("no queries", (draw(1, 2, 0, 16), draw(1, 2, 5, 16), draw(1, 2, 5, 16)))
+    yield Sample("no keys", (draw(1, 2, 3, 16), draw(1, 2, 0, 16), draw(1, 2, 0, 16)))
+    for head_dim, value_dim in ((56, 56), (72, 72), (80, 96), (112, 80), (256, 256)):
+        inputs = (draw(1, 2, 19, head_dim), draw(1, 1, 21, head_dim), draw(1, 1, 21, value_dim))
+        yield Sample(f"K{head_dim} V{value_dim}", inputs, {"enable_gqa": True, "is_causal": True})
+    yield from _windows_and_caps(draw)
+    yield from _packed(draw)
+
+
+def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
+    small = (draw(1, 2, 4, 4), draw(1, 1, 6, 4), draw(1, 1, 6, 4))  # small enough for finite differences
+    for window in ((1, -1), (-1, 2), (2, 0), (0, 0), (3, 1)):
+        options: dict[str, object] = {"enable_gqa": True, "window_size": window}
+        yield Sample(f"window {window}", small, options)
+        yield Sample(f"window {window} causal softcap", small, {**options, "is_causal": True, "softcap": 2.0})
+    yield Sample("softcap", small, {"enable_gqa": True, "softcap": 0.5})
+    wider = (draw(2, 4, 70, 16), draw(2, 2, 85, 16), draw(2, 2, 85, 24))
+    kept = draw.integers(4, 2, 1, 1, 85) > 0
+    bias = draw(4, 70, 85).masked_fill(draw.integers(3, 70, 85) == 0, -torch.inf)
+    options = {"enable_gqa": True, "softcap": 20.0, "window_size": (9, 5)}
+    yield Sample("window softcap padding", (*wider, kept), options)
+    yield Sample("window causal additive", (*wider, bias), {**options, "softcap": None, "is_causal": True})
+    yield Sample("softcap additive", (*wider, bias), {**options, "window_size": None})
+    tall = (draw(1, 2, 37, 16), draw(1, 2, 5, 16), draw(1, 2, 5, 16))
+    yield Sample("window, fewer keys than queries", tall, {"window_size": (2, 3)})
+    yield Sample("negative scale", tall, {"window_size": (3, -1), "softcap": 1.0, "scale": -0.2})
+    yield Sample(
+        "large scores softcap",
+        (draw(1, 2, 9, 32, scale=8.0), draw(1, 2, 9, 32, scale=8.0), draw(1, 2, 9, 32)),
+        {"softcap": 30.0},
+    )
+    # Decoding: one query of each sample against its part of a cache.
+    cache = draw(2, 3, 2, 50, 32)
+    key, value = cache[:, :, 0, :41], cache[:, :, 1, :41]
+    lengths = torch.arange(41, device=draw.device) < torch.tensor([41, 7], device=draw.device).view(2, 1, 1, 1)
+    query = draw(2, 6, 1, 32)
+    yield Sample("cache", (query, key, value, lengths), {"enable_gqa": True})
+    yield Sample(
+        "cache causal window", (query, key, value), {"enable_gqa": True, "is_causal": True, "window_size": (8, 0)}
+    )
+
+
+def _packed(draw: Draw) -> Iterator[Sample]:
+    def ends(*lengths: int) -> Tensor:
+        return torch.tensor((0, *lengths), device=draw.device).cumsum(0).to(torch.int32)
+
+    small = (draw(1, 2, 6, 4), draw(1, 1, 6, 4), draw(1, 1, 6, 4))
+    options: dict[str, object] = {"enable_gqa": True, "cu_seqlens_q": ends(2, 1, 3)}
+    yield Sample("packed", small, options)
+    yield Sample("packed causal", small, {**options, "is_causal": True})
+    yield Sample("packed window softcap", small, {**options, "window_size": (1, 0), "softcap": 3.0})
+    # Sequences without keys, without queries, with fewer keys than queries, and longer than a block.
+    long = tuple(x.transpose(1, 2) for x in (draw(1, 91, 4, 24), draw(1, 103, 2, 24), draw(1, 103, 2, 16)))
+    options = {"enable_gqa": True, "cu_seqlens_q": ends(3, 0, 70, 12, 6), "cu_seqlens_k": ends(0, 5, 80, 7, 11)}
+    yield Sample("packed, two lengths", long, options)
+    yield Sample("packed, two lengths, causal", long, {**options, "is_causal": True, "softcap": 5.0})
+    yield Sample("packed, two lengths, window", long, {**options, "window_size": (6, 4)})
+    yield Sample(
+        "packed decoding",
+        (draw(1, 4, 3, 16), *draw(2, 1, 2, 30, 16).unbind(0)),
+        {"enable_gqa": True, "is_causal": True, "cu_seqlens_q": ends(1, 1, 1), "cu_seqlens_k": ends(17, 1, 12)},
+    )
 
 
 OP = Op(
@@ -367,5 +373,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("query", "key", "value"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU,),
 )

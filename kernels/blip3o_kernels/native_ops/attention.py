@@ -1,0 +1,123 @@
+"""The native bodies of attention: tensors laid out for the C struct of csrc/blip3o.h, without a copy where possible."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import DTYPES
+from ..strides import last_adjacent
+
+_PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
+
+
+def _masked(mask: Tensor | None, full: torch.Size) -> tuple[Tensor | None, int, Tensor | None]:
+    """The mask as the library reads it (to be kept alive), its kind, and a view of the full shape for its strides."""
+    if mask is None:
+        return None, 0, None
+    if mask.dtype is not torch.bool:
+        mask = mask.detach().to(torch.float32)
+    if not mask.dim() or mask.shape[-1] != full[-1]:
+        mask = mask.expand(*mask.shape[:-1], full[-1])
+    if mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    return mask, 1 if mask.dtype is torch.bool else 2, mask.expand(full)
+
+
+def _addresses(*tensors: Tensor | None) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Of batch, head and token."""
+    return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def _padded(n: int, to: int) -> int:
+    return (n + to - 1) // to * to
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
+    batch, heads, tokens, head_dim = query.shape
+    _, groups, keys, value_dim = value.shape
+    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
+    y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
+    log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
+    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
+    floats = _padded(keys, 16) * (widths + 128) + 128 * widths
+    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
+    limits = (window[0], 0 if causal else window[1])
+    options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
+    status = _CPU_FORWARD(
+        _PACK(
+            *_addresses(y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
+            *sizes,
+            *_strides(y, query, key, value, full_mask),
+            *(tokens, 1),  # log_sum's
+            *limits,
+            *options,
+        )
+    )
+    if status:
+        raise native.failed("attention", status)
+    return y, log_sum
+
+
+def backward(
+    dy: Tensor,
+    y: Tensor,
+    log_sum: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    window: tuple[int, int],
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, dy = (last_adjacent(x) for x in (query, key, value, dy))
+    batch, heads, tokens, head_dim = query.shape
+    _, groups, keys, value_dim = value.shape
+    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
+    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
+    floats = _padded(keys, 16) * (2 * widths + 192) + 192 * widths
+    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
+    limits = (window[0], 0 if causal else window[1])
+    options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            *_addresses(*gradients, dy, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
+            *sizes,
+            *_strides(*gradients, dy, query, key, value, full_mask),
+            *limits,
+            *options,
+        )
+    )
+    if status:
+        raise native.failed("attention", status)
+    return gradients
