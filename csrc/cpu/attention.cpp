@@ -69,7 +69,7 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
         Floats most;
         const Floats sums = exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
                                                all(a.softcap), most);
-        store(factors + v * LANES, reciprocal(sums));
+        store(factors + v * LANES, 1.0f / sums);
         if (!log_sum) continue;
         float logs[LANES];
         store(logs, most + logarithm(sums));
@@ -78,8 +78,12 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
       }
       mix(block, mixed, wide, scores, values, value_step);
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
-      for (int64_t t = 0; t < block.count; ++t)
-        store_row(y + t * a.y_token, mixed + t * wide, a.value_dim, all(factors[t]));
+      for (int64_t t = 0; t < block.count; ++t) {
+        // A sum of 0: all is masked, and the result is 0, whatever the values are. Or all scores are -infinity: 0 / 0.
+        const bool nothing = std::isinf(factors[t]) && (KIND != PLAIN || block.first(t) >= block.limit(t));
+        if (nothing) std::memset(mixed + t * wide, 0, sizeof(float) * static_cast<size_t>(wide));
+        store_row(y + t * a.y_token, mixed + t * wide, a.value_dim, all(nothing ? 0.0f : factors[t]));
+      }
     }
   }
 }

@@ -105,10 +105,15 @@ static void lay_mask(const Block& block, float* added, const Arguments& a, int64
   });
 }
 
+// A masked key takes no part, whatever its score is: NaN too.
+static inline Floats masked(Floats score, Floats added) {
+  return added == -__builtin_inff() ? added : score + added;
+}
+
 // A product of queries and a key, ready for the scale; a MASKED one has it and the mask already, as has a CAPPED one.
 template <Kind KIND>
 static inline Floats score(const float* products, const float* added, int64_t at, Floats scale) {
-  return KIND == MASKED ? load(products + at) * scale + load(added + at) : load(products + at);
+  return KIND == MASKED ? masked(load(products + at) * scale, load(added + at)) : load(products + at);
 }
 template <Kind KIND>
 static inline Floats scaled(Floats score, Floats scale) {
@@ -156,8 +161,9 @@ static inline void cap(const Block& block, int64_t vector, float* products, floa
   for (int64_t s = block.firsts[vector]; s < limit; ++s) {
     const int64_t at = s * step;
     const Floats u = hyperbolic_tangent(load(products + at) * factor);
-    store(products + at, u * softcap + load(added + at));
-    store(added + at, 1.0f - u * u);
+    const Floats add = load(added + at);
+    store(products + at, masked(u * softcap, add));
+    store(added + at, add == -__builtin_inff() ? Floats{} : 1.0f - u * u);
   }
 }
 

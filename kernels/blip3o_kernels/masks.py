@@ -79,6 +79,11 @@ def hidden(
     return blocked
 
 
+def lowest(dtype: torch.dtype) -> float:
+    """Low enough to give probability 0, high enough that a score added to it stays finite in every dtype."""
+    return torch.finfo(dtype).min / 4
+
+
 def additive(
     mask: Tensor | None, blocked: Tensor | None, dtype: torch.dtype, empty: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -91,10 +96,8 @@ def additive(
         blocked = masked if blocked is None else blocked | masked
     if blocked is None:
         return None, None
-    # Low enough to give probability 0, high enough that a score added to it stays finite in every dtype.
-    lowest = torch.finfo(dtype).min / 4
     if mask is None or mask.dtype is torch.bool:
         added = torch.zeros(blocked.shape, dtype=dtype, device=blocked.device)
     else:
         added = mask.detach().to(dtype)
-    return added.masked_fill(blocked, lowest), blocked.all(-1, keepdim=True) if empty else None
+    return added.masked_fill(blocked, lowest(dtype)), blocked.all(-1, keepdim=True) if empty else None

@@ -84,7 +84,8 @@ def reference(
     if softcap:
         scores = (scores / softcap).tanh() * softcap
     if additive is not None:
-        scores = (scores.view(batch, heads, tokens, keys) + additive).view_as(scores)
+        each = scores.view(batch, heads, tokens, keys)
+        scores = torch.where(additive > masks.lowest(dtype), each + additive, additive).view_as(scores)
     y = (scores.softmax(-1) @ wide_value).view(batch, heads, tokens, value.shape[-1])
     return (y if dead is None else y.masked_fill(dead, 0)).to(query.dtype)
 
