@@ -38,7 +38,7 @@ MATRIX = {
     "gated_residual": NATIVE,
     "rope": NATIVE,
     "attention": NATIVE,
-    "swiglu": NATIVE,
+    "swiglu": {**NATIVE, **TRITON},
     "flow_interpolate": NATIVE,
     "flow_loss": NATIVE,
 }
