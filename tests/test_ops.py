@@ -33,9 +33,9 @@ CUDA = {("native", "cuda"): BOTH}
 TRITON = {("triton", "cuda"): BOTH, ("triton", "cpu"): BOTH}
 MATRIX = {
     "rms_norm": {**NATIVE, **CUDA, **TRITON},
-    "layer_norm": NATIVE,
-    "modulate": NATIVE,
-    "gated_residual": NATIVE,
+    "layer_norm": {**NATIVE, **TRITON},
+    "modulate": {**NATIVE, **TRITON},
+    "gated_residual": {**NATIVE, **TRITON},
     "rope": NATIVE,
     "attention": NATIVE,
     "swiglu": {**NATIVE, **TRITON},

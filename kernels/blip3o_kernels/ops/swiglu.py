@@ -4,8 +4,7 @@
 
 gate and up [..., M] float, same shape and dtype; y likewise. Without up, gate [..., 2M] holds both, gate first: what
 one matrix product gives. That form trains faster, because its gradient is one tensor and autograd has nothing to join.
-Computed in float32 (float64 for float64), rounded once. The native and Triton bodies cannot be differentiated
-twice.
+Computed in float32 (float64 for float64), rounded once. The native and Triton bodies cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Shazeer 2020, arXiv:2002.05202.
 """
 
