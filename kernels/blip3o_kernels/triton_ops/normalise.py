@@ -21,8 +21,9 @@ from torch import Tensor
 from .numbers import rounded, wide
 
 WHOLE = 8192  # columns a row may have to be held in registers: 16 warps with 16 floats a thread
+PART = 4096  # columns of a longer row at a time
 PROGRAMS = 512  # of the backward pass, at most, if it adds up: some four on each multiprocessor
-SUMMED = {"TALL": 16, "BLOCK": 64, "num_warps": 4}  # how partial sums are added up: 16 rows at a time, 64 columns
+SUMMED = {"TALL": 16, "BLOCK": 128, "num_warps": 4}  # how partial sums are added up: 16 rows at a time, 128 columns
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def sum_kernel(
 
 def tile(width: int) -> dict[str, int]:
     """The constants of a kernel whose programs hold rows of `width` columns."""
-    block = min(triton.next_power_of_2(width), WHOLE)
+    block = triton.next_power_of_2(width) if width <= WHOLE else PART
     rows = max(1, 1024 // block)
     return {
         "ROWS": rows,
