@@ -37,7 +37,7 @@ NETWORKS = ("clip", "vision", "llm", "dit", "decoder")
 # Who may import the kernels: the networks' one door, the probability path, and the programs that report on backends.
 KERNEL_IMPORTERS = ("layers", "flow", "demo", "doctor", "cli", "bench")
 # What several ops' Triton bodies share.
-SHARED_BY_TRITON = {"__init__", "numbers", "philox", "chunks"}
+SHARED_BY_TRITON = {"__init__", "chunks", "normalise", "numbers", "philox"}
 # Where a library of others may be imported at the top, because it is the well-kept part.
 FOREIGN_IMPORTERS = ("processor", "data")
 

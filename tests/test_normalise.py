@@ -65,19 +65,19 @@ def test_opcheck() -> None:
     ops = torch.ops.blip3o
     for centred in (False, True):
         given = (bias,) if centred else (None,)
-        torch.library.opcheck(ops.modulate.default, (x, scale, shift, weight, *given, 1e-6, centred))
-        torch.library.opcheck(ops.modulate.default, (x, scale, None, None, None, 1e-6, centred))
-    torch.library.opcheck(ops.gated_residual.default, (residual, x, scale, weight, 1e-5))
-    torch.library.opcheck(ops.gated_residual.default, (residual, x, scale, None, 1e-5))
-    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5))
-    torch.library.opcheck(ops.layer_norm.default, (x, None, None, 1e-5))
+        torch.library.opcheck(ops.modulate.default, (x, scale, shift, weight, *given, 1e-6, centred, "native"))
+        torch.library.opcheck(ops.modulate.default, (x, scale, None, None, None, 1e-6, centred, "native"))
+    torch.library.opcheck(ops.gated_residual.default, (residual, x, scale, weight, 1e-5, "native"))
+    torch.library.opcheck(ops.gated_residual.default, (residual, x, scale, None, 1e-5, "native"))
+    torch.library.opcheck(ops.layer_norm.default, (x, weight, bias, 1e-5, "native"))
+    torch.library.opcheck(ops.layer_norm.default, (x, None, None, 1e-5, "native"))
     x, scale, weight, bias = (tensor.detach() for tensor in (x, scale, weight, bias))
-    saved = ops.modulate(x, scale, None, weight, bias, 1e-6, True)[1]
-    torch.library.opcheck(ops.modulate_backward.default, (x, x, scale, weight, bias, saved, False, True))
-    saved = ops.gated_residual(x, x, scale, weight, 1e-5)[1]
-    torch.library.opcheck(ops.gated_residual_backward.default, (x, x, scale, weight, saved))
-    saved = ops.layer_norm(x, weight, bias, 1e-5)[1]
-    torch.library.opcheck(ops.layer_norm_backward.default, (x, x, weight, bias, saved))
+    saved = ops.modulate(x, scale, None, weight, bias, 1e-6, True, "native")[1]
+    torch.library.opcheck(ops.modulate_backward.default, (x, x, scale, weight, bias, saved, False, True, "native"))
+    saved = ops.gated_residual(x, x, scale, weight, 1e-5, "native")[1]
+    torch.library.opcheck(ops.gated_residual_backward.default, (x, x, scale, weight, saved, "native"))
+    saved = ops.layer_norm(x, weight, bias, 1e-5, "native")[1]
+    torch.library.opcheck(ops.layer_norm_backward.default, (x, x, weight, bias, saved, "native"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -40,12 +40,12 @@ CUDA = {("native", "cuda"): BOTH}
 TRITON = {("triton", "cuda"): BOTH, ("triton", "cpu"): BOTH}
 MATRIX = {
     "rms_norm": {**NATIVE, **CUDA, **TRITON},
-    "layer_norm": NATIVE,
-    "modulate": NATIVE,
-    "gated_residual": NATIVE,
+    "layer_norm": {**NATIVE, **TRITON},
+    "modulate": {**NATIVE, **TRITON},
+    "gated_residual": {**NATIVE, **TRITON},
     "rope": NATIVE,
     "attention": NATIVE,
-    "swiglu": NATIVE,
+    "swiglu": {**NATIVE, **TRITON},
     # of positions, which are int64; no gradient
     "flow_timesteps": dict.fromkeys({**NATIVE, **TRITON}, ((torch.int64,), "forward")),
     "flow_interpolate": {**NATIVE, **TRITON},

@@ -63,13 +63,13 @@ static inline void plain_rows(T* dx, float* scaled, bool first, const T* dy, con
                               int64_t width) {
   columns(width, [&](int64_t i, auto n) {
     const Floats g = load(gain + i, n);
-    Floats s = first ? Floats{} : load(scaled + i, n);
+    Floats s{};
     for (int r = 0; r < R; ++r) {
       const Floats d = load(dy + r * width + i, n);
       s += d * load(x + r * stride + i, n);
       store(dx + r * width + i, d * g, n);
     }
-    store(scaled + i, s, n);
+    store(scaled + i, first ? s : load(scaled + i, n) + s, n);
   });
 }
 
@@ -103,7 +103,7 @@ static int run(const blip3o_gated_residual_backward_arguments& a) {
           plain_rows<R>(dx, scaled, token == 0, dy, x, stride, opened, width);
       });
       columns(width, [&](int64_t i, auto n) {
-        const Floats s = load(scaled + i, n), t = load(opened + i, n), slope = (1.0f - t) * (1.0f + t);
+        const Floats s = load(scaled + i, n), t = load(opened + i, n), slope = 1.0f - t * t;
         store(static_cast<W*>(a.dgate) + sample * width + i, slope * (NORMED ? s * load(weight + i, n) : s), n);
         if (NORMED) store(dweight + i, load(dweight + i, n) + s * t, n);
       });

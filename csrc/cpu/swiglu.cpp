@@ -11,7 +11,8 @@ extern "C" int blip3o_cpu_swiglu_backward(const blip3o_swiglu_backward_arguments
 
 #else  // once per instruction set
 
-static inline Floats sigmoid(Floats v) { return 1.0f / (1.0f + exponential(-v)); }
+// silu(v) = v / e and sigmoid(v) = 1 / e, each rounded once after e: v * sigmoid(v) would be rounded twice.
+static inline Floats one_plus_exponential(Floats v) { return 1.0f + exponential(-v); }
 
 template <class T>
 static int run(const blip3o_swiglu_arguments& a) {
@@ -24,11 +25,11 @@ static int run(const blip3o_swiglu_arguments& a) {
     int64_t i = 0;
     for (; i + BLIP3O_LANES <= a.width; i += BLIP3O_LANES) {
       const Floats g = load(gate + i);
-      store(y + i, g * sigmoid(g) * load(up + i));
+      store(y + i, g / one_plus_exponential(g) * load(up + i));
     }
     if (const int64_t n = a.width - i) {
       const Floats g = load(gate + i, n);
-      store(y + i, g * sigmoid(g) * load(up + i, n), n);
+      store(y + i, g / one_plus_exponential(g) * load(up + i, n), n);
     }
   }
   return BLIP3O_OK;
@@ -36,8 +37,8 @@ static int run(const blip3o_swiglu_arguments& a) {
 
 // With s = sigmoid(gate):   dup = dy * gate * s,   dgate = dy * up * s * (1 + gate * (1 - s)).
 static inline void gradients(Floats dy, Floats gate, Floats up, Floats& dgate, Floats& dup) {
-  const Floats s = sigmoid(gate);
-  dup = dy * (gate * s);
+  const Floats e = one_plus_exponential(gate), s = 1.0f / e;
+  dup = dy * (gate / e);
   dgate = dy * up * (s * (1.0f + gate * (1.0f - s)));
 }
 

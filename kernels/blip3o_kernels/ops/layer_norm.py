@@ -4,7 +4,7 @@
     y    = round((x - mean) * rstd * weight + bias)                [..., D]
 
 x [..., D] float; weight and bias [D] float or None; y has the shape and dtype of x. Computed in float32 (float64 for
-float64 x), rounded once. The native body cannot be differentiated twice.
+float64 x), rounded once. The native and Triton bodies cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Ba et al. 2016, arXiv:1607.06450.
 """
 
@@ -17,12 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import DTYPES
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
-from ..strides import rows
 
 
 def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -54,121 +53,60 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     if any(p is not None and p.dtype is not x.dtype for p in (weight, bias)):  # one dtype for both
         weight, bias = (None if p is None else p.to(torch.float32) for p in (weight, bias))
     if compiling or not (direct(x, weight) and plain(bias)):
-        y: Tensor = _forward_op(x, weight, bias, eps)[0]
+        y: Tensor = _forward_op(x, weight, bias, eps, backend)[0]
         return y
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias)):
-        y = _LayerNorm.apply(x, weight, bias, eps)
+        y = _LayerNorm.apply(x, weight, bias, eps, backend)
         return y
-    return _run(x, weight, bias, eps, saving=False)[0]
+    return _forward(x, weight, bias, eps, backend, saving=False)[0]
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        y, saved = _forward(x, weight, bias, eps)
+    def forward(
+        context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
+    ) -> Tensor:
+        y, saved = _forward(x, weight, bias, eps, backend)
         context.save_for_backward(x, weight, bias, saved)
+        context.options = (backend,)
         return y
 
     @staticmethod
     @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _wanted(context, (_backward if direct(dy) else _backward_op)(dy, *context.saved_tensors))
+        backward = _backward if direct(dy) else _backward_op
+        return _wanted(context, backward(dy, *context.saved_tensors, *context.options))
 
 
 def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias that autograd asks for."""
     needs = context.needs_input_grad
-    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None
+    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None
 
 
-def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    return _run(x, weight, bias, eps, saving=True)
-
-
-def _run(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row, then the mean of each row."""
-    x, stride = rows(x)
-    width = x.shape[-1]
-    number = x.numel() // width
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = torch.empty(2 * number if saving else 0, dtype=torch.float32, device=x.device)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    parameter = weight if weight is not None else bias if bias is not None else x
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            saved.data_ptr() if saving else 0,
-            x.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            number,
-            width,
-            stride,
-            eps,
-            DTYPES[x.dtype],
-            DTYPES[parameter.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("layer_norm", status)
-    return y, saved
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str, saving: bool = True
+) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: 1/std of each row, then the mean of each row (empty if not saving)."""
+    results: tuple[Tensor, Tensor] = body("layer_norm", backend).forward(x, weight, bias, eps, saving)
+    return results
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias; empty tensors for those that were not given."""
-    x, stride = rows(x)
-    dy = dy.contiguous()
-    width = x.shape[-1]
-    number = x.numel() // width
-    dx, dweight, dbias = gradients = _fake_backward(dy, x, weight, bias, saved)
-    # Sums over rows are cut by shape alone, so that threads do not change a bit.
-    blocks = max(1, min(64, number // 32))
-    workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
-    weight = None if weight is None else weight.contiguous()
-    parameter = weight if weight is not None else bias if bias is not None else x
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            0 if weight is None else dweight.data_ptr(),
-            0 if bias is None else dbias.data_ptr(),
-            workspace.data_ptr(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            saved.data_ptr(),
-            number,
-            width,
-            stride,
-            blocks,
-            DTYPES[x.dtype],
-            DTYPES[parameter.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("layer_norm", status)
+    gradients: tuple[Tensor, Tensor, Tensor] = body("layer_norm", backend).backward(dy, x, weight, bias, saved)
     return gradients
 
 
-_PACK, _PACK_BACKWARD = native.packer("layer_norm"), native.packer("layer_norm_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "layer_norm"), native.function("cpu", "layer_norm_backward")
-
-
 # As torch knows it: torch.ops.blip3o.layer_norm.
-def _fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(2 * (x.numel() // x.shape[-1]), dtype=torch.float32)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     dweight = x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
     dbias = x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
@@ -176,23 +114,25 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias, _, backend = inputs
     ctx.save_for_backward(x, weight, bias, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.options = (backend,)
 
 
 def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _wanted(context, _backward_op(dy, *context.saved_tensors))
+    return _wanted(context, _backward_op(dy, *context.saved_tensors, *context.options))
 
 
 _forward_op = register(
-    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     lambda x, *_, **__: 7 * torch.Size(x).numel(),
 )
 _backward_op = register(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved) -> (Tensor, Tensor, Tensor)",
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     lambda dy, *_, **__: 14 * torch.Size(dy).numel(),
@@ -202,12 +142,17 @@ register_gradient("layer_norm", _gradient, _setup)
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for shape in ((3, 7), (2, 5, 64), (33, 129), (4, 3, 1000), (257, 16), (1030, 40)):
+    for shape in ((3, 7), (2, 5, 64), (33, 129), (4, 3, 1000), (257, 16), (1030, 40), (5, 1152), (1, 1792), (2, 9001)):
         yield Sample(f"{shape}", (draw(*shape), draw(shape[-1]), draw(shape[-1])))
     yield Sample("no affine", (draw(5, 48),))
     yield Sample("no bias", (draw(5, 48), draw(48)))
     yield Sample("no weight", (draw(5, 48), None, draw(48)))
     yield Sample("far from 0", (draw(5, 48) + 30, draw(48), draw(48)))
+    # One column normalises to 0; what is left of a difference of equals is its gradient.
+    yield Sample("one column", (draw(5, 1), draw(1), draw(1), 0.5))
+    yield Sample("eps", (draw(5, 48, scale=0.1), draw(48), draw(48), 0.1))
+    yield Sample("bias, wide", (draw(9, 1152), None, draw(1152)))
+    yield Sample("strided last", (draw(6, 40)[:, ::2], draw(40)[::2], draw(40)[::2]))
     yield Sample("transposed", (draw(2, 3, 5, 32).transpose(1, 2), draw(32), draw(32)))
     yield Sample("split", (draw(2, 6, 96).split([40, 48, 8], dim=-1)[1], draw(48), draw(48)))
     wide = torch.promote_types(dtype, torch.float32)
@@ -221,5 +166,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "weight", "bias"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU, *TRITON),
 )

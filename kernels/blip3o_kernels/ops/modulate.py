@@ -5,7 +5,7 @@
 
 x [B, T, D] float; scale and shift [B, D] float, shift may be None; weight and bias [D] or None (bias only with
 norm="layer"); norm in {"rms", "layer"}. y has the dtype of x. Computed in float32 (float64 for float64 x), rounded
-once. The native body cannot be differentiated twice.
+once. The native and Triton bodies cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape, device or norm. Source: Peebles and Xie 2022, arXiv:2212.09748.
 """
 
@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import DTYPES
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
-from ..strides import conditions, rows
 
 
 def reference(
@@ -87,14 +86,14 @@ def modulate(
     if any(p is not None and p.dtype is not x.dtype for p in (scale, shift, weight, bias)):  # one dtype for all four
         scale = scale.to(torch.float32)
         shift, weight, bias = (None if p is None else p.to(torch.float32) for p in (shift, weight, bias))
-    options = (eps, norm == "layer")
+    options = (eps, norm == "layer", backend)
     if compiling or not (direct(x, scale) and plain(shift, weight, bias)):
         y: Tensor = _forward_op(x, scale, shift, weight, bias, *options)[0]
         return y
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, scale, shift, weight, bias)):
         y = _Modulate.apply(x, scale, shift, weight, bias, *options)
         return y
-    return _run(x, scale, shift, weight, bias, *options, saving=False)[0]
+    return _forward(x, scale, shift, weight, bias, *options, saving=False)[0]
 
 
 class _Modulate(torch.autograd.Function):
@@ -108,10 +107,11 @@ class _Modulate(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         centred: bool,
+        backend: str,
     ) -> Tensor:
-        y, saved = _forward(x, scale, shift, weight, bias, eps, centred)
+        y, saved = _forward(x, scale, shift, weight, bias, eps, centred, backend)
         context.save_for_backward(x, scale, weight, bias, saved)
-        context.options = (shift is not None, centred)
+        context.options = (shift is not None, centred, backend)
         return y
 
     @staticmethod
@@ -124,7 +124,7 @@ class _Modulate(torch.autograd.Function):
 def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of x, scale, shift, weight and bias that autograd asks for; the options have none."""
     needs = context.needs_input_grad
-    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None
+    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None, None
 
 
 def _forward(
@@ -135,56 +135,13 @@ def _forward(
     bias: Tensor | None,
     eps: float,
     centred: bool,
+    backend: str,
+    saving: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    return _run(x, scale, shift, weight, bias, eps, centred, saving=True)
-
-
-def _run(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool,
-    saving: bool,
-) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
-    x, stride = rows(x)
-    batch, tokens, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
-    scale, scale_stride = conditions(scale)
-    shift, shift_stride = (None, 0) if shift is None else conditions(shift)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            saved.data_ptr() if saving else 0,
-            x.data_ptr(),
-            scale.data_ptr(),
-            0 if shift is None else shift.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            batch,
-            tokens,
-            width,
-            stride,
-            scale_stride,
-            shift_stride,
-            eps,
-            centred,
-            DTYPES[x.dtype],
-            DTYPES[scale.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("modulate", status)
-    return y, saved
+    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean (empty if not saving)."""
+    forward = body("modulate", backend).forward
+    results: tuple[Tensor, Tensor] = forward(x, scale, shift, weight, bias, eps, centred, saving)
+    return results
 
 
 def _backward(
@@ -196,62 +153,17 @@ def _backward(
     saved: Tensor,
     shifted: bool,
     centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    backend: str,
+) -> tuple[Tensor, ...]:
     """The gradients of x, scale, shift, weight and bias; empty tensors for those that were not given."""
-    x, stride = rows(x)
-    dy = dy.contiguous()
-    batch, tokens, width = x.shape
-    dx, dscale, dshift, dweight, dbias = gradients = _fake_backward(dy, x, scale, weight, bias, saved, shifted, centred)
-    if not x.numel():
-        for gradient in gradients:
-            gradient.zero_()
-        return gradients
-    scale, scale_stride = conditions(scale)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    # Sums over samples are cut by shape alone, so that threads do not change a bit.
-    blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = torch.empty(blocks * 5 * width, dtype=torch.float32)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            dscale.data_ptr(),
-            dshift.data_ptr() if shifted else 0,
-            0 if weight is None else dweight.data_ptr(),
-            0 if bias is None else dbias.data_ptr(),
-            workspace.data_ptr(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            scale.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            saved.data_ptr(),
-            batch,
-            tokens,
-            width,
-            stride,
-            scale_stride,
-            blocks,
-            centred,
-            DTYPES[x.dtype],
-            DTYPES[scale.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("modulate", status)
+    backward = body("modulate", backend).backward
+    gradients: tuple[Tensor, ...] = backward(dy, x, scale, weight, bias, saved, shifted, centred)
     return gradients
-
-
-_PACK, _PACK_BACKWARD = native.packer("modulate"), native.packer("modulate_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "modulate"), native.function("cpu", "modulate_backward")
 
 
 # As torch knows it: torch.ops.blip3o.modulate.
 def _fake(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
-    centred: bool = inputs[-1]
+    centred: bool = inputs[-2]
     saved = x.new_empty((1 + centred) * x.shape[0] * x.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape), saved
 
@@ -264,8 +176,8 @@ def _fake_backward(
     bias: Tensor | None,
     saved: Tensor,
     shifted: bool,
-    centred: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *options: Any,
+) -> tuple[Tensor, ...]:
     def empty(given: bool, *shape: int) -> Tensor:
         return scale.new_empty(shape if given else 0)
 
@@ -275,10 +187,10 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, shift, weight, bias, _, centred = inputs
+    x, scale, shift, weight, bias, _, centred, backend = inputs
     ctx.save_for_backward(x, scale, weight, bias, output[1])
     ctx.mark_non_differentiable(output[1])
-    ctx.options = (shift is not None, centred)
+    ctx.options = (shift is not None, centred, backend)
 
 
 def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -286,15 +198,15 @@ def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None
 
 
 _forward_op = register(
-    "modulate(Tensor x, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, bool centred)"
-    " -> (Tensor, Tensor)",
+    "modulate(Tensor x, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, bool centred,"
+    " str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     lambda x, *_, **__: 8 * torch.Size(x).numel(),
 )
 _backward_op = register(
     "modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor? bias, Tensor saved, bool shifted,"
-    " bool centred) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool centred, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     lambda dy, *_, **__: 16 * torch.Size(dy).numel(),
@@ -305,15 +217,23 @@ register_gradient("modulate", _gradient, _setup)
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
     for norm in ("rms", "layer"):
-        for shape in ((1, 1, 8), (2, 5, 64), (3, 7, 129), (70, 9, 33)):
+        for shape in ((1, 1, 8), (2, 5, 64), (3, 7, 129), (20, 2, 33)):
             batch, _, width = shape
             yield Sample(f"{norm} {shape}", (draw(*shape), draw(batch, width), draw(batch, width)), {"norm": norm})
         yield Sample(f"{norm} weight", (draw(2, 3, 48), draw(2, 48)), {"norm": norm, "weight": draw(48)})
-        yield Sample(f"{norm} many samples", (draw(90, 4, 200), draw(90, 200)), {"norm": norm, "weight": draw(200)})
+        yield Sample(f"{norm} many samples", (draw(18, 5, 200), draw(18, 200)), {"norm": norm, "weight": draw(200)})
+        yield Sample(f"{norm} wide", (draw(2, 3, 1152), draw(2, 1152), draw(2, 1152)), {"norm": norm})
+        yield Sample(f"{norm} wider", (draw(1, 2, 1792), draw(1, 1792)), {"norm": norm, "weight": draw(1792)})
+        yield Sample(f"{norm} one token", (draw(12, 1, 64), draw(12, 64)), {"norm": norm, "eps": 0.1})
+    widest: dict[str, object] = {"norm": "layer", "weight": draw(9001), "bias": draw(9001)}
+    yield Sample("widest", (draw(2, 2, 9001), draw(2, 9001), draw(2, 9001)), widest)
+    yield Sample("far from 0", (draw(2, 3, 48) + 30, draw(2, 48), draw(2, 48)), {"norm": "layer"})
+    yield Sample("many tokens", (draw(2, 70, 200), draw(2, 200), draw(2, 200)), {"norm": "layer", "bias": draw(200)})
     affine: dict[str, object] = {"norm": "layer", "weight": draw(48), "bias": draw(48)}
     yield Sample("layer affine", (draw(2, 3, 48), draw(2, 48), draw(2, 48)), affine)
     yield Sample("chunked", (draw(2, 3, 48), *draw(2, 96).chunk(2, dim=-1)))
     yield Sample("strided rows", (draw(2, 6, 96).chunk(2, dim=-1)[1], draw(2, 48), draw(2, 48)), {"norm": "layer"})
+    yield Sample("strided last", (draw(2, 3, 96)[..., ::2], draw(2, 96)[:, ::2]), {"weight": draw(96)[::2]})
     yield Sample("transposed", (draw(5, 2, 32).transpose(0, 1), draw(32, 2).t()))
     wide = torch.promote_types(dtype, torch.float32)
     yield Sample("float32 condition", (draw(2, 3, 48), draw(2, 48, dtype=wide)), {"weight": draw(48)})
@@ -327,5 +247,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "scale", "shift", "weight", "bias"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU, *TRITON),
 )

@@ -4,7 +4,7 @@
 
 gate and up [..., M] float, same shape and dtype; y likewise. Without up, gate [..., 2M] holds both, gate first: what
 one matrix product gives. That form trains faster, because its gradient is one tensor and autograd has nothing to join.
-Computed in float32 (float64 for float64), rounded once. The native body cannot be differentiated twice.
+Computed in float32 (float64 for float64), rounded once. The native and Triton bodies cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Shazeer 2020, arXiv:2002.05202.
 """
 
@@ -18,12 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, transformed
-from ..native import DTYPES
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, register, register_gradient
 from ..samples import Draw, Sample
-from ..strides import rows
 
 
 def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -70,57 +69,15 @@ class _Swiglu(torch.autograd.Function):
         return dgate, None if up is None else dup, None
 
 
-def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, int, tuple[int, ...], tuple[int, ...]]:
-    """gate and up as the library reads them (to be kept alive), their width, their addresses, their strides."""
-    gate, gate_stride = rows(gate)
-    if up is None:
-        width = gate.shape[-1] // 2
-        address = gate.data_ptr()
-        return gate, None, width, (address, address + width * gate.element_size()), (gate_stride, gate_stride)
-    up, up_stride = rows(up)
-    return gate, up, gate.shape[-1], (gate.data_ptr(), up.data_ptr()), (gate_stride, up_stride)
-
-
 def _forward(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    dtype = DTYPES[gate.dtype]
-    gate, up, width, addresses, strides = _operands(gate, up)
-    y = gate.new_empty((*gate.shape[:-1], width) if up is None else gate.shape)
-    count = y.numel() // width if width else 0
-    status = _CPU_FORWARD(
-        _PACK(y.data_ptr(), *addresses, count, width, *strides, dtype, instruction_set(), torch.get_num_threads(), 0)
-    )
-    if status:
-        raise native.failed("swiglu", status)
+    y: Tensor = body("swiglu", backend).forward(gate, up)
     return y
 
 
 def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """dgate and dup; without up the gradient of both and an empty tensor."""
-    dtype = DTYPES[gate.dtype]
-    gate, up, width, addresses, strides = _operands(gate, up)
-    dy = dy.contiguous()
-    dgate = gate.new_empty(gate.shape)
-    dup = gate.new_empty(0 if up is None else up.shape)
-    second = dgate.data_ptr() + width * dgate.element_size() if up is None else dup.data_ptr()
-    arguments = (
-        dgate.data_ptr(),
-        second,
-        dy.data_ptr(),
-        *addresses,
-        dy.numel() // width if width else 0,
-        width,
-        *strides,
-        2 * width if up is None else width,
-        dtype,
-    )
-    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), torch.get_num_threads(), 0))
-    if status:
-        raise native.failed("swiglu", status)
-    return dgate, dup
-
-
-_PACK, _PACK_BACKWARD = native.packer("swiglu"), native.packer("swiglu_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "swiglu"), native.function("cpu", "swiglu_backward")
+    gradients: tuple[Tensor, Tensor] = body("swiglu", backend).backward(dy, gate, up)
+    return gradients
 
 
 # As torch knows it: torch.ops.blip3o.swiglu.
@@ -162,17 +119,20 @@ torch.library.register_vmap("blip3o::swiglu", _batched, lib=LIBRARY)
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for shape in ((1,), (3, 7), (2, 5, 64), (33, 129)):
+    for shape in ((1,), (3, 7), (2, 5, 64), (33, 129), (3, 1152), (1, 2, 1792)):
         yield Sample(f"{shape}", (draw(*shape, scale=3.0), draw(*shape)))
     yield Sample("chunked", tuple(draw(5, 96).chunk(2, dim=-1)))
     yield Sample("chunked 3-D", tuple(draw(3, 5, 42).chunk(2, dim=-1)))
     yield Sample("packed", (draw(2, 5, 96),))
     yield Sample("packed, odd", (draw(9, 74, scale=3.0),))
+    yield Sample("packed, wide", (draw(2, 2304),))
     yield Sample("packed, strided rows", (draw(6, 3, 40)[:, 1],))
     yield Sample("transposed", (draw(2, 3, 5, 32).transpose(1, 2), draw(2, 5, 3, 32)))
     yield Sample("strided last", (draw(6, 40)[:, ::2], draw(6, 20)))
     yield Sample("extreme", (draw(4, 32, scale=60.0), draw(4, 32)))
     yield Sample("no rows", (draw(0, 8), draw(0, 8)))
+    yield Sample("packed, no rows", (draw(2, 0, 8),))
+    yield Sample("no columns", (draw(3, 0),))
 
 
 OP = Op(
@@ -181,5 +141,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("gate", "up"),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
+    bodies=(NATIVE_CPU, *TRITON),
 )

@@ -1,0 +1,96 @@
+"""Calls csrc/cpu/gated_residual.cpp; the contract is ops/gated_residual.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import DTYPES
+from ..strides import conditions, rows
+
+_PACK, _PACK_BACKWARD = native.packer("gated_residual"), native.packer("gated_residual_backward")
+_CPU_FORWARD = native.function("cpu", "gated_residual")
+_CPU_BACKWARD = native.function("cpu", "gated_residual_backward")
+
+
+def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row."""
+    x, stride = rows(x)
+    residual, residual_stride = rows(residual)
+    gate, gate_stride = conditions(gate)
+    weight = None if weight is None else weight.contiguous()
+    batch, tokens, width = x.shape
+    y = x.new_empty(x.shape)
+    saved = x.new_empty(batch * (width if weight is None else width + tokens), dtype=torch.float32)
+    status = _CPU_FORWARD(
+        _PACK(
+            y.data_ptr(),
+            saved.data_ptr(),
+            residual.data_ptr(),
+            x.data_ptr(),
+            gate.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            batch,
+            tokens,
+            width,
+            residual_stride,
+            stride,
+            gate_stride,
+            eps,
+            DTYPES[x.dtype],
+            DTYPES[gate.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("gated_residual", status)
+    return y, saved
+
+
+def backward(
+    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, saved: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, gate and weight (without one an empty tensor)."""
+    x, stride = rows(x)
+    dy = dy.contiguous()
+    batch, tokens, width = x.shape
+    dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
+    dweight = gate.new_empty(0 if weight is None else width)
+    gradients = (dx, dgate, dweight)
+    if not x.numel():
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    weight = None if weight is None else weight.contiguous()
+    # Sums over samples are cut by shape alone, so that threads do not change a bit.
+    blocks = min(batch, 64, 1 + x.numel() // 16384)
+    workspace = torch.empty(blocks * 4 * width, dtype=torch.float32)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            dx.data_ptr(),
+            dgate.data_ptr(),
+            0 if weight is None else dweight.data_ptr(),
+            workspace.data_ptr(),
+            dy.data_ptr(),
+            x.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            saved.data_ptr(),
+            batch,
+            tokens,
+            width,
+            stride,
+            blocks,
+            DTYPES[x.dtype],
+            DTYPES[gate.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("gated_residual", status)
+    return gradients

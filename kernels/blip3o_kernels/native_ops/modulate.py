@@ -1,0 +1,123 @@
+"""Calls csrc/cpu/modulate.cpp; the contract is ops/modulate.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import DTYPES
+from ..strides import conditions, rows
+
+_PACK, _PACK_BACKWARD = native.packer("modulate"), native.packer("modulate_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "modulate"), native.function("cpu", "modulate_backward")
+
+
+def forward(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+    saving: bool,
+) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
+    x, stride = rows(x)
+    batch, tokens, width = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
+    scale, scale_stride = conditions(scale)
+    shift, shift_stride = (None, 0) if shift is None else conditions(shift)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    status = _CPU_FORWARD(
+        _PACK(
+            y.data_ptr(),
+            saved.data_ptr() if saving else 0,
+            x.data_ptr(),
+            scale.data_ptr(),
+            0 if shift is None else shift.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            batch,
+            tokens,
+            width,
+            stride,
+            scale_stride,
+            shift_stride,
+            eps,
+            centred,
+            DTYPES[x.dtype],
+            DTYPES[scale.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("modulate", status)
+    return y, saved
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    saved: Tensor,
+    shifted: bool,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, scale, shift, weight and bias; empty tensors for those that were not given."""
+    x, stride = rows(x)
+    dy = dy.contiguous()
+    batch, tokens, width = x.shape
+    dx, dscale = x.new_empty(x.shape), scale.new_empty(batch, width)
+    dshift = scale.new_empty((batch, width) if shifted else 0)
+    dweight, dbias = (scale.new_empty(0 if p is None else width) for p in (weight, bias))
+    gradients = (dx, dscale, dshift, dweight, dbias)
+    if not x.numel():
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    scale, scale_stride = conditions(scale)
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    # Sums over samples are cut by shape alone, so that threads do not change a bit.
+    blocks = min(batch, 64, 1 + x.numel() // 16384)
+    workspace = torch.empty(blocks * 5 * width, dtype=torch.float32)
+    status = _CPU_BACKWARD(
+        _PACK_BACKWARD(
+            dx.data_ptr(),
+            dscale.data_ptr(),
+            dshift.data_ptr() if shifted else 0,
+            0 if weight is None else dweight.data_ptr(),
+            0 if bias is None else dbias.data_ptr(),
+            workspace.data_ptr(),
+            dy.data_ptr(),
+            x.data_ptr(),
+            scale.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            saved.data_ptr(),
+            batch,
+            tokens,
+            width,
+            stride,
+            scale_stride,
+            blocks,
+            centred,
+            DTYPES[x.dtype],
+            DTYPES[scale.dtype],
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
+    )
+    if status:
+        raise native.failed("modulate", status)
+    return gradients
