@@ -3,6 +3,7 @@ shapes, infinities and NaN; and the same bits every time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -141,6 +142,9 @@ def test_infinities_and_nan(op: Op, backend: str, value: float) -> None:
     """One such element in each input: NaN and infinities come out where the reference has them."""
     for sample in variants(op):
         arguments = bound(op, sample)
+        hides = {"attn_mask", "is_causal", "window_size", "cu_seqlens_q"} & set(arguments)
+        if op.name == "attention" and math.isinf(value) and hides:
+            continue  # the reference hides keys behind a finite number; where all else is -infinity it would see them
         for name, x in floating(arguments).items():
             spoilt = torch.empty(x.shape).copy_(x)
             spoilt.view(-1)[spoilt.numel() // 2] = value

@@ -62,17 +62,18 @@ def reference(
     batch, heads, tokens, head_dim = query.shape
     groups, keys = key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
+    shared = True if groups != heads else False  # noqa: SIM210  a branch, so that torch.compile has a bool and no symbol
     left, right = window_size or (-1, -1)
     window = (left, 0 if is_causal else right)
     empty = attn_mask is not None or cu_seqlens_q is not None or tokens > keys  # whether a query may see nothing
     if tokens * keys >= LONG and not softcap:
         if is_causal and tokens == keys and left < 0 and attn_mask is None and cu_seqlens_q is None:
             return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=groups != heads
+                query, key, value, is_causal=True, scale=scale, enable_gqa=shared
             )
         blocked = masks.hidden(tokens, keys, window, cu_seqlens_q, cu_seqlens_k, query.device)
         additive, dead = masks.additive(attn_mask, blocked, query.dtype, empty)
-        y = F.scaled_dot_product_attention(query, key, value, additive, scale=scale, enable_gqa=groups != heads)
+        y = F.scaled_dot_product_attention(query, key, value, additive, scale=scale, enable_gqa=shared)
         return y if dead is None else y.masked_fill(dead, 0)
     dtype = checks.wide(query.dtype)
     wide_query, wide_key, wide_value = query.to(dtype) * scale, key.to(dtype), value.to(dtype)

@@ -68,7 +68,7 @@ def flow_timesteps(
     philox.check_draw(draw)
     if distribution not in DISTRIBUTIONS:
         checks.fail("distribution", "'uniform' or 'logit_normal'", repr(distribution))
-    if not math.isfinite(mean):
+    if not -math.inf < mean < math.inf:
         checks.fail("mean", "a finite number", mean)
     for name, value in (("std", std), ("shift", shift)):
         if not 0 < value < math.inf:
