@@ -36,7 +36,7 @@ MATRIX = {
     "layer_norm": NATIVE,
     "modulate": NATIVE,
     "gated_residual": NATIVE,
-    "rope": NATIVE,
+    "rope": {**NATIVE, **TRITON},
     "attention": NATIVE,
     "swiglu": NATIVE,
     "flow_interpolate": NATIVE,
