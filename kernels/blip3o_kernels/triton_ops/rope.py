@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rotation import load_angles, load_pairs, store_pairs, table, tile, turned
+from .rotation import load_angles, load_pairs, pairs, store_pairs, table, tile, turned
 
 ELEMENTS = 4096  # of a tile: 4 warps with 32 floats a thread
 
@@ -25,6 +25,7 @@ def _kernel(
     tokens,
     head_dim,
     half,
+    rest,
     table_stride,
     y_batch,
     y_head,
@@ -51,10 +52,10 @@ def _kernel(
         head = (start + tl.arange(0, HEADS)).to(tl.int64)[None, :, None]
         inside = (token < tokens) & (head < heads)
         rows = head * x_head + token * x_token
-        first, second = load_pairs(x_ptr, rows, inside, half, head_dim, INTERLEAVED, PARTIAL, PAIRS)
+        first, second = load_pairs(x_ptr, rows, inside, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
         first, second = turned(first, second, cos, sin, half, PARTIAL, PAIRS)
         rows = head * y_head + token * y_token
-        store_pairs(y_ptr, rows, inside, first, second, half, head_dim, INTERLEAVED, PARTIAL, PAIRS)
+        store_pairs(y_ptr, rows, inside, first, second, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -74,8 +75,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
     batch, heads, tokens, head_dim = x.shape
     cos, sin, table_stride = table(cos, sin, tokens)
     half = cos.shape[-1]
-    pairs = triton.next_power_of_2((head_dim + 1) // 2)
-    block_tokens, block_heads = tile(heads, tokens, pairs, ELEMENTS)
+    rest, width = pairs(head_dim, half)
+    block_tokens, block_heads = tile(heads, tokens, width, ELEMENTS)
     with torch.cuda.device_of(x):
         _kernel[(batch * triton.cdiv(tokens, block_tokens),)](
             y,
@@ -86,6 +87,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
             tokens,
             head_dim,
             half,
+            rest,
             table_stride,
             *y.stride()[:3],
             *x.stride()[:3],
@@ -94,7 +96,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
             PARTIAL=2 * half < head_dim,
             TOKENS=block_tokens,
             HEADS=block_heads,
-            PAIRS=pairs,
-            num_warps=min(max(block_tokens * block_heads * pairs // 512, 1), 4),
+            PAIRS=width,
+            num_warps=min(max(block_tokens * block_heads * width // 512, 1), 4),
         )
     return y
