@@ -71,6 +71,40 @@ BLIP3O_API int blip3o_cpu_rms_norm_backward(const blip3o_rms_norm_backward_argum
 BLIP3O_API int blip3o_cuda_rms_norm(const blip3o_rms_norm_arguments* arguments);
 BLIP3O_API int blip3o_cuda_rms_norm_backward(const blip3o_rms_norm_backward_arguments* arguments);
 
+/* add_rms_norm as kernels/blip3o_kernels/ops/add_rms_norm.py defines it; conventions as for rms_norm. Rows of x and rows of residual
+ * are so many elements apart; everything else is contiguous. */
+typedef struct {
+  void* y;
+  void* added;
+  const void* x;
+  const void* residual;
+  const void* weight; /* null: no gain */
+  int64_t rows, width, stride, residual_stride;
+  float eps, offset;
+  int dtype, weight_dtype, round_before_weight;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_add_rms_norm_arguments;
+
+/* As for rms_norm. dx is the gradient of x and of residual. */
+typedef struct {
+  void* dx;
+  void* dweight;  /* null: not wanted */
+  float* partial; /* [blocks, width]; null without dweight */
+  const void* dy;
+  const void* dadded; /* null: zeros */
+  const void* added;
+  const void* weight;
+  int64_t rows, width, blocks;
+  float eps, offset;
+  int dtype, weight_dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_add_rms_norm_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_add_rms_norm(const blip3o_add_rms_norm_arguments* arguments);
+BLIP3O_API int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* arguments);
+
 /* modulate as kernels/blip3o_kernels/ops/modulate.py defines it, with norm="layer" where `centred` is 1. condition_dtype: that of
  * scale, shift, weight, bias and their gradients; the same as dtype, or float32. Rows of x, and rows of scale and of shift, are so
  * many elements apart; everything else is contiguous. saved: 1/std of each row, then, if centred, the mean of each row. */

@@ -33,6 +33,7 @@ CUDA = {("native", "cuda"): BOTH}
 TRITON = {("triton", "cuda"): BOTH, ("triton", "cpu"): BOTH}
 MATRIX = {
     "rms_norm": {**NATIVE, **CUDA, **TRITON},
+    "add_rms_norm": {**NATIVE, **TRITON},
     "layer_norm": NATIVE,
     "modulate": NATIVE,
     "gated_residual": NATIVE,

@@ -6,6 +6,7 @@ Each op is one word: `ops/<op>.py` is its contract, `OPS` the table of all of th
 """
 
 from .dispatch import BackendError, Op, explain, use
+from .ops import add_rms_norm as _add_rms_norm
 from .ops import attention as _attention
 from .ops import flow_interpolate as _flow_interpolate
 from .ops import flow_loss as _flow_loss
@@ -18,6 +19,7 @@ from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import swiglu as _swiglu
 from .ops import timestep_embedding as _timestep_embedding
+from .ops.add_rms_norm import add_rms_norm
 from .ops.attention import attention
 from .ops.flow_interpolate import flow_interpolate
 from .ops.flow_loss import flow_loss
@@ -33,6 +35,7 @@ from .ops.timestep_embedding import timestep_embedding
 
 OPS: tuple[Op, ...] = (
     _rms_norm.OP,
+    _add_rms_norm.OP,
     _layer_norm.OP,
     _modulate.OP,
     _gated_residual.OP,
@@ -50,6 +53,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "Op",
+    "add_rms_norm",
     "attention",
     "explain",
     "flow_interpolate",

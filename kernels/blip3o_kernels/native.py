@@ -29,6 +29,8 @@ CHUNK = 1024  # BLIP3O_CHUNK
 FORMATS = {
     "rms_norm": "PPPqqqffiiiiiP",
     "rms_norm_backward": "PPPPPPqqqqffiiiiP",
+    "add_rms_norm": "PPPPPqqqqffiiiiiP",
+    "add_rms_norm_backward": "PPPPPPPqqqffiiiiP",
     "modulate": "PPPPPPPqqqqqqfiiiiiP",
     "modulate_backward": "PPPPPPPPPPPPqqqqqqiiiiiP",
     "gated_residual": "PPPPPPqqqqqqfiiiiP",
