@@ -326,6 +326,59 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
 
+/* qk_norm_rope as kernels/blip3o_kernels/ops/qk_norm_rope.py defines it. query and query_y [batch, heads, tokens, head_dim], key and
+ * key_y with `groups` heads; their last dimension is contiguous, and query_y and key_y are dense as [batch, tokens, heads, head_dim].
+ * across_width: the heads of query and of key must be adjacent. parameter_dtype: that of weights and biases; the same as dtype, or
+ * float32. The tables are those of rope. */
+typedef struct {
+  void* query_y;
+  void* key_y;
+  const void* query;
+  const void* key;
+  const void* query_weight;
+  const void* key_weight;
+  const void* query_bias; /* null: none */
+  const void* key_bias;   /* null: none */
+  const float* cos;
+  const float* sin;
+  int64_t batch, heads, groups, tokens, head_dim, half, table_stride;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token; /* strides */
+  float eps;
+  int dtype, parameter_dtype, centred, across_width, interleaved;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_qk_norm_rope_arguments;
+
+/* The tokens are cut into `blocks` equal runs, each with its own part of the workspace [blocks, 7, span], where span is head_dim, or
+ * across_width that of all heads or of all groups, whichever are more. dquery and dkey are dense as query_y is. */
+typedef struct {
+  void* dquery;
+  void* dkey;
+  void* dquery_weight; /* null, as its bias and those of the key: not wanted */
+  void* dkey_weight;
+  void* dquery_bias;
+  void* dkey_bias;
+  float* workspace;
+  const void* query_dy;
+  const void* key_dy;
+  const void* query;
+  const void* key;
+  const void* query_weight;
+  const void* key_weight;
+  const float* cos;
+  const float* sin;
+  int64_t batch, heads, groups, tokens, head_dim, half, table_stride, blocks;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token; /* strides */
+  int64_t query_dy_batch, query_dy_head, query_dy_token, key_dy_batch, key_dy_head, key_dy_token;
+  float eps;
+  int dtype, parameter_dtype, centred, across_width, interleaved;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_qk_norm_rope_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_qk_norm_rope(const blip3o_qk_norm_rope_arguments* arguments);
+BLIP3O_API int blip3o_cpu_qk_norm_rope_backward(const blip3o_qk_norm_rope_backward_arguments* arguments);
+
 /* attention: the layouts are [batch, heads or groups, tokens or keys, dims] with a contiguous last dimension; heads is a multiple
  * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that
  * are added to the scaled scores (2); its last dimension is contiguous. causal is aligned bottom-right. The workspace has

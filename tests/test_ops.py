@@ -38,6 +38,7 @@ MATRIX = {
     "modulate": NATIVE,
     "gated_residual": NATIVE,
     "rope": {**NATIVE, **TRITON},
+    "qk_norm_rope": {**NATIVE, **TRITON},
     "attention": NATIVE,
     "swiglu": NATIVE,
     "flow_interpolate": NATIVE,

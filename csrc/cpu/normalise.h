@@ -52,8 +52,8 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
 // With n = (x - mean) * rstd and u = dy * gain:
 //   dx = rstd * (u - mean(u) - n * mean(u * n)), without mean(u) if not CENTRED
 //   scaled [width] takes the sum of dy * n, plain [width] that of dy; `first`: they start here.
-template <int R, bool CENTRED, class T>
-static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const T* dy, const T* x, int64_t stride,
+template <int R, bool CENTRED, class T, class D>
+static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const D* dy, const T* x, int64_t stride,
                                  const float* gain, const float* rstds, const float* means, int64_t width) {
   Floats rstd[R], mean[R] = {}, dots[R] = {}, totals[R] = {};
   for (int r = 0; r < R; ++r) {
@@ -74,7 +74,7 @@ static inline void backward_rows(T* dx, float* scaled, float* plain, bool first,
   }
   columns(width, [&](int64_t i, auto n) {
     const Floats g = load(gain + i, n);
-    Floats s = first ? Floats{} : load(scaled + i, n), p = first ? Floats{} : load(plain + i, n);
+    Floats s{}, p{};  // of these rows alone: shorter chains round less
     for (int r = 0; r < R; ++r) {
       const Floats d = load(dy + r * width + i, n), v = load(x + r * stride + i, n);
       const Floats normed = (CENTRED ? v - mean[r] : v) * rstd[r];
@@ -83,8 +83,8 @@ static inline void backward_rows(T* dx, float* scaled, float* plain, bool first,
       const Floats u = CENTRED ? g * d - totals[r] : g * d;
       store(dx + r * width + i, rstd[r] * (u - normed * dots[r]), n);
     }
-    store(scaled + i, s, n);
-    store(plain + i, p, n);
+    store(scaled + i, first ? s : load(scaled + i, n) + s, n);
+    store(plain + i, first ? p : load(plain + i, n) + p, n);
   });
 }
 

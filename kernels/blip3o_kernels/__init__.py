@@ -15,6 +15,7 @@ from .ops import gated_residual as _gated_residual
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import modulate as _modulate
+from .ops import qk_norm_rope as _qk_norm_rope
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import swiglu as _swiglu
@@ -28,6 +29,7 @@ from .ops.gated_residual import gated_residual
 from .ops.layer_norm import layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.modulate import modulate
+from .ops.qk_norm_rope import qk_norm_rope
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope, rope_table, rope_table_2d, rope_table_multimodal
 from .ops.swiglu import swiglu
@@ -40,6 +42,7 @@ OPS: tuple[Op, ...] = (
     _modulate.OP,
     _gated_residual.OP,
     _rope.OP,
+    _qk_norm_rope.OP,
     _attention.OP,
     _swiglu.OP,
     _timestep_embedding.OP,
@@ -63,6 +66,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "modulate",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
     "rope_table",

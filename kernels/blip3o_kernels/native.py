@@ -44,6 +44,8 @@ FORMATS = {
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
+    "qk_norm_rope": "PPPPPPPPPPqqqqqqqqqqqqqfiiiiiiiP",
+    "qk_norm_rope_backward": "PPPPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqfiiiiiiiP",
     "attention": "PPPPPPPqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
     "attention_backward": "PPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
 }

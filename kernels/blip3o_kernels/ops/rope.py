@@ -52,16 +52,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         checks.floating("x", x)
     if x.dim() != 4:
         checks.fail("x", "shape [B, H, T, K]", list(x.shape))
-    batch, _, tokens, head_dim = x.shape
-    half = cos.shape[-1]
-    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
-        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
-    if 2 * half > head_dim:
-        checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
-    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
-        raise TypeError(f"cos: expected float32, got {cos.dtype}")
-    checks.like("sin", sin, "cos", cos)
-    checks.same_device("cos", cos, "x", x)
+    check_tables(cos, sin, x)
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
@@ -73,6 +64,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         y = _Rope.apply(x, cos, sin, interleaved, backend)
         return y
     return _forward(x, cos, sin, interleaved, backend)
+
+
+def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
+    """Raises unless cos and sin fit x [B, H, T, K]."""
+    batch, _, tokens, head_dim = x.shape
+    half = cos.shape[-1]
+    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
+        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
+    if 2 * half > head_dim:
+        checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
+    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
+        raise TypeError(f"cos: expected float32, got {cos.dtype}")
+    checks.like("sin", sin, "cos", cos)
+    checks.same_device("cos", cos, "x", x)
 
 
 class _Rope(torch.autograd.Function):
