@@ -169,7 +169,13 @@ def test_one_op_one_word() -> None:
     files = {path.stem for path in kernels.glob("ops/*.py")} - {"__init__"}
     assert files == names
     assert {path.stem for path in kernels.glob("native_ops/*.py")} - {"__init__"} <= names
-    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - {"__init__", "numbers", "normed_rotation", "rotation", "sums"} <= names
+    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - {
+        "__init__",
+        "numbers",
+        "normed_rotation",
+        "rotation",
+        "sums",
+    } <= names
     assert {path.stem for path in ROOT.glob("csrc/cpu/*.cpp")} - {"instruction_sets"} <= names
     assert {path.stem for path in ROOT.glob("csrc/cuda/*.cu")} - {"library"} <= names
     places = {

@@ -37,9 +37,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     wide = checks.wide(x.dtype)
     added = (residual.to(wide) + x.to(wide)).to(x.dtype)
-    y = rms_norm.reference(
-        added, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight
-    )
+    y = rms_norm.reference(added, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     return y, added
 
 
@@ -66,9 +64,7 @@ def add_rms_norm(
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
-        return reference(
-            x, residual, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight
-        )
+        return reference(x, residual, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     if weight is not None and weight.dtype is not x.dtype:
         weight = weight.to(torch.float32)
     options = (eps, weight_offset, round_before_weight, backend)
@@ -169,9 +165,7 @@ def _batched(
         return _forward_op(x, residual, weight, *options), (0, 0)
     gains = weight.movedim(dims[2], 0).view(count, *[1] * (x.dim() - 2), -1)
     eps, weight_offset, round_before_weight, _ = options
-    result = reference(
-        x, residual, gains, eps, weight_offset=weight_offset, round_before_weight=round_before_weight
-    )
+    result = reference(x, residual, gains, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     return result, (0, 0)
 
 
@@ -201,7 +195,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     # equals.
     yield Sample("(2, 1)", (draw(2, 1), draw(2, 1), draw(1), 0.5))
     yield Sample("no weight", (draw(5, 48), draw(5, 48)))
-    gemma = {"weight_offset": 1.0, "round_before_weight": False}
+    gemma: dict[str, object] = {"weight_offset": 1.0, "round_before_weight": False}
     yield Sample("gemma", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), gemma)
     yield Sample("offset", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0})
     weight = draw(48, dtype=torch.promote_types(dtype, torch.float32))

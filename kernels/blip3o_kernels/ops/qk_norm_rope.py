@@ -82,7 +82,7 @@ def qk_norm_rope(
     checks.floating("query", query)
     if query.dim() != 4 or not query.shape[3]:
         checks.fail("query", "shape [B, H, T, K] with K > 0", list(query.shape))
-    batch, heads, tokens, head_dim = query.shape
+    batch, _, tokens, head_dim = query.shape
     if key.dim() != 4 or key.shape != (batch, key.shape[1], tokens, head_dim):
         checks.fail("key", f"shape [{batch}, G, {tokens}, {head_dim}]", list(key.shape))
     if key.dtype is not query.dtype:

@@ -72,23 +72,17 @@ def forward_side(
             x_ptr, x_rows + head * x_head, inside, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
         )
         count = heads * head_dim if WIDTH else head_dim
-        mean, rstd = _moments(
-            first, second, inside & has_first, inside & has_second, count, eps, CENTRED, WIDTH
-        )
+        mean, rstd = _moments(first, second, inside & has_first, inside & has_second, count, eps, CENTRED, WIDTH)
         if CENTRED:
             first -= mean
             second -= mean
         parameters = head * head_dim if WIDTH else tl.zeros([1, 1, 1], dtype=tl.int64)
         given = head < heads if WIDTH else tl.full([1, 1, 1], True, dtype=tl.int1)
-        left, right = load_pairs(
-            weight_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
-        )
+        left, right = load_pairs(weight_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
         first = first * rstd * left
         second = second * rstd * right
         if BIASED:
-            left, right = load_pairs(
-                bias_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
-            )
+            left, right = load_pairs(bias_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
             first += left
             second += right
         first, second = turned(first, second, cos, sin, half, PARTIAL, PAIRS)
@@ -174,9 +168,7 @@ def backward_side(
             gain_first, gain_second = load_pairs(
                 weight_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
             )
-            mean, rstd = _moments(
-                first, second, inside & has_first, inside & has_second, count, eps, CENTRED, WIDTH
-            )
+            mean, rstd = _moments(first, second, inside & has_first, inside & has_second, count, eps, CENTRED, WIDTH)
             kept = tl.where(inside, rstd, 0.0)  # outside, 0 * rstd may be NaN where eps is 0
             if CENTRED:
                 first -= mean

@@ -43,9 +43,7 @@ def _kernel(
     tiles = tl.cdiv(tokens, TOKENS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    cos, sin = load_angles(
-        cos_ptr, sin_ptr, sample * table_stride + token * half, token < tokens, half, INVERSE, PAIRS
-    )
+    cos, sin = load_angles(cos_ptr, sin_ptr, sample * table_stride + token * half, token < tokens, half, INVERSE, PAIRS)
     y_ptr += sample * y_batch
     x_ptr += sample * x_batch
     for start in range(0, heads, HEADS):

@@ -103,6 +103,6 @@ def table(cos: Tensor, sin: Tensor, tokens: int) -> tuple[Tensor, Tensor, int]:
 
 
 def tile(heads: int, tokens: int, width: int, elements: int) -> tuple[int, int]:
-    """TOKENS and HEADS of a tile of so many pairs a head and elements in all; all heads of a token before more tokens."""
+    """TOKENS and HEADS of a tile with so many pairs a head and elements in all: first all heads, then more tokens."""
     block = min(triton.next_power_of_2(heads), max(elements // (2 * width), 1))
     return min(triton.next_power_of_2(tokens), max(elements // (2 * width * block), 1)), block
