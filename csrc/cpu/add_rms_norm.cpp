@@ -18,16 +18,6 @@ extern "C" int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backwa
 
 #include "normalise.h"
 
-// A sum over a row in runs of 16 vectors: one chain over a wide row would lose a digit that all its elements share.
-struct Total {
-  Floats whole{}, run{};
-  void add(int64_t i, Floats v) {
-    run += v;
-    if ((i / BLIP3O_LANES & 15) == 15) whole += run, run = Floats{};
-  }
-  float value() const { return sum(whole + run); }
-};
-
 static inline float reciprocal_rms(const Total& squares, int64_t width, float eps) {  // in double, as moments() does
   return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares.value()) / static_cast<double>(width) + eps));
 }

@@ -226,8 +226,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         for norm in ("rms", "layer"):
             for interleaved in (False, True):
                 options = {"norm": norm, "across": across, "interleaved": interleaved}
-                yield sample(f"{across} {norm} {interleaved}", (2, 3, 1, 5, 16), 16, norm == "layer", **options)
-                yield sample(f"{across} {norm} {interleaved} part", (1, 2, 2, 3, 11), 4, norm == "rms", **options)
+                yield sample(f"{across} {norm} {interleaved}", (2, 3, 1, 17, 16), 16, norm == "layer", **options)
+                yield sample(f"{across} {norm} {interleaved} part", (1, 2, 1, 3, 7), 4, norm == "rms", **options)
         yield sample(f"{across} 1152", (1, 18, 18, 2, 64), 64, True, norm="layer", across=across, interleaved=True)
         yield sample(f"{across} 1792", (1, 28, 4, 2, 64), 64, False, across=across)
         yield sample(f"{across} no key", (2, 3, 0, 3, 8), 8, False, across=across)

@@ -1,241 +1,24 @@
 """Normalised and rotated queries and keys in Triton; the contract is ops/qk_norm_rope.py.
 
-One launch does queries and keys: the first programs a few tokens' queries each, the others keys. What they do with a
-tile is in normed_rotation.py. The backward pass gives each program a run of tiles and partial sums of its own: no
-atomics.
+One launch does queries and keys: the first programs a few tokens' queries each, the others keys. The kernels are in
+normed_rotation.py and normed_rotation_backward.py. The backward pass gives each program a run of tiles and partial
+sums of its own: no atomics.
 """
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..ops.qk_norm_rope import gradients_like, rows_like
-from .normed_rotation import backward_side, forward_side
+from .normed_rotation import forward_kernel
+from .normed_rotation_backward import backward_kernel
 from .rotation import pairs, table, tile
 from .sums import add_up
 
 ELEMENTS = 4096  # of a tile; backwards half as many, which share the registers with the sums
 MAX_BLOCKS = 512
-
-
-@triton.jit
-def _forward_kernel(
-    query_y_ptr,
-    key_y_ptr,
-    query_ptr,
-    key_ptr,
-    query_weight_ptr,
-    key_weight_ptr,
-    query_bias_ptr,
-    key_bias_ptr,
-    cos_ptr,
-    sin_ptr,
-    query_tiles,
-    heads,
-    query_batch,
-    query_head,
-    query_token,
-    groups,
-    key_batch,
-    key_head,
-    key_token,
-    tokens,
-    head_dim,
-    half,
-    rest,
-    table_stride,
-    eps,
-    QUERY_BIASED: tl.constexpr,
-    QUERY_TOKENS: tl.constexpr,
-    QUERY_HEADS: tl.constexpr,
-    KEY_BIASED: tl.constexpr,
-    KEY_TOKENS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    CENTRED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    if program < query_tiles:
-        forward_side(
-            program,
-            query_y_ptr,
-            query_ptr,
-            query_weight_ptr,
-            query_bias_ptr,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            query_batch,
-            query_head,
-            query_token,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            QUERY_BIASED,
-            QUERY_TOKENS,
-            QUERY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
-    else:
-        forward_side(
-            program - query_tiles,
-            key_y_ptr,
-            key_ptr,
-            key_weight_ptr,
-            key_bias_ptr,
-            cos_ptr,
-            sin_ptr,
-            groups,
-            key_batch,
-            key_head,
-            key_token,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            KEY_BIASED,
-            KEY_TOKENS,
-            KEY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
-
-
-@triton.jit
-def _backward_kernel(
-    dquery_ptr,
-    dkey_ptr,
-    query_partial_ptr,
-    key_partial_ptr,
-    query_dy_ptr,
-    key_dy_ptr,
-    query_ptr,
-    key_ptr,
-    query_weight_ptr,
-    key_weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    query_blocks,
-    key_blocks,
-    heads,
-    query_dy_batch,
-    query_dy_head,
-    query_dy_token,
-    query_batch,
-    query_head,
-    query_token,
-    groups,
-    key_dy_batch,
-    key_dy_head,
-    key_dy_token,
-    key_batch,
-    key_head,
-    key_token,
-    batch,
-    tokens,
-    head_dim,
-    half,
-    rest,
-    table_stride,
-    eps,
-    WANTED: tl.constexpr,
-    QUERY_TOKENS: tl.constexpr,
-    QUERY_HEADS: tl.constexpr,
-    KEY_TOKENS: tl.constexpr,
-    KEY_HEADS: tl.constexpr,
-    CENTRED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
-    program = tl.program_id(0)
-    if program < query_blocks:
-        backward_side(
-            program,
-            query_blocks,
-            dquery_ptr,
-            query_partial_ptr,
-            query_dy_ptr,
-            query_ptr,
-            query_weight_ptr,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            query_dy_batch,
-            query_dy_head,
-            query_dy_token,
-            query_batch,
-            query_head,
-            query_token,
-            batch,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            WANTED,
-            QUERY_TOKENS,
-            QUERY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
-    else:
-        backward_side(
-            program - query_blocks,
-            key_blocks,
-            dkey_ptr,
-            key_partial_ptr,
-            key_dy_ptr,
-            key_ptr,
-            key_weight_ptr,
-            cos_ptr,
-            sin_ptr,
-            groups,
-            key_dy_batch,
-            key_dy_head,
-            key_dy_token,
-            key_batch,
-            key_head,
-            key_token,
-            batch,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            WANTED,
-            KEY_TOKENS,
-            KEY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
 
 
 def _tile(x: Tensor, width: int, across_width: bool, elements: int) -> tuple[int, int, int]:
@@ -277,7 +60,7 @@ def forward(
     if not query_tiles + key_tiles:
         return query_y, key_y
     with torch.cuda.device_of(query):
-        _forward_kernel[(query_tiles + key_tiles,)](
+        forward_kernel[(query_tiles + key_tiles,)](
             query_y,
             key_y,
             query,
@@ -347,7 +130,7 @@ def backward(
     )
     if query_blocks + key_blocks:
         with torch.cuda.device_of(query):
-            _backward_kernel[(query_blocks + key_blocks,)](
+            backward_kernel[(query_blocks + key_blocks,)](
                 gradients[0],
                 gradients[1],
                 query_partial,
