@@ -22,12 +22,12 @@ static inline void groups(int64_t rows, F f) {
   for (; row < rows; ++row) f(row, Number<1>{});
 }
 
-// A sum over a row in runs of 16 vectors: one chain over a wide row would lose a digit that all its elements share.
+// A sum over a row in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
 struct Total {
   Floats whole{}, run{};
   void add(int64_t i, Floats v) {
     run += v;
-    if ((i / BLIP3O_LANES & 15) == 15) whole += run, run = Floats{};
+    if ((i / BLIP3O_LANES & 31) == 31) whole += run, run = Floats{};
   }
   float value() const { return sum(whole + run); }
 };

@@ -123,6 +123,7 @@ def backward(
     rest, width = pairs(head_dim, half)
     query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS // 2)
     key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS // 2)
+    share = 4 if across_width else 2  # a tile with all heads is large: more warps
     query_blocks, key_blocks = (min(MAX_BLOCKS, (tiles + 3) // 4) for tiles in (query_tiles, key_tiles))
     query_partial, key_partial = (  # sums of the weight's gradient, then of the bias's
         torch.empty(blocks, 2, len(weight), dtype=torch.float32, device=query.device)
@@ -168,7 +169,7 @@ def backward(
                 INTERLEAVED=interleaved,
                 PARTIAL=2 * half < head_dim,
                 PAIRS=width,
-                num_warps=_warps(2 * width * query_tokens * query_heads, 2 * width * key_tokens * key_heads),
+                num_warps=_warps(share * width * query_tokens * query_heads, share * width * key_tokens * key_heads),
             )
     for gradient, partial, i in zip(gradients[2:], (query_partial, key_partial) * 2, (0, 0, 1, 1), strict=True):
         add_up(gradient, partial[:, i])
