@@ -71,6 +71,40 @@ BLIP3O_API int blip3o_cpu_rms_norm_backward(const blip3o_rms_norm_backward_argum
 BLIP3O_API int blip3o_cuda_rms_norm(const blip3o_rms_norm_arguments* arguments);
 BLIP3O_API int blip3o_cuda_rms_norm_backward(const blip3o_rms_norm_backward_arguments* arguments);
 
+/* add_rms_norm as kernels/blip3o_kernels/ops/add_rms_norm.py defines it; conventions as for rms_norm. Rows of x and rows of residual
+ * are so many elements apart; everything else is contiguous. */
+typedef struct {
+  void* y;
+  void* added;
+  const void* x;
+  const void* residual;
+  const void* weight; /* null: no gain */
+  int64_t rows, width, stride, residual_stride;
+  float eps, offset;
+  int dtype, weight_dtype, round_before_weight;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_add_rms_norm_arguments;
+
+/* As for rms_norm. dx is the gradient of x and of residual. */
+typedef struct {
+  void* dx;
+  void* dweight;  /* null: not wanted */
+  float* partial; /* [blocks, width]; null without dweight */
+  const void* dy;
+  const void* dadded; /* null: zeros */
+  const void* added;
+  const void* weight;
+  int64_t rows, width, blocks;
+  float eps, offset;
+  int dtype, weight_dtype;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_add_rms_norm_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_add_rms_norm(const blip3o_add_rms_norm_arguments* arguments);
+BLIP3O_API int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* arguments);
+
 /* modulate as kernels/blip3o_kernels/ops/modulate.py defines it, with norm="layer" where `centred` is 1. condition_dtype: that of
  * scale, shift, weight, bias and their gradients; the same as dtype, or float32. Rows of x, and rows of scale and of shift, are so
  * many elements apart; everything else is contiguous. saved: 1/std of each row, then, if centred, the mean of each row. */
@@ -388,6 +422,59 @@ typedef struct {
 } blip3o_rope_arguments;
 
 BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
+
+/* qk_norm_rope as kernels/blip3o_kernels/ops/qk_norm_rope.py defines it. query and query_y [batch, heads, tokens, head_dim], key and
+ * key_y with `groups` heads; their last dimension is contiguous, and query_y and key_y are dense as [batch, tokens, heads, head_dim].
+ * across_width: the heads of query and of key must be adjacent. parameter_dtype: that of weights and biases; the same as dtype, or
+ * float32. The tables are those of rope. */
+typedef struct {
+  void* query_y;
+  void* key_y;
+  const void* query;
+  const void* key;
+  const void* query_weight;
+  const void* key_weight;
+  const void* query_bias; /* null: none */
+  const void* key_bias;   /* null: none */
+  const float* cos;
+  const float* sin;
+  int64_t batch, heads, groups, tokens, head_dim, half, table_stride;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token; /* strides */
+  float eps;
+  int dtype, parameter_dtype, centred, across_width, interleaved;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_qk_norm_rope_arguments;
+
+/* The tokens are cut into `blocks` equal runs, each with its own part of the workspace [blocks, 7, span], where span is head_dim, or
+ * across_width that of all heads or of all groups, whichever are more. dquery and dkey are dense as query_y is. */
+typedef struct {
+  void* dquery;
+  void* dkey;
+  void* dquery_weight; /* null, as its bias and those of the key: not wanted */
+  void* dkey_weight;
+  void* dquery_bias;
+  void* dkey_bias;
+  float* workspace;
+  const void* query_dy;
+  const void* key_dy;
+  const void* query;
+  const void* key;
+  const void* query_weight;
+  const void* key_weight;
+  const float* cos;
+  const float* sin;
+  int64_t batch, heads, groups, tokens, head_dim, half, table_stride, blocks;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token; /* strides */
+  int64_t query_dy_batch, query_dy_head, query_dy_token, key_dy_batch, key_dy_head, key_dy_token;
+  float eps;
+  int dtype, parameter_dtype, centred, across_width, interleaved;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_qk_norm_rope_backward_arguments;
+
+BLIP3O_API int blip3o_cpu_qk_norm_rope(const blip3o_qk_norm_rope_arguments* arguments);
+BLIP3O_API int blip3o_cpu_qk_norm_rope_backward(const blip3o_qk_norm_rope_backward_arguments* arguments);
 
 /* attention: the layouts are [batch, heads or groups, tokens or keys, dims] with a contiguous last dimension; heads is a multiple
  * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that

@@ -172,6 +172,8 @@ def test_one_op_one_word() -> None:
     assert files == names
     assert {path.stem for path in kernels.glob("native_ops/*.py")} - {"__init__"} <= names
     assert {path.stem for path in kernels.glob("triton_ops/*.py")} - SHARED_BY_TRITON <= names
+    shared = {"numbers", "normed_rotation", "normed_rotation_backward", "rotation", "sums"}
+    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - {"__init__"} - shared <= names
     assert {path.stem for path in ROOT.glob("csrc/cpu/*.cpp")} - {"instruction_sets"} <= names
     assert {path.stem for path in ROOT.glob("csrc/cuda/*.cu")} - {"library"} <= names
     places = {

@@ -44,6 +44,12 @@ MATRIX = {
     "modulate": {**NATIVE, **TRITON},
     "gated_residual": {**NATIVE, **TRITON},
     "rope": NATIVE,
+    "add_rms_norm": {**NATIVE, **TRITON},
+    "layer_norm": NATIVE,
+    "modulate": NATIVE,
+    "gated_residual": NATIVE,
+    "rope": {**NATIVE, **TRITON},
+    "qk_norm_rope": {**NATIVE, **TRITON},
     "attention": NATIVE,
     "swiglu": {**NATIVE, **TRITON},
     # of positions, which are int64; no gradient

@@ -4,7 +4,6 @@
 //
 //   groups(rows, f)      f(row, number) for every group of rows
 //   moments              1/std and, if CENTRED, the mean of a group's rows
-//   stretches            columns, for sums along a row
 //   backward_rows        dx, and what the rows add to the sums over rows
 
 #include "columns.h"
@@ -23,93 +22,79 @@ static inline void groups(int64_t rows, F f) {
   for (; row < rows; ++row) f(row, Number<1>{});
 }
 
-// columns, with end() after every stretch of 16 vectors and at the end: there the sums of a stretch are added to those of
-// the row, because a sum of hundreds of terms one after the other would be rounded as often.
-template <class F, class E>
-static inline void stretches(int64_t width, F f, E end) {
-  int64_t i = 0, vectors = 0;
-  for (; i + BLIP3O_LANES <= width; i += BLIP3O_LANES) {
-    f(i, Whole{});
-    if (++vectors % 16 == 0) end();
+// A sum over a row in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
+struct Total {
+  Floats whole{}, run{};
+  void add(int64_t i, Floats v) {
+    run += v;
+    if ((i / BLIP3O_LANES & 31) == 31) whole += run, run = Floats{};
   }
-  if (i < width) f(i, width - i);
-  end();
-}
-
-template <int R>
-static inline void move(Floats (&to)[R], Floats (&from)[R]) {
-  for (int r = 0; r < R; ++r) to[r] += from[r], from[r] = Floats{};
-}
+  float value() const { return sum(whole + run); }
+};
 
 template <int R, bool CENTRED, class T>
 static inline void moments(float* rstd, float* mean, const T* x, int64_t stride, int64_t width, float eps) {
-  Floats centre[R] = {}, left[R] = {}, part[R] = {}, sums[R] = {};
+  Total sums[R], squares[R];
+  Floats centre[R] = {}, left[R] = {};
   if (CENTRED) {
     columns(width, [&](int64_t i, auto n) {
-      for (int r = 0; r < R; ++r) centre[r] += load(x + r * stride + i, n);
+      for (int r = 0; r < R; ++r) sums[r].add(i, load(x + r * stride + i, n));
     });
     for (int r = 0; r < R; ++r) {
-      mean[r] = sum(centre[r]) / static_cast<float>(width);
+      mean[r] = sums[r].value() / static_cast<float>(width);
       centre[r] = all(mean[r]);
     }
   }
-  stretches(
-      width,
-      [&](int64_t i, auto n) {
-        for (int r = 0; r < R; ++r) {
-          Floats v = load(x + r * stride + i, n);
-          if (CENTRED) {
-            v = only(v - centre[r], n);
-            left[r] += v;
-          }
-          part[r] += v * v;
-        }
-      },
-      [&] { move(sums, part); });
+  columns(width, [&](int64_t i, auto n) {
+    for (int r = 0; r < R; ++r) {
+      Floats v = load(x + r * stride + i, n);
+      if (CENTRED) {
+        v = only(v - centre[r], n);
+        left[r] += v;
+      }
+      squares[r].add(i, v * v);
+    }
+  });
   for (int r = 0; CENTRED && r < R; ++r) mean[r] += sum(left[r]) / static_cast<float>(width);  // what rounding left
   for (int r = 0; r < R; ++r)  // in double: a whole row shares the error of this one number
-    rstd[r] = static_cast<float>(1.0 / std::sqrt(static_cast<double>(sum(sums[r])) / static_cast<double>(width) + eps));
+    rstd[r] =
+        static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares[r].value()) / static_cast<double>(width) + eps));
 }
 
 // With n = (x - mean) * rstd and u = dy * gain:
 //   dx = rstd * (u - mean(u) - n * mean(u * n)), without mean(u) if not CENTRED
 //   scaled [width] takes the sum of dy * n, plain [width] that of dy; `first`: they start here.
-template <int R, bool CENTRED, class T>
-static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const T* dy, const T* x, int64_t stride,
+template <int R, bool CENTRED, class T, class D>
+static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const D* dy, const T* x, int64_t stride,
                                  const float* gain, const float* rstds, const float* means, int64_t width) {
-  Floats rstd[R], mean[R] = {}, dots[R] = {}, totals[R] = {}, dots_part[R] = {}, totals_part[R] = {};
+  Total dots[R], totals[R];
+  Floats rstd[R], mean[R] = {}, dot[R], total[R];
   for (int r = 0; r < R; ++r) {
     rstd[r] = all(rstds[r]);
     if (CENTRED) mean[r] = all(means[r]);
   }
-  stretches(
-      width,
-      [&](int64_t i, auto n) {
-        const Floats g = load(gain + i, n);
-        for (int r = 0; r < R; ++r) {
-          const Floats u = g * load(dy + r * width + i, n), v = load(x + r * stride + i, n);
-          dots_part[r] += u * (CENTRED ? v - mean[r] : v);
-          if (CENTRED) totals_part[r] += u;
-        }
-      },
-      [&] {
-        move(dots, dots_part);
-        if (CENTRED) move(totals, totals_part);
-      });
+  columns(width, [&](int64_t i, auto n) {
+    const Floats g = load(gain + i, n);
+    for (int r = 0; r < R; ++r) {
+      const Floats u = g * load(dy + r * width + i, n), v = load(x + r * stride + i, n);
+      dots[r].add(i, u * (CENTRED ? v - mean[r] : v));
+      if (CENTRED) totals[r].add(i, u);
+    }
+  });
   for (int r = 0; r < R; ++r) {
-    dots[r] = all(sum(dots[r]) * rstds[r] / static_cast<float>(width));
-    if (CENTRED) totals[r] = all(sum(totals[r]) / static_cast<float>(width));
+    dot[r] = all(dots[r].value() * rstds[r] / static_cast<float>(width));
+    if (CENTRED) total[r] = all(totals[r].value() / static_cast<float>(width));
   }
   columns(width, [&](int64_t i, auto n) {
     const Floats g = load(gain + i, n);
-    Floats s{}, p{};  // the group's own sums first: fewer roundings of the long ones
+    Floats s{}, p{};  // of these rows alone: shorter chains round less
     for (int r = 0; r < R; ++r) {
       const Floats d = load(dy + r * width + i, n), v = load(x + r * stride + i, n);
       const Floats normed = (CENTRED ? v - mean[r] : v) * rstd[r];
       s += d * normed;
       p += d;
-      const Floats u = CENTRED ? g * d - totals[r] : g * d;
-      store(dx + r * width + i, rstd[r] * (u - normed * dots[r]), n);
+      const Floats u = CENTRED ? g * d - total[r] : g * d;
+      store(dx + r * width + i, rstd[r] * (u - normed * dot[r]), n);
     }
     store(scaled + i, first ? s : load(scaled + i, n) + s, n);
     store(plain + i, first ? p : load(plain + i, n) + p, n);

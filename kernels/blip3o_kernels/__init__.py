@@ -6,6 +6,7 @@ Each op is one word: `ops/<op>.py` is its contract, `OPS` the table of all of th
 """
 
 from .dispatch import BackendError, Op, explain, use
+from .ops import add_rms_norm as _add_rms_norm
 from .ops import attention as _attention
 from .ops import flow_interpolate as _flow_interpolate
 from .ops import flow_loss as _flow_loss
@@ -15,10 +16,12 @@ from .ops import gated_residual as _gated_residual
 from .ops import layer_norm as _layer_norm
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import modulate as _modulate
+from .ops import qk_norm_rope as _qk_norm_rope
 from .ops import rms_norm as _rms_norm
 from .ops import rope as _rope
 from .ops import swiglu as _swiglu
 from .ops import timestep_embedding as _timestep_embedding
+from .ops.add_rms_norm import add_rms_norm
 from .ops.attention import attention
 from .ops.flow_interpolate import flow_interpolate
 from .ops.flow_loss import flow_loss
@@ -28,6 +31,7 @@ from .ops.gated_residual import gated_residual
 from .ops.layer_norm import layer_norm
 from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.modulate import modulate
+from .ops.qk_norm_rope import qk_norm_rope
 from .ops.rms_norm import rms_norm
 from .ops.rope import rope, rope_table, rope_table_2d, rope_table_multimodal
 from .ops.swiglu import swiglu
@@ -35,10 +39,12 @@ from .ops.timestep_embedding import timestep_embedding
 
 OPS: tuple[Op, ...] = (
     _rms_norm.OP,
+    _add_rms_norm.OP,
     _layer_norm.OP,
     _modulate.OP,
     _gated_residual.OP,
     _rope.OP,
+    _qk_norm_rope.OP,
     _attention.OP,
     _swiglu.OP,
     _timestep_embedding.OP,
@@ -53,6 +59,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "Op",
+    "add_rms_norm",
     "attention",
     "explain",
     "flow_interpolate",
@@ -63,6 +70,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "modulate",
+    "qk_norm_rope",
     "rms_norm",
     "rope",
     "rope_table",

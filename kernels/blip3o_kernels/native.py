@@ -29,6 +29,8 @@ CHUNK = 1024  # BLIP3O_CHUNK
 FORMATS = {
     "rms_norm": "PPPqqqffiiiiiP",
     "rms_norm_backward": "PPPPPPqqqqffiiiiP",
+    "add_rms_norm": "PPPPPqqqqffiiiiiP",
+    "add_rms_norm_backward": "PPPPPPPqqqffiiiiP",
     "modulate": "PPPPPPPqqqqqqfiiiiiP",
     "modulate_backward": "PPPPPPPPPPPPqqqqqqiiiiiP",
     "gated_residual": "PPPPPPqqqqqqfiiiiP",
@@ -50,6 +52,10 @@ FORMATS = {
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
     "attention": "PPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
     "attention_backward": "PPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
+    "qk_norm_rope": "PPPPPPPPPPqqqqqqqqqqqqqfiiiiiiiP",
+    "qk_norm_rope_backward": "PPPPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqfiiiiiiiP",
+    "attention": "PPPPPPPqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
+    "attention_backward": "PPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = ("rms_norm", "rms_norm_backward")

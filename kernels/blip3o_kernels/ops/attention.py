@@ -68,9 +68,7 @@ def reference(
     empty = attn_mask is not None or cu_seqlens_q is not None or tokens > keys  # whether a query may see nothing
     if tokens * keys >= LONG and not softcap:
         if is_causal and tokens == keys and left < 0 and attn_mask is None and cu_seqlens_q is None:
-            return F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=scale, enable_gqa=shared
-            )
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=shared)
         blocked = masks.hidden(tokens, keys, window, cu_seqlens_q, cu_seqlens_k, query.device)
         additive, dead = masks.additive(attn_mask, blocked, query.dtype, empty)
         y = F.scaled_dot_product_attention(query, key, value, additive, scale=scale, enable_gqa=shared)

@@ -7,8 +7,8 @@ for i < R/2.
 x [B, H, T, K] float (SDPA's layout); cos and sin float32 [T, R/2] or [B, T, R/2] with R <= K: the first R dims are
 rotated, the rest pass through. y has the shape and dtype of x. Computed in float32 (float64 for float64 x), rounded
 once. The tables carry no gradient.
-The native body takes any strides without a copy as long as the last is 1, and y lies in memory in x's order. It cannot
-be differentiated twice.
+The native and Triton bodies take any strides without a copy as long as the last is 1, and y lies in memory in x's
+order. They cannot be differentiated twice.
 Errors: TypeError for a dtype, ValueError for a shape or device. Source: Su et al. 2021, arXiv:2104.09864.
 """
 
@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .. import checks, dispatch, native
-from ..dispatch import Body, Op, choose, direct, instruction_set, plain, transformed
-from ..native import DTYPES
-from ..registered import LIBRARY, register, register_gradient
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
+from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -53,16 +52,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
         checks.floating("x", x)
     if x.dim() != 4:
         checks.fail("x", "shape [B, H, T, K]", list(x.shape))
-    batch, _, tokens, head_dim = x.shape
-    half = cos.shape[-1]
-    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
-        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
-    if 2 * half > head_dim:
-        checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
-    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
-        raise TypeError(f"cos: expected float32, got {cos.dtype}")
-    checks.like("sin", sin, "cos", cos)
-    checks.same_device("cos", cos, "x", x)
+    check_tables(cos, sin, x)
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
@@ -76,6 +66,20 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     return _forward(x, cos, sin, interleaved, backend)
 
 
+def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
+    """Raises unless cos and sin fit x [B, H, T, K]."""
+    batch, _, tokens, head_dim = x.shape
+    half = cos.shape[-1]
+    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
+        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
+    if 2 * half > head_dim:
+        checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
+    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
+        raise TypeError(f"cos: expected float32, got {cos.dtype}")
+    checks.like("sin", sin, "cos", cos)
+    checks.same_device("cos", cos, "x", x)
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, x: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> Tensor:
@@ -84,7 +88,7 @@ class _Rope(torch.autograd.Function):
         return _forward(x, cos, sin, *options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = context.saved_tensors
         run = _backward if direct(dy) else _backward_op
@@ -92,47 +96,13 @@ class _Rope(torch.autograd.Function):
 
 
 def _forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
-    return _rotate(x, cos, sin, interleaved, False)
-
-
-def _backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
-    return _rotate(dy, cos, sin, interleaved, True)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    y = torch.empty_like(x)  # dense, in x's order
-    batch, heads, tokens, head_dim = x.shape
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
-    half = cos.shape[-1]
-    arguments = (
-        y.data_ptr(),
-        x.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        batch,
-        heads,
-        tokens,
-        head_dim,
-        half,
-        tokens * half if cos.dim() == 3 else 0,
-        *y.stride()[:3],
-        *x.stride()[:3],
-        DTYPES[x.dtype],
-        interleaved,
-        inverse,
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
-    )
-    status = _CPU(_PACK(*arguments))
-    if status:
-        raise native.failed("rope", status)
+    y: Tensor = body("rope", backend).forward(x, cos, sin, interleaved)
     return y
 
 
-_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
+def _backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
+    dx: Tensor = body("rope", backend).backward(dy, cos, sin, interleaved)
+    return dx
 
 
 # As torch knows it: torch.ops.blip3o.rope.
@@ -162,10 +132,10 @@ def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, cos: Tensor, si
     return _forward_op(x.flatten(0, 1), *tables, *options).unflatten(0, (count, batch)), 0
 
 
-for _name, _body in (("rope", _forward), ("rope_backward", _backward)):
+for _name, _implementation in (("rope", _forward), ("rope_backward", _backward)):
     register(
         f"{_name}(Tensor x, Tensor cos, Tensor sin, bool interleaved, str backend) -> Tensor",
-        _body,
+        _implementation,
         lambda x, *_: torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape),
         lambda x, *_, **__: 3 * torch.Size(x).numel(),
     )
@@ -229,18 +199,25 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
             yield Sample(f"{shape} rotates {rotated} interleaved={interleaved}", (draw(*shape), *table), style)
         table = rope_table(draw.integers(50, 2, 5), 16, 10000.0)
         yield Sample(f"per sample interleaved={interleaved}", (draw(2, 5, 3, 16).transpose(1, 2), *table), style)
+    for interleaved in (False, True):  # widths that are not a power of two, some dims that are not rotated
+        for head_dim, rotated in ((36, 36), (9, 4), (18, 6)):
+            table = rope_table(torch.arange(3, device=device), rotated, 10000.0)
+            name = f"head_dim {head_dim} rotates {rotated} interleaved={interleaved}"
+            yield Sample(name, (draw(2, 3, 3, head_dim), *table), {"interleaved": interleaved})
+    positions = draw.integers(9, 3, 2, 4)
+    table = rope_table_multimodal(positions, 16, 1e6, (2, 3, 3))
+    yield Sample("three axes", (draw(2, 4, 5, 16)[:, :, :3].transpose(1, 2), *table))
     yield Sample("grid", (draw(2, 2, 12, 16), *rope_table_2d(3, 4, 16, 10000.0, device)), {"interleaved": True})
     table = rope_table(torch.arange(6, device=device), 32, 10000.0)
     yield Sample("first heads of a packed projection", (draw(2, 6, 5, 32)[:, :, :3].transpose(1, 2), *table))
     yield Sample("strided last", (draw(2, 2, 6, 64)[..., ::2], *table))
+    table = rope_table(torch.arange(2, device=device), 64, 10000.0)
+    for heads in (18, 28):  # 1152 and 1792 wide
+        fused = draw(1, 2, 2 * heads, 64).transpose(1, 2)
+        yield Sample(f"{heads} of {2 * heads} heads", (fused[:, heads:], *table))
+    table = rope_table(torch.arange(6, device=device), 32, 10000.0)
+    yield Sample("no tokens", (draw(2, 2, 0, 32), *(t[:0] for t in table)))
     yield Sample("no samples", (draw(0, 2, 6, 32), *table))
 
 
-OP = Op(
-    "rope",
-    rope,
-    reference,
-    samples,
-    differentiable=("x",),
-    bodies=(Body("native", "cpu", (torch.float32, torch.bfloat16, torch.float16), True, native.CPU_MISSING),),
-)
+OP = Op("rope", rope, reference, samples, differentiable=("x",), bodies=(NATIVE_CPU, *TRITON))

@@ -1,0 +1,93 @@
+"""Calls csrc/cpu/add_rms_norm.cpp; the contract is ops/add_rms_norm.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native, strides
+from ..dispatch import instruction_set
+from ..native import DTYPES
+
+_PACK, _PACK_BACKWARD = native.packer("add_rms_norm"), native.packer("add_rms_norm_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "add_rms_norm"), native.function("cpu", "add_rms_norm_backward")
+
+
+def forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool
+) -> tuple[Tensor, Tensor]:
+    x, stride = strides.rows(x)
+    residual, residual_stride = strides.rows(residual)
+    y, added = x.new_empty(x.shape), x.new_empty(x.shape)
+    width = x.shape[-1]
+    weight = None if weight is None else weight.contiguous()
+    dtype = DTYPES[x.dtype]
+    arguments = (
+        y.data_ptr(),
+        added.data_ptr(),
+        x.data_ptr(),
+        residual.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        x.numel() // width,
+        width,
+        stride,
+        residual_stride,
+        eps,
+        weight_offset,
+        dtype,
+        dtype if weight is None else DTYPES[weight.dtype],
+        round_before_weight,
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU_FORWARD(_PACK(*arguments))
+    if status:
+        raise native.failed("add_rms_norm", status)
+    return y, added
+
+
+def backward(
+    dy: Tensor,
+    dadded: Tensor | None,
+    added: Tensor,
+    weight: Tensor | None,
+    wanted: bool,
+    eps: float,
+    weight_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x and residual, and dweight if it is wanted (otherwise an empty tensor)."""
+    dy, added = dy.contiguous(), added.contiguous()
+    dadded = None if dadded is None else dadded.contiguous()
+    dx = added.new_empty(added.shape)
+    width = added.shape[-1]
+    rows = added.numel() // width
+    # Sums over rows are cut by shape alone, so that threads do not change a bit.
+    blocks = max(1, min(64, rows // 32))
+    weight = None if weight is None else weight.contiguous()
+    dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
+    partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32)
+    dtype = DTYPES[added.dtype]
+    arguments = (
+        dx.data_ptr(),
+        dweight.data_ptr() if dweight.numel() else 0,
+        partial.data_ptr() if dweight.numel() else 0,
+        dy.data_ptr(),
+        0 if dadded is None else dadded.data_ptr(),
+        added.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        rows,
+        width,
+        blocks,
+        eps,
+        weight_offset,
+        dtype,
+        dtype if weight is None else DTYPES[weight.dtype],
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments))
+    if status:
+        raise native.failed("add_rms_norm", status)
+    return dx, dweight

@@ -1,0 +1,123 @@
+"""Calls csrc/cpu/qk_norm_rope.cpp; the contract is ops/qk_norm_rope.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import DTYPES
+from ..ops.qk_norm_rope import gradients_like, rows_like
+
+_PACK, _PACK_BACKWARD = native.packer("qk_norm_rope"), native.packer("qk_norm_rope_backward")
+_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "qk_norm_rope"), native.function("cpu", "qk_norm_rope_backward")
+_ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    centred: bool,
+    across_width: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    query, key = _readable(query, across_width), _readable(key, across_width)
+    query_y, key_y = rows_like(query), rows_like(key)
+    parameters = [None if p is None else p.contiguous() for p in (query_weight, key_weight, query_bias, key_bias)]
+    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    arguments = (
+        *(t.data_ptr() for t in (query_y, key_y, query, key)),
+        *(0 if p is None else p.data_ptr() for p in parameters),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        *_sizes(query, key, cos),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        eps,
+        DTYPES[query.dtype],
+        DTYPES[query_weight.dtype],
+        centred,
+        across_width,
+        interleaved,
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU_FORWARD(_PACK(*arguments))
+    if status:
+        raise native.failed("qk_norm_rope", status)
+    return query_y, key_y
+
+
+def backward(
+    query_dy: Tensor,
+    key_dy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    wanted: bool,
+    eps: float,
+    centred: bool,
+    across_width: bool,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:
+    query, key = _readable(query, across_width), _readable(key, across_width)
+    query_dy, key_dy = _readable(query_dy, False), _readable(key_dy, False)
+    gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
+    query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
+    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    batch, heads, tokens, head_dim = query.shape
+    # Sums over rows are cut by shape alone, so that threads do not change a bit.
+    blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
+    span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
+    workspace = torch.empty(blocks * _ROWS * span, dtype=torch.float32)
+    arguments = (
+        *(t.data_ptr() for t in gradients[:2]),
+        *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),
+        workspace.data_ptr(),
+        *(t.data_ptr() for t in (query_dy, key_dy, query, key, query_weight, key_weight, cos, sin)),
+        *_sizes(query, key, cos),
+        blocks,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *query_dy.stride()[:3],
+        *key_dy.stride()[:3],
+        eps,
+        DTYPES[query.dtype],
+        DTYPES[query_weight.dtype],
+        centred,
+        across_width,
+        interleaved,
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments))
+    if status:
+        raise native.failed("qk_norm_rope", status)
+    return tuple(gradients)
+
+
+def _readable(x: Tensor, across_width: bool) -> Tensor:
+    """x [B, H, T, K] with adjacent dims, and across the width adjacent heads; a copy only where they are not."""
+    adjacent = x.stride(3) == 1 and (not across_width or x.shape[1] < 2 or x.stride(1) == x.shape[3])
+    return x if adjacent else rows_like(x).copy_(x)
+
+
+def _sizes(query: Tensor, key: Tensor, cos: Tensor) -> tuple[int, ...]:
+    batch, heads, tokens, head_dim = query.shape
+    half = cos.shape[-1]
+    return batch, heads, key.shape[1], tokens, head_dim, half, tokens * half if cos.dim() == 3 else 0

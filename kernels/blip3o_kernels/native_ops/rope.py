@@ -1,0 +1,53 @@
+"""Calls csrc/cpu/rope.cpp; the contract is ops/rope.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..dispatch import instruction_set
+from ..native import DTYPES
+
+_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
+
+
+def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return _rotate(x, cos, sin, interleaved, False)
+
+
+def backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return _rotate(dy, cos, sin, interleaved, True)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    y = torch.empty_like(x)  # dense, in x's order
+    batch, heads, tokens, head_dim = x.shape
+    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    half = cos.shape[-1]
+    arguments = (
+        y.data_ptr(),
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        batch,
+        heads,
+        tokens,
+        head_dim,
+        half,
+        tokens * half if cos.dim() == 3 else 0,
+        *y.stride()[:3],
+        *x.stride()[:3],
+        DTYPES[x.dtype],
+        interleaved,
+        inverse,
+        instruction_set(),
+        torch.get_num_threads(),
+        0,
+    )
+    status = _CPU(_PACK(*arguments))
+    if status:
+        raise native.failed("rope", status)
+    return y

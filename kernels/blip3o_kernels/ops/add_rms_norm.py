@@ -1,0 +1,217 @@
+"""The residual stream takes what a part of the network adds, and is RMS-normalised for the next part.
+
+    added = round(residual + x)                                     [..., D]
+    y     = rms_norm(added, weight, eps, weight_offset=, round_before_weight=)     as in ops/rms_norm.py
+
+x and residual [..., D] float, of one shape and dtype; weight [D] float or None (no gain). Returns y and added, of x's
+shape and dtype. Computed in float32 (float64 for float64 x); y is that of the rounded sum, so that the two ops one
+after the other give the same. The gradient of x and of residual is one: dadded + d rms_norm(added).
+The native and Triton bodies cannot be differentiated twice.
+Errors: TypeError for a dtype, ValueError for a shape or device. Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..bodies import NATIVE_CPU, TRITON, body
+from ..dispatch import Op, choose, direct, plain, transformed
+from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..samples import Draw, Sample
+from . import rms_norm
+
+
+def reference(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    wide = checks.wide(x.dtype)
+    added = (residual.to(wide) + x.to(wide)).to(x.dtype)
+    y = rms_norm.reference(added, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    return y, added
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    weight_offset: float = 0.0,
+    round_before_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """rms_norm(residual + x, weight, eps), and the sum itself; see the module's docstring."""
+    if x.dtype not in checks.FLOATING:
+        checks.floating("x", x)
+    if not x.dim() or not x.shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
+    checks.like("residual", residual, "x", x)
+    if weight is not None:
+        checks.floating("weight", weight)
+        checks.shape("weight", weight, x.shape[-1:])
+        checks.same_device("weight", weight, "x", x)
+    compiling = torch.compiler.is_compiling()
+    # Compiled, the formula is left for Inductor to fuse with its neighbours.
+    backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
+    if backend == "reference":
+        return reference(x, residual, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    if weight is not None and weight.dtype is not x.dtype:
+        weight = weight.to(torch.float32)
+    options = (eps, weight_offset, round_before_weight, backend)
+    result: tuple[Tensor, Tensor]
+    if compiling or not (direct(x, residual) and plain(weight)):
+        result = _forward_op(x, residual, weight, *options)
+        return result
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight)):
+        result = _AddRmsNorm.apply(x, residual, weight, *options)
+        return result
+    return _forward(x, residual, weight, *options)
+
+
+class _AddRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any
+    ) -> tuple[Tensor, Tensor]:
+        y, added = _forward(x, residual, weight, *options)
+        context.save_for_backward(added, weight)
+        context.set_materialize_grads(False)
+        context.options = options
+        return y, added
+
+    @staticmethod
+    @differentiable_once
+    def backward(context: Any, dy: Tensor | None, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradient(context, dy, dadded)
+
+
+def _gradient(context: Any, dy: Tensor | None, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Either gradient may be absent: what it belongs to was not used."""
+    added, weight = context.saved_tensors
+    wanted = weight is not None and context.needs_input_grad[2]
+    if dy is None:
+        return dadded, dadded, torch.zeros_like(weight) if wanted and dadded is not None else None, *[None] * 4
+    run = _backward if direct(dy, dadded) else _backward_op
+    total, dweight = run(dy, dadded, added, weight, wanted, *context.options)
+    return total, total, dweight if wanted else None, *[None] * 4
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = body("add_rms_norm", backend).forward(
+        x, residual, weight, eps, weight_offset, round_before_weight
+    )
+    return result
+
+
+def _backward(
+    dy: Tensor,
+    dadded: Tensor | None,
+    added: Tensor,
+    weight: Tensor | None,
+    wanted: bool,
+    eps: float,
+    weight_offset: float,
+    round_before_weight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x and residual, and dweight if it is wanted (otherwise an empty tensor)."""
+    result: tuple[Tensor, Tensor] = body("add_rms_norm", backend).backward(
+        dy, dadded, added, weight, wanted, eps, weight_offset
+    )
+    return result
+
+
+# As torch knows it: torch.ops.blip3o.add_rms_norm.
+def _fake_backward(
+    dy: Tensor, dadded: Tensor | None, added: Tensor, weight: Tensor | None, wanted: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
+    dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
+    return added.new_empty(added.shape), dweight
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, *ctx.options = inputs
+    ctx.save_for_backward(output[1], weight)
+
+
+def _batched(
+    info: Any, dims: tuple[int | None, ...], x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any
+) -> Any:
+    """vmap: over x and residual the batch is more rows; over the weight the formula is used, whose gain broadcasts."""
+    count = info.batch_size
+    x, residual = (
+        t.expand(count, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip((x, residual), dims[:2], strict=True)
+    )
+    if weight is None or dims[2] is None:
+        return _forward_op(x, residual, weight, *options), (0, 0)
+    gains = weight.movedim(dims[2], 0).view(count, *[1] * (x.dim() - 2), -1)
+    eps, weight_offset, round_before_weight, _ = options
+    result = reference(x, residual, gains, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    return result, (0, 0)
+
+
+_options = "float eps, float weight_offset, bool round_before_weight, str backend"
+_forward_op = register(
+    f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {_options}) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    lambda x, *_, **__: 5 * torch.Size(x).numel(),
+)
+_backward_op = register(
+    f"add_rms_norm_backward(Tensor dy, Tensor? dadded, Tensor added, Tensor? weight, bool wanted, {_options})"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+    lambda dy, *_, **__: 12 * torch.Size(dy).numel(),
+)
+register_gradient("add_rms_norm", _gradient, _setup)
+torch.library.register_vmap("blip3o::add_rms_norm", _batched, lib=LIBRARY)
+
+
+def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
+    draw = Draw(dtype, device)
+    for shape in ((3, 7), (2, 5, 64), (1, 1024), (3, 1152), (3, 1792), (66, 129), (7, 9001)):
+        yield Sample(f"{shape}", (draw(*shape), draw(*shape), draw(shape[-1])))
+    # One column normalises to about 1: without a large eps its gradient is what rounding leaves of a difference of
+    # equals.
+    yield Sample("(2, 1)", (draw(2, 1), draw(2, 1), draw(1), 0.5))
+    yield Sample("no weight", (draw(5, 48), draw(5, 48)))
+    gemma: dict[str, object] = {"weight_offset": 1.0, "round_before_weight": False}
+    yield Sample("gemma", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), gemma)
+    yield Sample("offset", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0})
+    weight = draw(48, dtype=torch.promote_types(dtype, torch.float32))
+    yield Sample("float32 weight", (draw(5, 48), draw(5, 48), weight))
+    yield Sample("strided rows", (draw(6, 3, 40)[:, 1], draw(6, 2, 40)[:, 0], draw(40)))
+    yield Sample("transposed", (draw(2, 3, 5, 32).transpose(1, 2), draw(2, 5, 3, 32), draw(32)))
+    yield Sample("strided last", (draw(24, 40)[:, ::2], draw(24, 60)[:, ::3], draw(20)))
+    yield Sample("large values", (draw(4, 96, scale=1e3), draw(4, 96, scale=1e3), draw(96)))
+    yield Sample("no rows", (draw(0, 8), draw(0, 8), draw(8)))
+
+
+OP = Op(
+    "add_rms_norm",
+    add_rms_norm,
+    reference,
+    samples,
+    differentiable=("x", "residual", "weight"),
+    bodies=(NATIVE_CPU, *TRITON),
+)

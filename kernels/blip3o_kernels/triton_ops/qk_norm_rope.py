@@ -1,0 +1,181 @@
+"""Normalised and rotated queries and keys in Triton; the contract is ops/qk_norm_rope.py.
+
+One launch does queries and keys: the first programs a few tokens' queries each, the others keys. The kernels are in
+normed_rotation.py and normed_rotation_backward.py. The backward pass gives each program a run of tiles and partial
+sums of its own: no atomics.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ..ops.qk_norm_rope import gradients_like, rows_like
+from .normed_rotation import forward_kernel
+from .normed_rotation_backward import backward_kernel
+from .rotation import pairs, table, tile
+from .sums import add_up
+
+ELEMENTS = 4096  # of a tile; backwards half as many, which share the registers with the sums
+MAX_BLOCKS = 512
+
+
+def _tile(x: Tensor, width: int, across_width: bool, elements: int) -> tuple[int, int, int]:
+    """TOKENS and HEADS, and the number of such tiles in x [B, H, T, K]. Across the width a tile holds all heads."""
+    batch, heads, tokens, _ = x.shape
+    if across_width:
+        block_tokens, block_heads = 1, triton.next_power_of_2(max(heads, 1))
+    else:
+        block_tokens, block_heads = tile(max(heads, 1), max(tokens, 1), width, elements)
+    return block_tokens, block_heads, batch * triton.cdiv(tokens, block_tokens) if heads else 0
+
+
+def _warps(*elements: int) -> int:
+    return min(max(max(elements) // 512, 1), 16)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    centred: bool,
+    across_width: bool,
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    query, key = _readable(query), _readable(key)
+    query_y, key_y = rows_like(query), rows_like(key)
+    _, heads, tokens, head_dim = query.shape
+    cos, sin, table_stride = table(cos, sin, tokens)
+    half = cos.shape[-1]
+    rest, width = pairs(head_dim, half)
+    query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS)
+    key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS)
+    if not query_tiles + key_tiles:
+        return query_y, key_y
+    with torch.cuda.device_of(query):
+        forward_kernel[(query_tiles + key_tiles,)](
+            query_y,
+            key_y,
+            query,
+            key,
+            query_weight.contiguous(),
+            key_weight.contiguous(),
+            query_weight if query_bias is None else query_bias.contiguous(),
+            key_weight if key_bias is None else key_bias.contiguous(),
+            cos,
+            sin,
+            query_tiles,
+            heads,
+            *query.stride()[:3],
+            key.shape[1],
+            *key.stride()[:3],
+            tokens,
+            head_dim,
+            half,
+            rest,
+            table_stride,
+            eps,
+            QUERY_BIASED=query_bias is not None,
+            QUERY_TOKENS=query_tokens,
+            QUERY_HEADS=query_heads,
+            KEY_BIASED=key_bias is not None,
+            KEY_TOKENS=key_tokens,
+            KEY_HEADS=key_heads,
+            CENTRED=centred,
+            WIDTH=across_width,
+            INTERLEAVED=interleaved,
+            PARTIAL=2 * half < head_dim,
+            PAIRS=width,
+            num_warps=_warps(2 * width * query_tokens * query_heads, 2 * width * key_tokens * key_heads),
+        )
+    return query_y, key_y
+
+
+def backward(
+    query_dy: Tensor,
+    key_dy: Tensor,
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    query_bias: Tensor | None,
+    key_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    wanted: bool,
+    eps: float,
+    centred: bool,
+    across_width: bool,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:
+    query_dy, key_dy, query, key = (_readable(x) for x in (query_dy, key_dy, query, key))
+    gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
+    batch, heads, tokens, head_dim = query.shape
+    cos, sin, table_stride = table(cos, sin, tokens)
+    half = cos.shape[-1]
+    rest, width = pairs(head_dim, half)
+    query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS // 2)
+    key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS // 2)
+    share = 4 if across_width else 2  # a tile with all heads is large: more warps
+    query_blocks, key_blocks = (min(MAX_BLOCKS, (tiles + 3) // 4) for tiles in (query_tiles, key_tiles))
+    query_partial, key_partial = (  # sums of the weight's gradient, then of the bias's
+        torch.empty(blocks, 2, len(weight), dtype=torch.float32, device=query.device)
+        for blocks, weight in ((query_blocks, query_weight), (key_blocks, key_weight))
+    )
+    if query_blocks + key_blocks:
+        with torch.cuda.device_of(query):
+            backward_kernel[(query_blocks + key_blocks,)](
+                gradients[0],
+                gradients[1],
+                query_partial,
+                key_partial,
+                query_dy,
+                key_dy,
+                query,
+                key,
+                query_weight.contiguous(),
+                key_weight.contiguous(),
+                cos,
+                sin,
+                query_blocks,
+                key_blocks,
+                heads,
+                *query_dy.stride()[:3],
+                *query.stride()[:3],
+                key.shape[1],
+                *key_dy.stride()[:3],
+                *key.stride()[:3],
+                batch,
+                tokens,
+                head_dim,
+                half,
+                rest,
+                table_stride,
+                eps,
+                WANTED=wanted,
+                QUERY_TOKENS=query_tokens,
+                QUERY_HEADS=query_heads,
+                KEY_TOKENS=key_tokens,
+                KEY_HEADS=key_heads,
+                CENTRED=centred,
+                WIDTH=across_width,
+                INTERLEAVED=interleaved,
+                PARTIAL=2 * half < head_dim,
+                PAIRS=width,
+                num_warps=_warps(share * width * query_tokens * query_heads, share * width * key_tokens * key_heads),
+            )
+    for gradient, partial, i in zip(gradients[2:], (query_partial, key_partial) * 2, (0, 0, 1, 1), strict=True):
+        add_up(gradient, partial[:, i])
+    return tuple(gradients)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x [B, H, T, K] with adjacent dims; a copy only where they are not."""
+    return x if x.stride(3) == 1 else rows_like(x).copy_(x)
