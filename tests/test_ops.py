@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, ops, rms_norm, rope_table_2d, use
+from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, masks, ops, rms_norm, rope_table_2d, use
 from blip3o_kernels.dispatch import Op
 from blip3o_kernels.samples import Sample
 
@@ -37,7 +37,7 @@ MATRIX = {
     "modulate": NATIVE,
     "gated_residual": NATIVE,
     "rope": NATIVE,
-    "attention": NATIVE,
+    "attention": {**NATIVE, **TRITON},
     "swiglu": NATIVE,
     "flow_interpolate": NATIVE,
     "flow_loss": NATIVE,
@@ -127,12 +127,64 @@ def ulp(value: float, dtype: torch.dtype) -> float:
     return info.eps * 2.0 ** math.floor(math.log2(max(value, info.tiny)))
 
 
+class _FusedAttention(torch.autograd.Function):
+    """What a kernel that never holds a row of probabilities rounds: y and log_sum, which its backward pass starts
+    from, and probabilities and dscores to the dtype of the inputs, before they are multiplied. In float32."""
+
+    @staticmethod
+    def forward(context, query, key, value, bias, scale, softcap, dtype):  # type: ignore[no-untyped-def]
+        scores = _capped(query @ key.mT * scale, softcap) + bias
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        y = (weights.to(dtype).to(value.dtype) @ value / weights.sum(-1, keepdim=True)).to(dtype).to(value.dtype)
+        context.save_for_backward(query, key, value, bias, y, scores.logsumexp(-1, keepdim=True))
+        context.options = scale, softcap, dtype
+        return y
+
+    @staticmethod
+    def backward(context, dy):  # type: ignore[no-untyped-def]
+        query, key, value, bias, y, log_sum = context.saved_tensors
+        scale, softcap, dtype = context.options
+        scores = _capped(query @ key.mT * scale, softcap)
+        weights = (scores + bias - log_sum).exp()
+        dscores = weights * (dy @ value.mT - (dy * y).sum(-1, keepdim=True))
+        if softcap:
+            dscores = dscores * (1 - (scores / softcap).square())
+        weights, dscores = (x.to(dtype).to(dy.dtype) for x in (weights, dscores))
+        return dscores @ key * scale, dscores.mT @ query * scale, weights.mT @ dy, None, None, None, None
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return (scores / softcap).tanh() * softcap if softcap else scores
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: object):  # type: ignore[no-untyped-def]
+    tokens, keys, share = query.shape[2], key.shape[2], query.shape[1] // max(key.shape[1], 1)
+    causal, (left, right) = options.get("is_causal"), options.get("window_size") or (-1, -1)  # type: ignore[misc]
+    packed = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
+    blocked = masks.hidden(tokens, keys, (left, 0 if causal else right), *packed, query.device)  # type: ignore[arg-type]
+    bias, dead = masks.additive(attn_mask, blocked, torch.float32, empty=True)
+    bias = torch.zeros(1, device=query.device) if bias is None else bias
+    wide = query.float(), *(x.float().repeat_interleave(share, 1) for x in (key, value))
+    scale = query.shape[3] ** -0.5 if options.get("scale") is None else options["scale"]
+    y = _FusedAttention.apply(*wide, bias, scale, options.get("softcap"), query.dtype)
+    return (y if dead is None else y.masked_fill(dead, 0)).to(query.dtype)
+
+
+# What a body is measured by in place of its reference: one that rounds where the fastest algorithm has to, as torch's
+# fused kernels do. Its gradients cancel where a query sees one key, so that their error is relative to the largest.
+FUSED = {("attention", "triton"): fused_attention}
+
+
 @pytest.mark.parametrize(("op", "backend", "device", "dtype"), list(runs()))
 def test_conformance(op: Op, backend: str, device: str, dtype: torch.dtype) -> None:
     for sample in op.samples(dtype, device):
         arguments = bound(op, sample)
         truth = evaluate(op, op.reference, arguments, torch.float64)
-        eager = evaluate(op, op.reference, arguments, None)
+        fused = FUSED.get((op.name, backend))
+        eager = evaluate(op, fused or op.reference, arguments, None)
+        largest = {name: y.abs().max().item() if y.numel() else 0.0 for name, y in truth.items()}
+        if fused:
+            largest = dict.fromkeys(largest, max(largest.values()))
         with use(backend):
             got = evaluate(op, op.function, arguments, None)
         for name, y in got.items():
@@ -141,7 +193,7 @@ def test_conformance(op: Op, backend: str, device: str, dtype: torch.dtype) -> N
             if not y.numel():
                 continue
             error, expected = ((value.double() - truth[name]).abs() for value in (y, eager[name]))
-            slack = 2 * ulp(truth[name].abs().max().item(), y.dtype)
+            slack = 2 * ulp(largest[name], y.dtype)
             assert error.max() <= 2 * expected.max() + slack, f"{where}: {error.max()} against {expected.max()}"
             if y.numel() >= 64:  # of fewer, eager's may be small by luck
                 rms, eager_rms = error.square().mean().sqrt(), expected.square().mean().sqrt()

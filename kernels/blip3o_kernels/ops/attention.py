@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch, masks, strides
-from ..bodies import NATIVE_CPU, body
+from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
@@ -400,5 +400,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("query", "key", "value"),
-    bodies=(NATIVE_CPU,),
+    bodies=(NATIVE_CPU, *TRITON),
 )
