@@ -17,7 +17,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 1
+#define BLIP3O_VERSION 2
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -294,23 +294,28 @@ BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
 
 /* attention: the layouts are [batch, heads or groups, tokens or keys, dims] with a contiguous last dimension; heads is a multiple
  * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that
- * are added to the scaled scores (2); its last dimension is contiguous. causal is aligned bottom-right. The workspace has
- * `workspace_floats` for each thread, at least
+ * are added to the scores (2); its last dimension is contiguous. Query t sees the keys t + S - T - left to t + S - T + right, with
+ * T tokens and S keys; -1: no limit. softcap 0: none. cu_seqlens_q and cu_seqlens_k [sequences + 1], from 0 to tokens and keys:
+ * packed sequences, without a mask and for a batch of 1; null: none, sequences is 1. The workspace has `workspace_floats` for each
+ * thread, at least
  *     forward   S (K + V + 128) + 128 (K + V)          backward   S (2 K + 2 V + 192) + 192 (K + V)
  * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 16. */
 typedef struct {
   void* y;
-  float* log_sum; /* [batch, heads, tokens], contiguous: of each row's exponentials, -inf if all is masked; null: not wanted */
+  float* log_sum; /* [batch, heads, tokens]: of each row's exponentials, -inf if it sees nothing; null: not wanted */
   const void* query;
   const void* key;
   const void* value;
   const void* mask;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
   float* workspace;
-  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, workspace_floats;
+  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, workspace_floats;
   int64_t y_batch, y_head, y_token, query_batch, query_head, query_token; /* strides */
   int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
-  float scale;
-  int dtype, mask_kind, causal;
+  int64_t log_sum_head, left, right;
+  float softcap, scale;
+  int dtype, mask_kind;
   int instruction_set, threads;
   void* stream;
 } blip3o_attention_arguments;
@@ -325,13 +330,16 @@ typedef struct {
   const void* key;
   const void* value;
   const void* mask;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
   float* workspace;
-  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, workspace_floats;
+  int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, workspace_floats;
   int64_t dquery_batch, dquery_head, dquery_token, dkey_batch, dkey_head, dkey_token; /* strides */
   int64_t dvalue_batch, dvalue_head, dvalue_token, dy_batch, dy_head, dy_token, query_batch, query_head, query_token;
   int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
-  float scale;
-  int dtype, mask_kind, causal;
+  int64_t left, right;
+  float softcap, scale;
+  int dtype, mask_kind;
   int instruction_set, threads;
   void* stream;
 } blip3o_attention_backward_arguments;

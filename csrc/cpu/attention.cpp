@@ -2,7 +2,7 @@
 //
 // One task is one key-value head of one sample, with all the query heads that share it. It takes a block of queries at a
 // time and holds their scores transposed, [keys, queries], so that softmax works on a vector of queries: its maxima and
-// sums need no look across lanes, and short rows of keys waste nothing. All else are small matrix products (product.h) in
+// sums need no look across lanes, and short rows of keys waste nothing (scores.h). All else are small matrix products (product.h) in
 // float32; other dtypes are converted when they are laid out. A block has every score of its queries, so one softmax is
 // enough.
 //
@@ -24,187 +24,7 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 #else  // once per instruction set
 
 #include "product.h"
-
-static constexpr int64_t QUERIES = WIDE * LANES;  // of a block
-static constexpr int64_t LONG = 1024;              // keys from which it is half of that: scores shall stay in the cache
-
-// What is between a product and a score.
-enum Kind { PLAIN, MASKED };  // PLAIN: no mask and a positive scale, which keeps the order of the scores
-
-// A block of queries of one sample, and the keys they see. A vector of them sees the first `limits`; from `shared` on, only
-// some lanes do.
-struct Block {
-  int64_t start, count, vectors;
-  int64_t step;  // from key to key in the scores
-  int64_t limits[WIDE], shared[WIDE];
-  int64_t ahead;  // query t sees the keys s <= t + ahead
-
-  template <class Arguments>
-  Block(const Arguments& a, int64_t from) : start(from) {
-    step = a.keys < LONG ? QUERIES : QUERIES / 2;
-    count = smaller(step, a.tokens - start);
-    vectors = padded(count, LANES) / LANES;
-    ahead = a.causal ? a.keys - a.tokens : a.keys;
-    for (int64_t v = 0; v < vectors; ++v) {
-      limits[v] = limit(v * LANES + LANES - 1, a.keys);
-      shared[v] = limit(v * LANES, a.keys);
-    }
-  }
-  int64_t limit(int64_t query, int64_t keys) const {
-    const int64_t seen = start + smaller(query, count - 1) + ahead + 1;
-    return seen < 0 ? 0 : smaller(seen, keys);
-  }
-  // Lane by lane, the first key that a vector of queries does not see.
-  Integers lane_limits(int64_t vector) const {
-    static const int32_t NUMBERS[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    Integers lanes;
-    std::memcpy(&lanes, NUMBERS, sizeof lanes);
-    return lanes + static_cast<int32_t>(start + vector * LANES + ahead + 1);
-  }
-  // f(first vector, first key, one past the last key) for each run of keys that is seen from a vector on; causal blocks
-  // are staircases.
-  template <class F>
-  void stairs(F f) const {
-    for (int64_t v = 0, from = 0; v < vectors; from = limits[v++])
-      if (limits[v] > from) f(v, from, limits[v]);
-  }
-};
-
-// products [keys, queries] = left [keys, depth] right [depth, queries], where keys are seen.
-static void multiply(const Block& block, float* products, const float* left, int64_t left_step, const float* right,
-                     int64_t depth) {
-  block.stairs([&](int64_t v, int64_t from, int64_t to) {
-    product<true>(products + from * block.step + v * LANES, block.step, left + from * left_step, left_step,
-                  right + v * LANES, block.step, to - from, (block.vectors - v) * LANES, depth);
-  });
-}
-
-// y [queries, width] = weights^T [queries, keys] x [keys, width], each few queries over the keys they see.
-static void mix(const Block& block, float* y, int64_t width, const float* weights, const float* x, int64_t x_step,
-                int64_t keys) {
-  for (int64_t t = 0; t < block.count; t += ROWS) {
-    const int64_t rows = smaller(ROWS, block.count - t);
-    const int64_t seen = block.limit(t + rows - 1, keys);
-    product<false>(y + t * width, width, weights + t, block.step, x, x_step, rows, width, seen);
-  }
-}
-
-// y [keys, width] += weights [keys, queries] x [queries, width].
-static void gather(const Block& block, float* y, int64_t width, const float* weights, const float* x, int64_t x_step) {
-  block.stairs([&](int64_t v, int64_t from, int64_t to) {
-    const int64_t first = v * LANES;
-    product<true, true>(y + from * width, width, weights + from * block.step + first, block.step, x + first * x_step,
-                        x_step, to - from, width, block.count - first);
-  });
-}
-
-// The mask of one head as numbers to add, [keys, queries]; head_mask: where it starts, in elements.
-template <class Arguments>
-static void lay_mask(const Block& block, float* to, const Arguments& a, int64_t head_mask) {
-  const int64_t keys = a.keys, step = a.mask_token, first = head_mask + block.start * step;
-  if (a.mask_kind == 0)
-    return static_cast<void>(std::memset(to, 0, sizeof(float) * static_cast<size_t>(block.step * keys)));
-  if (a.mask_kind == 2)
-    return lay_columns(to, block.step, static_cast<const float*>(a.mask) + first, step, block.count, keys);
-  const uint8_t* allowed = static_cast<const uint8_t*>(a.mask) + first;
-  lay_columns(to, block.step, block.count, keys, [=](int64_t row, int64_t k, int64_t count) {
-    typedef uint8_t Bytes __attribute__((vector_size(LANES)));
-    Bytes bytes{};
-    std::memcpy(&bytes, allowed + row * step + k, static_cast<size_t>(count));
-    return __builtin_convertvector(bytes, Integers) != 0 ? Floats{} : all(-__builtin_inff());
-  });
-}
-
-static inline Floats only_seen(Floats scores, int64_t key, Integers limits) {
-  return Integers{} + static_cast<int32_t>(key) < limits ? scores : all(-__builtin_inff());
-}
-
-// A product of queries and a key, ready for the scale; a MASKED one has it and the mask already.
-template <Kind KIND>
-static inline Floats score(const float* products, const float* added, int64_t at, Floats scale) {
-  return KIND == PLAIN ? load(products + at) : load(products + at) * scale + load(added + at);
-}
-template <Kind KIND>
-static inline Floats scaled(Floats score, Floats scale) {
-  return KIND == PLAIN ? score * scale : score;
-}
-
-// f(key, i) for all keys; i counts 0 1 2 3 0 1 2 3 ..., for sums in four parts: shorter chains and smaller errors.
-template <class F>
-__attribute__((always_inline)) static inline void by_fours(int64_t keys, F f) {
-  int64_t s = 0;
-  for (; s + 4 <= keys; s += 4) f(s, 0), f(s + 1, 1), f(s + 2, 2), f(s + 3, 3);
-  if (s < keys) f(s, 0);
-  if (s + 1 < keys) f(s + 1, 1);
-  if (s + 2 < keys) f(s + 2, 2);
-}
-
-// One vector of queries: their largest scores. Products that are masked or not seen by all lanes become scores.
-template <Kind KIND>
-static inline Floats largest(const Block& block, int64_t vector, float* products, const float* added, Floats scale) {
-  const int64_t step = block.step, shared = block.shared[vector], limit = block.limits[vector];
-  const Integers limits = block.lane_limits(vector);
-  const Floats least = all(-__builtin_inff());
-  Floats found[4] = {least, least, least, least};
-  if (KIND == PLAIN)
-    by_fours(shared, [&](int64_t s, int i) { found[i] = at_least(load(products + s * step), found[i]); });
-  for (int64_t s = KIND == PLAIN ? shared : 0; s < limit; ++s) {
-    Floats v = score<KIND>(products, added, s * step, scale);
-    if (s >= shared) v = only_seen(v, s, limits);
-    found[0] = at_least(v, found[0]);
-    store(products + s * step, v);
-  }
-  return scaled<KIND>(at_least(at_least(found[0], found[1]), at_least(found[2], found[3])), scale);
-}
-
-// What the scores are shifted by: the largest, or where all is masked 0, so that every exponential is 0.
-static inline Floats shift_of(Floats most) { return most == -__builtin_inff() ? Floats{} : most; }
-
-static inline Floats reciprocal(Floats sum) { return sum == 0.0f ? Floats{} : 1.0f / sum; }
-
-// x / sum, rounded as a division would be (nearly always), in three multiplications.
-static inline Floats divided(Floats x, Floats sum, Floats reciprocal) {
-  const Floats quotient = x * reciprocal;
-  return quotient + (x - quotient * sum) * reciprocal;
-}
-
-// One vector of queries: products -> e^(score - largest score); returns the sums of these, and the largest.
-template <Kind KIND>
-static inline Floats exponentials(const Block& block, int64_t vector, float* products, const float* added, Floats scale,
-                                  Floats& most) {
-  most = largest<KIND>(block, vector, products, added, scale);
-  const Floats shift = shift_of(most);
-  Floats sums[4] = {};
-  by_fours(block.limits[vector], [&](int64_t s, int i) {
-    const Floats e = exponential(scaled<KIND>(load(products + s * block.step), scale) - shift);
-    sums[i] += e;
-    store(products + s * block.step, e);
-  });
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// One vector of queries: products -> probabilities, dprobabilities -> dscores, to be scaled. Shifting by the log-sum-exp
-// would spare the look for the largest score, and lose two bits: the scores that count are near the largest.
-template <Kind KIND>
-static inline void score_gradients(const Block& block, int64_t vector, float* products, float* gradients,
-                                   const float* added, Floats scale) {
-  const int64_t step = block.step, limit = block.limits[vector];
-  const Floats shift = shift_of(largest<KIND>(block, vector, products, added, scale));
-  Floats sums[4] = {}, dots[4] = {};
-  by_fours(limit, [&](int64_t s, int i) {
-    const Floats e = exponential(scaled<KIND>(load(products + s * step), scale) - shift);
-    sums[i] += e;
-    dots[i] += e * load(gradients + s * step);
-    store(products + s * step, e);
-  });
-  const Floats sum = (sums[0] + sums[1]) + (sums[2] + sums[3]), factor = reciprocal(sum);
-  const Floats dot = divided((dots[0] + dots[1]) + (dots[2] + dots[3]), sum, factor);
-  for (int64_t s = 0; s < limit; ++s) {
-    const Floats p = divided(load(products + s * step), sum, factor);
-    store(products + s * step, p);
-    store(gradients + s * step, p * (load(gradients + s * step) - dot));
-  }
-}
+#include "scores.h"
 
 // Where a task keeps what it lays out, one after the other.
 struct Space {
@@ -238,21 +58,21 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
     const Block block(a, start);
     step = block.step;
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
-      if (KIND == MASKED && (h == g * sharing || a.mask_head))
+      if (KIND == CAPPED || (KIND == MASKED && (h == g * sharing || a.mask_head)))
         lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
       lay_columns(query_columns, block.step, at<T>(a.query, b, a.query_batch, h, a.query_head) + start * a.query_token,
                   a.query_token, block.count, a.head_dim);
       multiply(block, scores, keys, key_step, query_columns, a.head_dim);
       float factors[QUERIES];
-      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.tokens + start : nullptr;
+      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start : nullptr;
       for (int64_t v = 0; v < block.vectors; ++v) {
         Floats most;
-        const Floats sums =
-            exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale), most);
+        const Floats sums = exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
+                                               all(a.softcap), most);
         store(factors + v * LANES, reciprocal(sums));
         if (log_sum) store(log_sum + v * LANES, most + logarithm(sums), smaller(LANES, block.count - v * LANES));
       }
-      mix(block, mixed, wide, scores, values, value_step, a.keys);
+      mix(block, mixed, wide, scores, values, value_step);
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
       for (int64_t t = 0; t < block.count; ++t)
         store_row(y + t * a.y_token, mixed + t * wide, a.value_dim, all(factors[t]));
@@ -285,7 +105,7 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
     const Block block(a, start);
     step = block.step;
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
-      if (KIND == MASKED && (h == g * sharing || a.mask_head))
+      if (KIND == CAPPED || (KIND == MASKED && (h == g * sharing || a.mask_head)))
         lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
       int64_t query_step = a.query_token, dy_step = a.dy_token;
       const T* query_rows = at<T>(a.query, b, a.query_batch, h, a.query_head) + start * a.query_token;
@@ -297,8 +117,9 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
       multiply(block, scores, keys, key_step, query_columns, a.head_dim);
       multiply(block, dscores, values, value_step, dy_columns, a.value_dim);
       for (int64_t v = 0; v < block.vectors; ++v)
-        score_gradients<KIND>(block, v, scores + v * LANES, dscores + v * LANES, added + v * LANES, all(a.scale));
-      mix(block, dquery, key_wide, dscores, keys, key_step, a.keys);
+        score_gradients<KIND>(block, v, scores + v * LANES, dscores + v * LANES, added + v * LANES, all(a.scale),
+                              all(a.softcap));
+      mix(block, dquery, key_wide, dscores, keys, key_step);
       T* dx = static_cast<T*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
       for (int64_t t = 0; t < block.count; ++t)
         store_row(dx + t * a.dquery_token, dquery + t * key_wide, a.head_dim, all(a.scale));
@@ -314,8 +135,52 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
   }
 }
 
+template <class T>
+static void skip(void*& x, int64_t elements) { x = static_cast<T*>(x) + elements; }
+template <class T>
+static void skip(const void*& x, int64_t elements) { x = static_cast<const T*>(x) + elements; }
+
+// Tensors from a query and a key on.
+template <class T>
+static void start_at(blip3o_attention_arguments& a, int64_t query, int64_t key) {
+  skip<T>(a.y, query * a.y_token);
+  skip<T>(a.query, query * a.query_token);
+  skip<T>(a.key, key * a.key_token);
+  skip<T>(a.value, key * a.value_token);
+  if (a.log_sum) a.log_sum += query;
+}
+template <class T>
+static void start_at(blip3o_attention_backward_arguments& a, int64_t query, int64_t key) {
+  skip<T>(a.dquery, query * a.dquery_token);
+  skip<T>(a.dkey, key * a.dkey_token);
+  skip<T>(a.dvalue, key * a.dvalue_token);
+  skip<T>(a.dy, query * a.dy_token);
+  skip<T>(a.query, query * a.query_token);
+  skip<T>(a.key, key * a.key_token);
+  skip<T>(a.value, key * a.value_token);
+}
+
+// One token stands at the last key; the heads that share a key become its block of tokens.
+template <class T>
+static void fold(blip3o_attention_arguments& a) {
+  if (a.tokens != 1) return;
+  if (a.left >= 0 && a.left < a.keys) {  // from the window's first key on
+    const int64_t from = a.keys - 1 - a.left;
+    start_at<T>(a, 0, from);
+    a.mask_kind == 1 ? skip<uint8_t>(a.mask, from) : skip<float>(a.mask, from);
+    a.keys -= from;
+  }
+  a.left = a.right = -1;
+  a.tokens = a.log_sum_head = a.heads / a.groups;
+  a.heads = a.groups;
+  a.y_token = a.y_head, a.y_head *= a.tokens;
+  a.query_token = a.query_head, a.query_head *= a.tokens;
+  a.mask_token = a.mask_head, a.mask_head *= a.tokens;
+}
+
 template <class T, Kind KIND>
-static void task(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
+static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space) {
+  fold<T>(a);
   forward<T, KIND>(a, b, g, space);
 }
 
@@ -324,17 +189,38 @@ static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_
   backward<T, KIND>(a, b, g, space);
 }
 
-template <class T, class Arguments>
+template <class T, Kind KIND, class Arguments>
 static int run(const Arguments& a) {
-  const int64_t tasks = a.batch * a.groups;
+  const int64_t tasks = a.batch * a.sequences * a.groups;
   const int parts = static_cast<int>(smaller(blip3o_threads(a.threads, a.heads * a.batch * a.tokens * a.keys), tasks));
-  const bool masked = a.mask_kind || !(a.scale > 0);
 #pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
   for (int part = 0; part < parts; ++part)
-    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i)
-      masked ? task<T, MASKED>(a, i / a.groups, i % a.groups, {a.workspace + part * a.workspace_floats})
-             : task<T, PLAIN>(a, i / a.groups, i % a.groups, {a.workspace + part * a.workspace_floats});
+    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i) {
+      const Space space{a.workspace + part * a.workspace_floats};
+      const int64_t n = i / a.groups, g = i % a.groups;  // n: a sample, or a sequence of the only one
+      if (!a.cu_seqlens_q) {
+        task<T, KIND>(a, n, g, space);
+        continue;
+      }
+      Arguments sequence = a;
+      sequence.tokens = a.cu_seqlens_q[n + 1] - a.cu_seqlens_q[n];
+      sequence.keys = a.cu_seqlens_k[n + 1] - a.cu_seqlens_k[n];
+      start_at<T>(sequence, a.cu_seqlens_q[n], a.cu_seqlens_k[n]);
+      task<T, KIND>(sequence, 0, g, space);
+    }
   return BLIP3O_OK;
+}
+
+template <class T, class Arguments>
+static int run_kinds(const Arguments& a) {
+  if (a.softcap > 0) return run<T, CAPPED>(a);
+  return a.mask_kind || !(a.scale > 0) ? run<T, MASKED>(a) : run<T, PLAIN>(a);
+}
+
+static bool ascending(const int32_t* ends, int64_t sequences, int64_t last) {
+  for (int64_t i = 0; i < sequences; ++i)
+    if (ends[i] > ends[i + 1]) return false;
+  return ends[0] == 0 && ends[sequences] == last;
 }
 
 // space: what a task takes for each key, and for each query of a block.
@@ -344,26 +230,20 @@ static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
   if (a.groups < 1 || a.heads % a.groups || a.head_dim < 0 || a.value_dim < 0) return BLIP3O_BAD_ARGUMENT;
   const int64_t needed = padded(a.keys, 16) * (keys * wide + queries * 64) + 64 * queries * wide;
   if (a.workspace_floats % 16 || a.workspace_floats < needed) return BLIP3O_BAD_ARGUMENT;
+  if (!a.cu_seqlens_q ? a.sequences != 1
+                      : a.batch != 1 || a.mask_kind || a.sequences < 1 ||
+                            !ascending(a.cu_seqlens_q, a.sequences, a.tokens) ||
+                            !ascending(a.cu_seqlens_k, a.sequences, a.keys))
+    return BLIP3O_BAD_ARGUMENT;
   switch (a.dtype) {
-    case BLIP3O_FLOAT32: return run<float>(a);
-    case BLIP3O_BFLOAT16: return run<bfloat16>(a);
-    case BLIP3O_FLOAT16: return run<float16>(a);
+    case BLIP3O_FLOAT32: return run_kinds<float>(a);
+    case BLIP3O_BFLOAT16: return run_kinds<bfloat16>(a);
+    case BLIP3O_FLOAT16: return run_kinds<float16>(a);
     default: return BLIP3O_BAD_DTYPE;
   }
 }
 
-static int attention(const blip3o_attention_arguments& a) {
-  if (a.tokens != 1 || a.groups < 1) return run_dtypes(a, 1, 2);
-  blip3o_attention_arguments folded = a;  // one token: the heads that share a key are a block
-  folded.tokens = a.heads / a.groups;
-  folded.heads = a.groups;
-  folded.causal = 0;
-  folded.y_token = a.y_head, folded.y_head *= folded.tokens;
-  folded.query_token = a.query_head, folded.query_head *= folded.tokens;
-  folded.mask_token = a.mask_head, folded.mask_head *= folded.tokens;
-  return run_dtypes(folded, 1, 2);
-}
-
+static int attention(const blip3o_attention_arguments& a) { return run_dtypes(a, 1, 2); }
 static int attention_backward(const blip3o_attention_backward_arguments& a) { return run_dtypes(a, 2, 3); }
 
 #endif

@@ -12,6 +12,7 @@ static constexpr int WIDE = LANES == 16 ? 4 : 2;      // vectors across a wide t
 
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 
 template <int M, int N, bool ROWS_APART, bool ADD>

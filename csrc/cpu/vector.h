@@ -5,7 +5,7 @@
 //   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
 //   rounded<T>(v)                what store and load again would give
 //   sum(v)                       in a fixed order
-//   exponential(v), logarithm(v)
+//   exponential(v), logarithm(v), hyperbolic_tangent(v)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
@@ -196,6 +196,29 @@ static inline Floats logarithm(Floats v) {
   const Floats y = (p * f * square + n * -2.12194440e-4f - square * 0.5f + f) + n * 0.693359375f;
   const Floats edge = v < 0x1p-126f ? (v < 0.0f ? all(__builtin_nanf("")) : all(-__builtin_inff())) : y;
   return v < __builtin_inff() ? edge : v;  // infinity and NaN stay
+}
+
+static inline Floats select(Integers condition, Floats yes, Floats no) {
+  return bits_of<Floats>((condition & bits_of<Integers>(yes)) | (~condition & bits_of<Integers>(no)));
+}
+
+// Within 2 ulp. Near 0: x + x^3 q(x^2). Elsewhere 1 - 2 / (e^2|x| + 1), where e^z = 2^k e^r with |r| <= ln(2)/2; from 10 on it is 1.
+static inline Floats hyperbolic_tangent(Floats x) {
+  const Floats square = x * x;
+  const Floats q = (((-6.044799e-3f * square + 2.096098e-2f) * square - 5.384315e-2f) * square + 1.3332717e-1f) * square -
+                   3.3333328e-1f;
+  const Floats near = x * square * q + x;
+
+  const Integers sign = bits_of<Integers>(x) & INT32_MIN;
+  const Floats size = bits_of<Floats>(bits_of<Integers>(x) & INT32_MAX);
+  const Floats z = 2.0f * select(size > 10.0f, all(10.0f), size);
+  const Floats shifted = z * 1.44269504f + 0x1.8p23f;  // the last bits hold k
+  const Floats k = shifted - 0x1.8p23f;
+  const Floats r = (z - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;  // ln(2) in two parts, the first of few bits
+  const Floats g = (((1.3901276e-3f * r + 8.363145e-3f) * r + 4.1666854e-2f) * r + 1.6666577e-1f) * r + 0.5f;
+  const Floats two_to_k = bits_of<Floats>((bits_of<Integers>(shifted) + 127) << 23);
+  const Floats far = 1.0f - 2.0f / ((r * r * g + r + 1.0f) * two_to_k + 1.0f);
+  return select(size < 0.6f, near, bits_of<Floats>(bits_of<Integers>(far) | sign));
 }
 
 // (v[1], v[0], v[3], v[2], ...)

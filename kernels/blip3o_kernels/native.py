@@ -21,7 +21,7 @@ import torch
 
 from .dispatch import INSTRUCTION_SETS, BackendError
 
-VERSION = 1  # BLIP3O_VERSION
+VERSION = 2  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
@@ -42,8 +42,8 @@ FORMATS = {
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
-    "attention": "PPPPPPPqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
-    "attention_backward": "PPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
+    "attention": "PPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
+    "attention_backward": "PPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = ("rms_norm", "rms_norm_backward")

@@ -71,6 +71,7 @@ def forward(
             *_addresses(y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
             *sizes,
             *_strides(y, query, key, value, full_mask),
+            tokens,
             *limits,
             *options,
         )

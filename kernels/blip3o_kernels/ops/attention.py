@@ -333,7 +333,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("no queries", (draw(1, 2, 0, 16), draw(1, 2, 5, 16), draw(1, 2, 5, 16)))
     yield Sample("no keys", (draw(1, 2, 3, 16), draw(1, 2, 0, 16), draw(1, 2, 0, 16)))
     for head_dim, value_dim in ((56, 56), (72, 72), (80, 96), (112, 80), (256, 256)):
-        inputs = (draw(1, 2, 5, head_dim), draw(1, 1, 7, head_dim), draw(1, 1, 7, value_dim))
+        inputs = (draw(1, 2, 19, head_dim), draw(1, 1, 21, head_dim), draw(1, 1, 21, value_dim))
         yield Sample(f"K{head_dim} V{value_dim}", inputs, {"enable_gqa": True, "is_causal": True})
     yield from _windows_and_caps(draw)
     yield from _packed(draw)
