@@ -127,6 +127,9 @@ def ulp(value: float, dtype: torch.dtype) -> float:
     return info.eps * 2.0 ** math.floor(math.log2(max(value, info.tiny)))
 
 
+LOG2E = math.log2(math.e)
+
+
 class _FusedAttention(torch.autograd.Function):
     """What a kernel that never holds a row of probabilities rounds: y and log_sum, which its backward pass starts
     from, and probabilities and dscores to the dtype of the inputs, before they are multiplied. In float32."""
@@ -134,7 +137,7 @@ class _FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(context, query, key, value, bias, scale, softcap, dtype):  # type: ignore[no-untyped-def]
         scores = _capped(query @ key.mT * scale, softcap) + bias
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
+        weights = (scores * LOG2E - scores.amax(-1, keepdim=True) * LOG2E).exp2()
         y = (weights.to(dtype).to(value.dtype) @ value / weights.sum(-1, keepdim=True)).to(dtype).to(value.dtype)
         context.save_for_backward(query, key, value, bias, y, scores.logsumexp(-1, keepdim=True))
         context.options = scale, softcap, dtype
@@ -145,7 +148,7 @@ class _FusedAttention(torch.autograd.Function):
         query, key, value, bias, y, log_sum = context.saved_tensors
         scale, softcap, dtype = context.options
         scores = _capped(query @ key.mT * scale, softcap)
-        weights = (scores + bias - log_sum).exp()
+        weights = ((scores + bias) * LOG2E - log_sum * LOG2E).exp2()
         dscores = weights * (dy @ value.mT - (dy * y).sum(-1, keepdim=True))
         if softcap:
             dscores = dscores * (1 - (scores / softcap).square())
@@ -158,6 +161,8 @@ def _capped(scores: Tensor, softcap: float | None) -> Tensor:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: object):  # type: ignore[no-untyped-def]
+    if not key.shape[2]:
+        return query.new_zeros(*query.shape[:3], value.shape[3]) + 0 * (query.sum() + key.sum() + value.sum())
     tokens, keys, share = query.shape[2], key.shape[2], query.shape[1] // max(key.shape[1], 1)
     causal, (left, right) = options.get("is_causal"), options.get("window_size") or (-1, -1)  # type: ignore[misc]
     packed = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
