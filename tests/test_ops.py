@@ -136,10 +136,12 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(context, query, key, value, bias, scale, softcap, dtype):  # type: ignore[no-untyped-def]
-        scores = _capped(query @ key.mT * scale, softcap) + bias
-        weights = (scores * LOG2E - scores.amax(-1, keepdim=True) * LOG2E).exp2()
-        y = (weights.to(dtype).to(value.dtype) @ value / weights.sum(-1, keepdim=True)).to(dtype).to(value.dtype)
-        context.save_for_backward(query, key, value, bias, y, scores.logsumexp(-1, keepdim=True))
+        scores = (_capped(query @ key.mT * scale, softcap) + bias) * LOG2E
+        top = scores.amax(-1, keepdim=True)
+        weights = (scores - top).exp2()
+        total = weights.sum(-1, keepdim=True)
+        y = (weights.to(dtype).to(value.dtype) @ value / total).to(dtype).to(value.dtype)
+        context.save_for_backward(query, key, value, bias, y, (top + total.log2()) * math.log(2))
         context.options = scale, softcap, dtype
         return y
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -34,20 +35,47 @@ class Tile:
     stages: int
 
 
-# By the width of a row in bytes, BLOCK_K or BLOCK_V times the size of an element: forward, dkey and dvalue, dquery.
-# None spills at any row of the table, and two stages of none need more than the 99 KiB of shared memory of sm_120.
+# By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
+# dvalue, dquery. Chosen for the largest tiles that compile without spills and fit the shared memory: 99 KiB on sm_120,
+# 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills, at any tile. float32 has no
+# tensor cores to feed.
 TILES = {
-    128: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
-    256: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    "": {
+        128: (Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        256: (Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+        512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    },
+    "sm90": {
+        128: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
+        256: (Tile(128, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
+    },
+    "sm100": {
+        256: (Tile(128, 128, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2)),
+    },
+    "hip": {
+        128: (Tile(64, 32, 4, 1), Tile(32, 64, 4, 1), Tile(64, 32, 8, 1)),
+        256: (Tile(64, 32, 8, 1), Tile(16, 64, 4, 1), Tile(64, 32, 4, 1)),
+        512: (Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
+    },
 }
+FLOAT32 = (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The table of tiles for a device: "hip", "sm90", ..., "" without a GPU."""
+    if device.type != "cuda":
+        return ""
+    return "hip" if torch.version.hip else f"sm{torch.cuda.get_device_capability(device)[0]}0"
 
 
 def _tiles(query: Tensor, value: Tensor, direction: int) -> Tile:
     if INTERPRETED:  # small, so that small samples take every path
         return Tile(64, 64, 4, 1)
-    width = max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size()
-    return TILES[min(max(width, 128), 512)][direction]
+    if query.dtype is torch.float32:
+        return FLOAT32[direction]
+    width = min(max(max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size(), 128), 512)
+    return TILES.get(architecture(query.device), {}).get(width, TILES[""][width])[direction]
 
 
 def _block(width: int) -> int:
@@ -176,7 +204,7 @@ def forward(
             BLOCK_S=tile.keys,
             BLOCK_K=_block(head_dim),
             BLOCK_V=_block(value_dim),
-            num_warps=tile.warps if block > 64 else 4,
+            num_warps=tile.warps if block == tile.queries else 4,
             num_stages=tile.stages,
         )
         if splits > 1:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import LOG2E, scored, sequence, span, tile
+from .attention_scores import LOG2E, scored, sequence, skipped, span, tile
 from .numbers import product, rounded, wide
 
 
@@ -66,6 +66,8 @@ def _from_queries(
     s,
     start,
     stop,
+    gap_at,
+    gap,
     query_ptr,
     dy_ptr,
     log_sum_ptr,
@@ -95,7 +97,8 @@ def _from_queries(
     """Add what queries start..stop give to dkey [S, K] and dvalue [S, V]. Scores are held transposed, [S, T]."""
     rows = tl.arange(0, BLOCK_T)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for first in range(start, stop, BLOCK_T):
+    for step in range(start, stop - gap, BLOCK_T):
+        first = skipped(step, gap_at, gap, BOUNDED)
         query = tile(query_ptr, first, rows, query_token, tokens, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(key, tl.trans(query), tl.zeros([key.shape[0], BLOCK_T], tl.float32))
         t = first + rows
@@ -204,19 +207,13 @@ def key_value_kernel(
         dy = dy_ptr + head * dy_head * ALIGNED
         rows = (batch * heads + head) * all_tokens + row
         mask = mask_ptr + batch * mask_batch + head * mask_head
-        if RIGHT:
-            dkey, dvalue = _from_queries(
-                dkey, dvalue, key, value, s, start, all_start, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
-                tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-                HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_T, BLOCK_K, BLOCK_V,
-            )  # fmt: skip
         dkey, dvalue = _from_queries(
-            dkey, dvalue, key, value, s, all_start, all_stop, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
+            dkey, dvalue, key, value, s, all_start, all_stop, 0, 0, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
             tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
             HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_T, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         dkey, dvalue = _from_queries(
-            dkey, dvalue, key, value, s, all_stop, stop, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
+            dkey, dvalue, key, value, s, start, stop, all_start, all_stop - all_start, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
             tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
             HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_T, BLOCK_K, BLOCK_V,
         )  # fmt: skip
@@ -241,6 +238,8 @@ def _from_keys(
     t,
     start,
     stop,
+    gap_at,
+    gap,
     key_ptr,
     value_ptr,
     mask_ptr,
@@ -268,7 +267,8 @@ def _from_keys(
     """Add what keys start..stop give to dquery [T, K]."""
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for first in range(start, stop, BLOCK_S):
+    for step in range(start, stop - gap, BLOCK_S):
+        first = skipped(step, gap_at, gap, BOUNDED)
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         scores, bend = scored(
@@ -369,19 +369,13 @@ def query_kernel(
     mask_ptr += batch * mask_batch + head * mask_head
     start, stop, all_start, all_stop = span(first, BLOCK_T, tokens, keys, left, right, LEFT, RIGHT, BLOCK_S)
     dquery = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-    if LEFT:
-        dquery = _from_keys(
-            dquery, query, dy, log_sum, delta, t, start, all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
-            key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-            HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
     dquery = _from_keys(
-        dquery, query, dy, log_sum, delta, t, all_start, all_stop, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        dquery, query, dy, log_sum, delta, t, all_start, all_stop, 0, 0, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip
     dquery = _from_keys(
-        dquery, query, dy, log_sum, delta, t, all_stop, stop, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        dquery, query, dy, log_sum, delta, t, start, stop, all_start, all_stop - all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip

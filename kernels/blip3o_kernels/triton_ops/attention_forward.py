@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import scored, sequence, span, tile
+from .attention_scores import scored, sequence, skipped, span, tile
 from .numbers import product, rounded
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -26,6 +26,8 @@ def _attend(
     t,
     start,
     stop,
+    gap_at,
+    gap,
     key_ptr,
     value_ptr,
     mask_ptr,
@@ -53,7 +55,8 @@ def _attend(
     """Add the keys start..stop to the sums [R, V], the totals of probabilities [R] and the largest scores [R]."""
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for first in range(start, stop, BLOCK_S):
+    for step in range(start, stop - gap, BLOCK_S):
+        first = skipped(step, gap_at, gap, BOUNDED)
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         s = (first + rows)[None, :]
@@ -173,19 +176,13 @@ def forward_kernel(
     sums = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     top = tl.full([BLOCK_T], -float("inf"), tl.float32)
-    if LEFT:
-        sums, total, top = _attend(
-            sums, total, top, query, t, start, all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
-            key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-            HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
     sums, total, top = _attend(
-        sums, total, top, query, t, all_start, all_stop, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        sums, total, top, query, t, all_start, all_stop, 0, 0, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip
     sums, total, top = _attend(
-        sums, total, top, query, t, all_stop, stop, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        sums, total, top, query, t, start, stop, all_start, all_stop - all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip

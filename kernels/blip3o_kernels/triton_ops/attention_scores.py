@@ -61,10 +61,20 @@ def span(first, count, rows, columns, before, after, BEFORE: tl.constexpr, AFTER
 
 
 @triton.jit
+def skipped(step, gap_at, gap, BOUNDED: tl.constexpr):
+    """Where a step of a loop is that leaves out `gap` at `gap_at`: both edges of a span take one loop, as each copy
+    of a loop costs registers in all of them."""
+    if BOUNDED:
+        return step + tl.where(step < gap_at, 0, gap)
+    else:
+        return step
+
+
+@triton.jit
 def tile(pointer, first, rows, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
     """Rows first + rows [R] of a matrix, [R, BLOCK] in its own dtype; 0 from column WIDTH and, if BOUNDED, row limit."""
     columns = tl.arange(0, BLOCK)
-    pointers = pointer + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    pointers = pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if BOUNDED and WIDTH < BLOCK:
         return tl.load(pointers, mask=(first + rows < limit)[:, None] & (columns < WIDTH)[None, :], other=0.0)
     elif BOUNDED:
