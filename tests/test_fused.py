@@ -22,6 +22,7 @@ def calls(batch: int, tokens: int) -> dict[str, tuple[Callable[..., Tensor], tup
     table = rope_table(torch.arange(tokens), head_dim, 100.0)
     padding = torch.arange(tokens) < 1 + torch.arange(batch).view(-1, 1, 1, 1) % tokens
     bias = draw(1, heads, tokens, tokens)
+    ends = torch.tensor([0, tokens // 3, tokens], dtype=torch.int32)
     return {
         "swiglu": (swiglu, (draw(batch, tokens, 18), draw(batch, tokens, 18, seed=1))),
         "swiglu packed": (swiglu, (draw(batch, tokens, 36),)),
@@ -30,6 +31,14 @@ def calls(batch: int, tokens: int) -> dict[str, tuple[Callable[..., Tensor], tup
         "attention causal": (lambda *x: attention(*x, is_causal=True, enable_gqa=True), (query, key, value)),
         "attention padding": (lambda *x: attention(*x, padding[: len(x[0])], enable_gqa=True), (query, key, value)),
         "attention bias": (lambda *x: attention(*x, bias, enable_gqa=True), (query, key, value)),
+        "attention window": (
+            lambda *x: attention(*x, enable_gqa=True, window_size=(2, 1), softcap=3.0),
+            (query, key, value),
+        ),
+        "attention packed": (
+            lambda *x: attention(*x, is_causal=True, enable_gqa=True, cu_seqlens_q=ends),
+            (query[:1], key[:1], value[:1]),
+        ),
     }
 
 
@@ -97,9 +106,16 @@ def test_not_a_number_is_not_lost() -> None:
 def test_log_sum_exp() -> None:
     query, key, value = draw(2, 2, 3, 8), draw(2, 2, 9, 8), draw(2, 2, 9, 8)
     mask = torch.arange(9) < torch.tensor([5, 0]).view(2, 1, 1, 1)
-    log_sum = torch.ops.blip3o.attention(query, key, value, mask, False, 0.5, "native")[1]
+    log_sum = torch.ops.blip3o.attention(query, key, value, mask, None, None, False, -1, -1, 0.0, 0.5, "native")[1]
     expected = (query @ key.mT * 0.5).masked_fill(~mask, -torch.inf).logsumexp(-1)
     torch.testing.assert_close(log_sum, expected)
+    ends = torch.tensor([0, 2, 3], dtype=torch.int32), torch.tensor([0, 9, 9], dtype=torch.int32)
+    packed = query[:1], key[:1], value[:1], None, *ends
+    log_sum = torch.ops.blip3o.attention(*packed, False, 2, 1, 3.0, 0.5, "native")[1]
+    scores = torch.tanh(query[:1] @ key[:1].mT * 0.5 / 3.0) * 3.0
+    seen = torch.zeros(3, 9, dtype=torch.bool)
+    seen[0, 5:9] = seen[1, 6:9] = True
+    torch.testing.assert_close(log_sum, scores.masked_fill(~seen, -torch.inf).logsumexp(-1))
 
 
 def test_opcheck() -> None:
@@ -114,11 +130,15 @@ def test_opcheck() -> None:
     torch.library.opcheck(known.rope.default, (x.detach().requires_grad_(), *table, True, "native"))
     torch.library.opcheck(known.rope_backward.default, (x, *table, False, "native"))
     query, key, value = leaves((draw(2, 4, 5, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8)))
+    options = (True, 3, -1, 2.0, 0.3, "native")
     for mask in (None, torch.ones(2, 1, 1, 7, dtype=torch.bool), draw(5, 7)):
-        torch.library.opcheck(known.attention.default, (query, key, value, mask, True, 0.3, "native"))
+        torch.library.opcheck(known.attention.default, (query, key, value, mask, None, None, *options))
     plain = tuple(tensor.detach() for tensor in (query, key, value))
-    y, log_sum = known.attention(*plain, None, True, 0.3, "native")
-    torch.library.opcheck(known.attention_backward.default, (y, log_sum, *plain, None, True, 0.3, "native"))
+    y, log_sum = known.attention(*plain, None, None, None, *options)
+    torch.library.opcheck(known.attention_backward.default, (y, y, log_sum, *plain, None, None, None, *options))
+    packed = leaves(tuple(tensor[:1] for tensor in (query, key, value)))
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 7], dtype=torch.int32)
+    torch.library.opcheck(known.attention.default, (*packed, None, *ends, *options))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,7 +208,11 @@ def test_double_differentiation_raises(name: str) -> None:
 
 def test_workspaces_are_checked() -> None:
     pack, call = native.packer("attention"), native.function("cpu", "attention")
-    arguments = [0] * 7 + [1, 1, 1, 4, 64, 32, 32, 100] + [0] * 15 + [1.0, 0, 0, 0, 0, 1, 0]
+    arguments = [0] * 9 + [1, 1, 1, 4, 64, 32, 32, 1, 100] + [0] * 15 + [4, -1, -1, 0.0, 1.0, 0, 0, 0, 1, 0]
     assert call(pack(*arguments)) == 1
+    ends = torch.tensor([0, 5, 4], dtype=torch.int32)  # what no CPU check has seen: the library looks again
+    x = draw(1, 1, 4, 8)
+    with pytest.raises(BackendError, match=r"attention: .*out of range"):
+        torch.ops.blip3o.attention(x, x, x, None, ends, ends, False, -1, -1, 0.0, 1.0, "native")
     with use("native"), pytest.raises(BackendError, match=r"attention: .*does not take torch.float64"):
         attention(*(draw(1, 1, 2, 4).double() for _ in range(3)))

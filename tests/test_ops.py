@@ -18,7 +18,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from blip3o_kernels import OPS, BackendError, explain, linear_cross_entropy, masks, ops, rms_norm, rope_table_2d, use
+from blip3o_kernels import (
+    OPS,
+    BackendError,
+    attention,
+    explain,
+    linear_cross_entropy,
+    masks,
+    ops,
+    rms_norm,
+    rope_table_2d,
+    use,
+)
 from blip3o_kernels.dispatch import Op
 from blip3o_kernels.samples import Sample
 
@@ -231,29 +242,58 @@ def test_reference_gradients(op: Op) -> None:
 def test_attention_both_references(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short and long sequences take two paths through the reference: both mean the same; causal is bottom-right."""
     generator = torch.Generator().manual_seed(0)
-    for tokens, keys, causal, masked in (
-        (6, 6, True, False),
-        (3, 7, True, False),
-        (7, 3, True, True),
-        (5, 6, False, True),
+    for tokens, keys, causal, masked, window in (
+        (6, 6, True, False, (-1, -1)),
+        (3, 7, True, False, (-1, -1)),
+        (7, 3, True, True, (-1, -1)),
+        (5, 6, False, True, (-1, -1)),
+        (5, 9, False, False, (2, 1)),
+        (9, 5, False, True, (1, -1)),
+        (6, 6, True, False, (2, 3)),
     ):
         query = torch.randn(2, 4, tokens, 8, generator=generator, dtype=torch.float64)
         key, value = torch.randn(2, 2, 2, keys, 8, generator=generator, dtype=torch.float64).unbind(0)
         mask = torch.rand(2, 1, tokens, keys, generator=generator) < 0.4 if masked else None
         arguments = (query, key, value, mask, 0.0, causal, None, True)
-        short = ops.attention.reference(*arguments)
+        short = ops.attention.reference(*arguments, window_size=window)
         with monkeypatch.context() as patched:
             patched.setattr(ops.attention, "LONG", 0)
-            long = ops.attention.reference(*arguments)
+            long = ops.attention.reference(*arguments, window_size=window)
         torch.testing.assert_close(short, long)
-        allowed = (
-            torch.ones(tokens, keys, dtype=torch.bool).tril(keys - tokens) if causal else torch.ones(tokens, keys) > 0
-        )
+        allowed = torch.ones(tokens, keys, dtype=torch.bool)
+        for t in range(tokens):
+            for s in range(keys):
+                distance = s - (t + keys - tokens)
+                right = 0 if causal else window[1]
+                allowed[t, s] = not (0 <= right < distance or (window[0] >= 0 and distance < -window[0]))
         allowed = (allowed & (mask if mask is not None else True)).expand(2, 4, tokens, keys)
         scores = torch.einsum("bhtk,bhsk->bhts", query, key.repeat_interleave(2, 1)) / 8**0.5
         weights = scores.exp() * allowed
         plain = weights @ value.repeat_interleave(2, 1) / weights.sum(-1, keepdim=True).clamp(min=1e-300)
         torch.testing.assert_close(short, plain)
+
+
+def test_attention_packed_is_each_sequence_alone() -> None:
+    lengths = (3, 5), (0, 2), (6, 1), (4, 4)
+    query = torch.randn(1, 4, sum(q for q, _ in lengths), 8)
+    key, value = torch.randn(2, 1, 2, sum(k for _, k in lengths), 8).unbind(0)
+    ends_q, ends_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths, strict=True))
+    for options in ({}, {"is_causal": True}, {"window_size": (2, 1), "softcap": 1.0}):
+        for backend in ("reference", "native"):
+            with use(backend):
+                packed = attention(
+                    query, key, value, enable_gqa=True, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, **options
+                )
+                alone = [
+                    attention(q, k, v, enable_gqa=True, **options)
+                    for q, k, v in zip(
+                        query.split([q for q, _ in lengths], 2),
+                        key.split([k for _, k in lengths], 2),
+                        value.split([k for _, k in lengths], 2),
+                        strict=True,
+                    )
+                ]
+            torch.testing.assert_close(packed, torch.cat(alone, 2))
 
 
 def test_rope_tables() -> None:
@@ -320,6 +360,28 @@ def test_errors_name_the_argument() -> None:
         ops.attention.attention(*torch.randn(3, 1, 1, 2, 4).unbind(0), dropout_p=0.1)
     with pytest.raises(ValueError, match="key: expected enable_gqa=True"):
         ops.attention.attention(torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4))
+    x4, ends = torch.randn(1, 2, 3, 4), torch.tensor([0, 1, 3], dtype=torch.int32)
+    for match, wrong_arguments in (
+        ("window_size: expected", {"window_size": (-2, 0)}),
+        ("softcap: expected", {"softcap": -1.0}),
+        (
+            r"cu_seqlens_q: expected ascending from 0 to 3, got \[0, 2, 1, 3\]",
+            {"cu_seqlens_q": torch.tensor([0, 2, 1, 3], dtype=torch.int32)},
+        ),
+        (
+            r"cu_seqlens_k: expected ascending from 0 to 3, got \[0, 1, 2\]",
+            {"cu_seqlens_q": ends, "cu_seqlens_k": ends.clamp(max=2)},
+        ),
+        (r"cu_seqlens_k: expected shape \[N \+ 1\]", {"cu_seqlens_q": ends, "cu_seqlens_k": ends[[0, 2]]}),
+        ("cu_seqlens_q: expected a tensor", {"cu_seqlens_k": ends}),
+        ("attn_mask: expected None", {"cu_seqlens_q": ends, "attn_mask": torch.ones(3, 3) > 0}),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ops.attention.attention(x4, x4, x4, **wrong_arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="cu_seqlens_q: expected an int32"):
+        ops.attention.attention(x4, x4, x4, cu_seqlens_q=ends.long())
+    with pytest.raises(ValueError, match="query: expected a batch of 1"):
+        ops.attention.attention(*[x4.expand(2, 2, 3, 4)] * 3, cu_seqlens_q=ends)
     with pytest.raises(ValueError, match="scale: expected shape"):
         ops.modulate.modulate(x, torch.randn(2, 7))
     with pytest.raises(TypeError, match="target: expected an int64"):

@@ -167,7 +167,7 @@ static void fold(blip3o_attention_arguments& a) {
   if (a.left >= 0 && a.left < a.keys) {  // from the window's first key on
     const int64_t from = a.keys - 1 - a.left;
     start_at<T>(a, 0, from);
-    a.mask_kind == 1 ? skip<uint8_t>(a.mask, from) : skip<float>(a.mask, from);
+    if (a.mask_kind) a.mask_kind == 1 ? skip<uint8_t>(a.mask, from) : skip<float>(a.mask, from);
     a.keys -= from;
   }
   a.left = a.right = -1;

@@ -152,8 +152,9 @@ static inline Floats largest(const Block& block, int64_t vector, float* products
 // One vector of queries: products -> scores under a softcap, and the mask -> their derivatives by the scaled products.
 static inline void cap(const Block& block, int64_t vector, float* products, float* added, Floats scale, Floats softcap) {
   const Floats factor = scale / softcap;
-  for (int64_t s = block.firsts[vector]; s < block.limits[vector]; ++s) {
-    const int64_t at = s * block.step;
+  const int64_t step = block.step, limit = block.limits[vector];
+  for (int64_t s = block.firsts[vector]; s < limit; ++s) {
+    const int64_t at = s * step;
     const Floats u = hyperbolic_tangent(load(products + at) * factor);
     store(products + at, u * softcap + load(added + at));
     store(added + at, 1.0f - u * u);
@@ -178,11 +179,12 @@ static inline Floats exponentials(const Block& block, int64_t vector, float* pro
   if (KIND == CAPPED) cap(block, vector, products, added, scale, softcap);
   most = largest<KIND>(block, vector, products, added, scale);
   const Floats shift = shift_of(most);
+  const int64_t step = block.step;
   Floats sums[4] = {};
   by_fours(block.firsts[vector], block.limits[vector], [&](int64_t s, int i) {
-    const Floats e = exponential(scaled<KIND>(load(products + s * block.step), scale) - shift);
+    const Floats e = exponential(scaled<KIND>(load(products + s * step), scale) - shift);
     sums[i] += e;
-    store(products + s * block.step, e);
+    store(products + s * step, e);
   });
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }

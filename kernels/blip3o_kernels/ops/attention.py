@@ -183,47 +183,20 @@ class _Attention(torch.autograd.Function):
 _NO_GRADIENTS = (None,) * 9
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The output, [B, T, H, V] in memory, and the log-sum-exp [B, H, T] of the scores, float32."""
-    results: tuple[Tensor, Tensor] = body("attention", backend).forward(
-        query, key, value, mask, cu_seqlens_q, cu_seqlens_k, causal, (left, right), softcap, scale
-    )
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The arguments of the registered op -> the output, [B, T, H, V] in memory, and the scores' log-sum-exp [B, H, T],
+    float32."""
+    *inputs, causal, left, right, softcap, scale, backend = arguments
+    results: tuple[Tensor, Tensor] = body("attention", backend).forward(*inputs, causal, (left, right), softcap, scale)
     return results
 
 
-def _backward(
-    dy: Tensor,
-    y: Tensor,
-    log_sum: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dquery, dkey and dvalue: torch.empty_like(strides.last_adjacent(x)) of each x, filled."""
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dy, the forward pass's results and its arguments -> dquery, dkey and dvalue, each a filled
+    torch.empty_like(strides.last_adjacent(x)) of its x."""
+    *inputs, causal, left, right, softcap, scale, backend = arguments
     gradients: tuple[Tensor, Tensor, Tensor] = body("attention", backend).backward(
-        dy, y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, causal, (left, right), softcap, scale
+        *inputs, causal, (left, right), softcap, scale
     )
     return gradients
 
