@@ -1,7 +1,8 @@
 """Attention in Triton: which kernels run, in which tiles; the contract is ops/attention.py, the kernels are
 attention_forward.py and attention_backward.py.
 
-Probabilities are rounded to the dtype of the values before they are multiplied, as torch's fused kernels do.
+Probabilities are rounded to the dtype of the values before they are multiplied, as torch's fused kernels do. Of an
+additive mask, what is below -1e30, such as the lowest float32, masks as -inf does.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ TILES = {
     "": {
         128: (Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
-        512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+        512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
     },
     "sm90": {
         128: (Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),
@@ -58,7 +59,11 @@ TILES = {
         512: (Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(32, 16, 8, 1)),
     },
 }
-FLOAT32 = (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+FLOAT32 = {
+    256: (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    512: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    1024: (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
 
 
 @cache
@@ -72,9 +77,10 @@ def architecture(device: torch.device) -> str:
 def _tiles(query: Tensor, value: Tensor, direction: int) -> Tile:
     if INTERPRETED:  # small, so that small samples take every path
         return Tile(64, 64, 4, 1)
+    width = max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size()
     if query.dtype is torch.float32:
-        return FLOAT32[direction]
-    width = min(max(max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size(), 128), 512)
+        return FLOAT32[min(max(width, 256), 1024)][direction]
+    width = min(max(width, 128), 512)
     return TILES.get(architecture(query.device), {}).get(width, TILES[""][width])[direction]
 
 
@@ -132,6 +138,11 @@ def _scales(softcap: float, scale: float) -> dict[str, float | bool]:
     return {"scale": scale * LOG2E, "cap": 0.0, "CAPPED": False}
 
 
+def _positive(query: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same with a positive scale: the largest product is the largest score, and a masked one, -inf, stays it."""
+    return (-query, -scale) if scale < 0 else (query, scale or 1e-30)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -145,8 +156,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
-    if scale <= 0:  # the largest product has to be the largest score; -inf times 0 is no number
-        query, scale = (-query, -scale) if scale else (query, 1e-30)
+    query, scale = _positive(query, scale)
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
@@ -248,13 +258,13 @@ def backward(
     starts_q, starts_k, sequences = _packed(query, cu_seqlens_q, cu_seqlens_k)
     mask, kind, mask_strides = _masked(mask, query, keys)
     aligned = _aligned(dquery, dkey, dvalue, dy, y, query, key, value)
+    slope, (query, scale) = scale, _positive(query, scale)
     log_sum, delta = log_sum.contiguous(), log_sum.new_empty(log_sum.shape)
     inputs = (dy, log_sum, delta, query, key, value, mask, starts_q, starts_k, sequences, tokens, keys)
     strides = (*_strides(dy, query, key, value, aligned=aligned), *mask_strides)
     options = {
         **_scales(softcap, scale),
         **_limits(causal, window, tokens, keys),
-        "slope": scale,
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "MASK": kind,
@@ -290,6 +300,7 @@ def backward(
             steps,
             *_strides(dkey, dvalue, aligned=aligned),
             *strides,
+            slope=scale,
             **options,
             BLOCK_T=tile.queries,
             BLOCK_S=tile.keys,
@@ -306,6 +317,7 @@ def backward(
             steps,
             *_strides(dquery, aligned=aligned),
             *strides,
+            slope=slope,
             **options,
             BLOCK_T=tile.queries,
             BLOCK_S=tile.keys,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import LOG2E, scored, sequence, skipped, span, tile
+from .attention_scores import LOG2E, scored, sequence, span, tile
 from .numbers import product, rounded, wide
 
 
@@ -98,7 +98,9 @@ def _from_queries(
     rows = tl.arange(0, BLOCK_T)
     factor = 1.0 if CAPPED or MASK == 2 else scale
     for step in range(start, stop - gap, BLOCK_T):
-        first = skipped(step, gap_at, gap, BOUNDED)
+        first = step
+        if BOUNDED:
+            first += tl.where(step < gap_at, 0, gap)
         query = tile(query_ptr, first, rows, query_token, tokens, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(key, tl.trans(query), tl.zeros([key.shape[0], BLOCK_T], tl.float32))
         t = first + rows
@@ -197,6 +199,7 @@ def key_value_kernel(
     key = tile(key_ptr, first, lane, key_token * ALIGNED, keys, HEAD_DIM, BLOCK_K, True)
     value = tile(value_ptr, first, lane, value_token * ALIGNED, keys, VALUE_DIM, BLOCK_V, True)
     start, stop, all_start, all_stop = span(first, BLOCK_S, keys, tokens, right, left, RIGHT, LEFT, BLOCK_T)
+    gap = all_stop - all_start
     dkey = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
     dvalue = tl.zeros([BLOCK_S, BLOCK_V], tl.float32)
     query_ptr += (batch * query_batch + row * query_token) * ALIGNED
@@ -213,7 +216,7 @@ def key_value_kernel(
             HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_T, BLOCK_K, BLOCK_V,
         )  # fmt: skip
         dkey, dvalue = _from_queries(
-            dkey, dvalue, key, value, s, start, stop, all_start, all_stop - all_start, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
+            dkey, dvalue, key, value, s, start, stop, all_start, gap, query, dy, log_sum_ptr + rows, delta_ptr + rows, mask,
             tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
             HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_T, BLOCK_K, BLOCK_V,
         )  # fmt: skip
@@ -268,7 +271,9 @@ def _from_keys(
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
     for step in range(start, stop - gap, BLOCK_S):
-        first = skipped(step, gap_at, gap, BOUNDED)
+        first = step
+        if BOUNDED:
+            first += tl.where(step < gap_at, 0, gap)
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         scores, bend = scored(
@@ -368,6 +373,7 @@ def query_kernel(
     value_ptr += (batch * value_batch + head // share * value_head + column * value_token) * ALIGNED
     mask_ptr += batch * mask_batch + head * mask_head
     start, stop, all_start, all_stop = span(first, BLOCK_T, tokens, keys, left, right, LEFT, RIGHT, BLOCK_S)
+    gap = all_stop - all_start
     dquery = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     dquery = _from_keys(
         dquery, query, dy, log_sum, delta, t, all_start, all_stop, 0, 0, key_ptr, value_ptr, mask_ptr, tokens, keys,
@@ -375,7 +381,7 @@ def query_kernel(
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip
     dquery = _from_keys(
-        dquery, query, dy, log_sum, delta, t, start, stop, all_start, all_stop - all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        dquery, query, dy, log_sum, delta, t, start, stop, all_start, gap, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import scored, sequence, skipped, span, tile
+from .attention_scores import scored, sequence, span, tile
 from .numbers import product, rounded
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -56,7 +56,9 @@ def _attend(
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
     for step in range(start, stop - gap, BLOCK_S):
-        first = skipped(step, gap_at, gap, BOUNDED)
+        first = step
+        if BOUNDED:
+            first += tl.where(step < gap_at, 0, gap)
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         s = (first + rows)[None, :]
@@ -173,6 +175,7 @@ def forward_kernel(
         stop = tl.maximum(tl.minimum(start + part, stop), start)
         all_start = tl.minimum(tl.maximum(all_start, start), stop)
         all_stop = tl.maximum(tl.minimum(all_stop, stop), all_start)
+    gap = all_stop - all_start
     sums = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     top = tl.full([BLOCK_T], -float("inf"), tl.float32)
@@ -182,7 +185,7 @@ def forward_kernel(
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip
     sums, total, top = _attend(
-        sums, total, top, query, t, start, stop, all_start, all_stop - all_start, key_ptr, value_ptr, mask_ptr, tokens, keys,
+        sums, total, top, query, t, start, stop, all_start, gap, key_ptr, value_ptr, mask_ptr, tokens, keys,
         key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
         HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
     )  # fmt: skip

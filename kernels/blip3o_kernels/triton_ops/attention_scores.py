@@ -40,7 +40,8 @@ def span(first, count, rows, columns, before, after, BEFORE: tl.constexpr, AFTER
     """Of `count` rows from `first` on: the columns that some row sees, and within those the ones that all rows see.
 
     Row r sees column c if r + columns - rows - before <= c <= r + columns - rows + after. [start, stop) and
-    [all_start, all_stop); all but `stop` are multiples of BLOCK, or equal to it.
+    [all_start, all_stop); all but `stop` are multiples of BLOCK, or equal to it. The loop over the edges leaves the
+    middle out as a gap: a loop for each edge would cost registers in all of them.
     """
     start = 0
     stop = columns
@@ -61,18 +62,8 @@ def span(first, count, rows, columns, before, after, BEFORE: tl.constexpr, AFTER
 
 
 @triton.jit
-def skipped(step, gap_at, gap, BOUNDED: tl.constexpr):
-    """Where a step of a loop is that leaves out `gap` at `gap_at`: both edges of a span take one loop, as each copy
-    of a loop costs registers in all of them."""
-    if BOUNDED:
-        return step + tl.where(step < gap_at, 0, gap)
-    else:
-        return step
-
-
-@triton.jit
 def tile(pointer, first, rows, stride, limit, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BOUNDED: tl.constexpr):
-    """Rows first + rows [R] of a matrix, [R, BLOCK] in its own dtype; 0 from column WIDTH and, if BOUNDED, row limit."""
+    """Rows first + rows [R] of a matrix, [R, BLOCK] in its dtype; 0 from column WIDTH and, if BOUNDED, row limit."""
     columns = tl.arange(0, BLOCK)
     pointers = pointer + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if BOUNDED and WIDTH < BLOCK:
@@ -130,9 +121,8 @@ def scored(
         mask = wide(pointers, (t < tokens) & (s < keys))
         if MASK == 1:
             products = tl.where(mask != 0.0, products, -float("inf"))
-        else:  # the lowest number of a dtype means a low score, not a masked one: it stays finite in units of log 2
-            low = tl.maximum(mask * LOG2E, -3.0e38)
-            products = tl.where(mask == -float("inf"), mask, products + low)
+        else:  # scores as low as the lowest number of a dtype have no room for a log-sum-exp: they count as masked
+            products = tl.where(mask <= -1.0e30, -float("inf"), products + mask * LOG2E)
     if BOUNDED:
         seen = s < keys
         if LEFT:
