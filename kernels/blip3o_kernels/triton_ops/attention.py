@@ -1,5 +1,5 @@
-"""Attention in Triton: which kernels run, in which tiles; the contract is ops/attention.py, the kernels are
-attention_forward.py and attention_backward.py.
+"""Attention in Triton: which kernels run, in which tiles; the contract is ops/attention.py, the kernels are in
+attention_forward.py, attention_keys.py and attention_queries.py.
 
 Probabilities are rounded to the dtype of the values before they are multiplied, as torch's fused kernels do. Of an
 additive mask, what is below -1e30, such as the lowest float32, masks as -inf does.
@@ -8,7 +8,7 @@ additive mask, what is below -1e30, such as the lowest float32, masks as -inf do
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..strides import last_adjacent
 from . import INTERPRETED
-from .attention_backward import delta_kernel, key_value_kernel, query_kernel
 from .attention_forward import combine_kernel, forward_kernel
+from .attention_keys import key_value_kernel
+from .attention_queries import delta_kernel, query_kernel
 
 LOG2E = math.log2(math.e)
 DECODE = 64  # rows, queries times the heads that share a key, up to which they are folded and the keys may be split
@@ -37,7 +38,7 @@ class Tile:
 
 
 # By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
-# dvalue, dquery. Chosen for the largest tiles that compile without spills and fit the shared memory: 99 KiB on sm_120,
+# dvalue, dquery. The largest found that compile without spills and fit the shared memory: 99 KiB on sm_120,
 # 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills, at any tile. float32 has no
 # tensor cores to feed.
 TILES = {
@@ -74,14 +75,22 @@ def architecture(device: torch.device) -> str:
     return "hip" if torch.version.hip else f"sm{torch.cuda.get_device_capability(device)[0]}0"
 
 
-def _tiles(query: Tensor, value: Tensor, direction: int) -> Tile:
+def _tiles(query: Tensor, value: Tensor, direction: int, plain: bool) -> Tile:
+    """plain: without a mask or a cap, which need registers for themselves."""
     if INTERPRETED:  # small, so that small samples take every path
         return Tile(64, 64, 4, 1)
     width = max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size()
     if query.dtype is torch.float32:
         return FLOAT32[min(max(width, 256), 1024)][direction]
     width = min(max(width, 128), 512)
-    return TILES.get(architecture(query.device), {}).get(width, TILES[""][width])[direction]
+    tile = TILES.get(architecture(query.device), {}).get(width, TILES[""][width])[direction]
+    if plain:
+        return tile
+    if direction == 0:
+        return replace(tile, queries=64, keys=max(16, min(tile.keys, 64) // 2), warps=8)
+    if direction == 1:
+        return replace(tile, queries=max(16, tile.queries // 2))
+    return replace(tile, keys=max(16, tile.keys // 2))
 
 
 def _block(width: int) -> int:
@@ -164,9 +173,9 @@ def forward(
     if not log_sum.numel():
         return y, log_sum
     starts_q, starts_k, sequences = _packed(query, cu_seqlens_q, cu_seqlens_k)
-    mask, kind, mask_strides = _masked(mask, query, keys)
+    mask, mask_kind, mask_strides = _masked(mask, query, keys)
     share = heads // groups
-    tile = _tiles(query, value, 0)
+    tile = _tiles(query, value, 0, mask_kind == 0 and not softcap)
     block, fold, splits = tile.queries, 1, 1
     average, average_keys = triton.cdiv(tokens, max(sequences, 1)), keys // max(sequences, 1)
     if average * share <= DECODE:
@@ -205,7 +214,7 @@ def forward(
             **_limits(causal, window, tokens, keys),
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
-            MASK=kind,
+            MASK=mask_kind,
             PACKED=sequences > 0,
             FOLD=fold,
             SPLIT=splits > 1,
@@ -256,7 +265,7 @@ def backward(
     if not log_sum.numel() or not keys:
         return dquery.zero_(), dkey.zero_(), dvalue.zero_()
     starts_q, starts_k, sequences = _packed(query, cu_seqlens_q, cu_seqlens_k)
-    mask, kind, mask_strides = _masked(mask, query, keys)
+    mask, mask_kind, mask_strides = _masked(mask, query, keys)
     aligned = _aligned(dquery, dkey, dvalue, dy, y, query, key, value)
     slope, (query, scale) = scale, _positive(query, scale)
     log_sum, delta = log_sum.contiguous(), log_sum.new_empty(log_sum.shape)
@@ -267,7 +276,7 @@ def backward(
         **_limits(causal, window, tokens, keys),
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "MASK": kind,
+        "MASK": mask_kind,
         "PACKED": sequences > 0,
         "ALIGNED": aligned,
         "BLOCK_K": _block(head_dim),
@@ -289,7 +298,7 @@ def backward(
             BLOCK_V=_block(value_dim),
             num_warps=4,
         )
-        tile = _tiles(query, value, 1)
+        tile = _tiles(query, value, 1, mask_kind == 0 and not softcap)
         steps = _steps(keys, tile.keys, sequences)
         key_value_kernel[(batch * groups * steps,)](
             dkey,
@@ -307,7 +316,7 @@ def backward(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-        tile = _tiles(query, value, 2)
+        tile = _tiles(query, value, 2, mask_kind == 0 and not softcap)
         steps = _steps(tokens, tile.queries, sequences)
         query_kernel[(batch * heads * steps,)](
             dquery,

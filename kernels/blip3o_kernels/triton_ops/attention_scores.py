@@ -131,3 +131,10 @@ def scored(
             seen = seen & (s <= t + keys - tokens + right)
         products = tl.where(seen, products, -float("inf"))
     return products, bend
+
+
+@triton.jit
+def log_sums(pointer, t, tokens):
+    """Of rows t, in units of log 2; inf where there is nothing, so that exp2(score - it) is 0."""
+    log_sum = tl.load(pointer + t, mask=t < tokens, other=-float("inf"))
+    return tl.where(log_sum == -float("inf"), float("inf"), log_sum * LOG2E)
