@@ -313,7 +313,7 @@ typedef struct {
   int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, workspace_floats;
   int64_t y_batch, y_head, y_token, query_batch, query_head, query_token; /* strides */
   int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
-  int64_t log_sum_head, left, right;
+  int64_t log_sum_head, log_sum_token, left, right;
   float softcap, scale;
   int dtype, mask_kind;
   int instruction_set, threads;

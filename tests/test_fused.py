@@ -208,7 +208,7 @@ def test_double_differentiation_raises(name: str) -> None:
 
 def test_workspaces_are_checked() -> None:
     pack, call = native.packer("attention"), native.function("cpu", "attention")
-    arguments = [0] * 9 + [1, 1, 1, 4, 64, 32, 32, 1, 100] + [0] * 15 + [4, -1, -1, 0.0, 1.0, 0, 0, 0, 1, 0]
+    arguments = [0] * 9 + [1, 1, 1, 4, 64, 32, 32, 1, 100] + [0] * 15 + [4, 1, -1, -1, 0.0, 1.0, 0, 0, 0, 1, 0]
     assert call(pack(*arguments)) == 1
     ends = torch.tensor([0, 5, 4], dtype=torch.int32)  # what no CPU check has seen: the library looks again
     x = draw(1, 1, 4, 8)

@@ -2,9 +2,9 @@
 //
 // One task is one key-value head of one sample, with all the query heads that share it. It takes a block of queries at a
 // time and holds their scores transposed, [keys, queries], so that softmax works on a vector of queries: its maxima and
-// sums need no look across lanes, and short rows of keys waste nothing (scores.h). All else are small matrix products (product.h) in
-// float32; other dtypes are converted when they are laid out. A block has every score of its queries, so one softmax is
-// enough.
+// sums need no look across lanes, and short rows of keys waste nothing (scores.h). All else are small matrix products
+// (product.h) in float32; other dtypes are converted when they are laid out. A block has every score of its queries, so
+// one softmax is enough. A packed sequence is a sample of its own, and so is its task.
 //
 // The backward pass computes the scores again. With P the probabilities and dP = V dy^T, both [keys, queries]:
 //     dV = P dy,   dS = P (dP - sum over keys of P dP),   dQ = dS^T K scale,   dK = dS Q scale.
@@ -64,13 +64,17 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
                   a.query_token, block.count, a.head_dim);
       multiply(block, scores, keys, key_step, query_columns, a.head_dim);
       float factors[QUERIES];
-      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start : nullptr;
+      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token : nullptr;
       for (int64_t v = 0; v < block.vectors; ++v) {
         Floats most;
         const Floats sums = exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
                                                all(a.softcap), most);
         store(factors + v * LANES, reciprocal(sums));
-        if (log_sum) store(log_sum + v * LANES, most + logarithm(sums), smaller(LANES, block.count - v * LANES));
+        if (!log_sum) continue;
+        float logs[LANES];
+        store(logs, most + logarithm(sums));
+        for (int64_t t = v * LANES; t < smaller(block.count, (v + 1) * LANES); ++t)
+          log_sum[t * a.log_sum_token] = logs[t - v * LANES];
       }
       mix(block, mixed, wide, scores, values, value_step);
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
@@ -171,8 +175,9 @@ static void fold(blip3o_attention_arguments& a) {
     a.keys -= from;
   }
   a.left = a.right = -1;
-  a.tokens = a.log_sum_head = a.heads / a.groups;
+  a.tokens = a.heads / a.groups;
   a.heads = a.groups;
+  a.log_sum_token = a.log_sum_head, a.log_sum_head *= a.tokens;
   a.y_token = a.y_head, a.y_head *= a.tokens;
   a.query_token = a.query_head, a.query_head *= a.tokens;
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;

@@ -42,7 +42,7 @@ FORMATS = {
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
-    "attention": "PPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
+    "attention": "PPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
     "attention_backward": "PPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.

@@ -71,7 +71,7 @@ def forward(
             *_addresses(y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
             *sizes,
             *_strides(y, query, key, value, full_mask),
-            tokens,
+            *(tokens, 1),  # log_sum's
             *limits,
             *options,
         )
