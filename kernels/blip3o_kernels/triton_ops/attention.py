@@ -39,7 +39,7 @@ class Tile:
 
 # By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
 # dvalue, dquery. The largest found that compile without spills and fit the shared memory: 99 KiB on sm_120,
-# 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills, at any tile. float32 has no
+# 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills at every tile tried. float32 has no
 # tensor cores to feed.
 TILES = {
     "": {
