@@ -218,7 +218,7 @@ def make_copy(folder: Path, backend: str) -> Sites:
 def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[str], None]) -> int:
     """Drops every term, prints a line for each, and returns how many no sample noticed."""
     import torch
-    from conformance import bound, evaluate, violations
+    from conformance import bound, evaluate, expectation, violations
 
     import blip3o_kernels
     from blip3o_kernels import faults, native  # type: ignore[attr-defined]
@@ -248,18 +248,18 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
         known, reaching = {}, {}
         for sample in op.samples(torch.float32):
             arguments = bound(op, sample)
-            truth, eager = (evaluate(op, op.reference, arguments, dtype) for dtype in (torch.float64, None))
+            expected = expectation(op, backend, arguments)
             faults.reached.clear()
             if library is not None:
                 ctypes.memset(reached, 0, MOST)
             with blip3o_kernels.use(backend):
                 got = evaluate(op, op.function, arguments, None, lambda: switched(-1, True))
-            broken = list(violations(got, truth, eager))
+            broken = list(violations(got, expected))
             assert not broken, f"without a fault: {op.name} {sample.name}: {broken}"
             numbers = set(faults.reached)
             if library is not None:
                 numbers |= {i for i, hit in enumerate(bytes(reached)) if hit}
-            known[sample.name] = (arguments, truth, eager)
+            known[sample.name] = (arguments, expected)
             for number in numbers:
                 reaching.setdefault(number, []).append(sample.name)
         for number, names in sorted(reaching.items()):
@@ -267,10 +267,10 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
             path, line, text = sites.found[number]
             caught = ""
             for name in names:
-                arguments, truth, eager = known[name]
+                arguments, expected = known[name]
                 with blip3o_kernels.use(backend):
                     got = evaluate(op, op.function, arguments, None, lambda n=number: switched(n, False))
-                found = next(violations(got, truth, eager), "")
+                found = next(violations(got, expected), "")
                 if found:
                     caught = f"{name}, {found.split(':')[0]}"
                     break

@@ -36,8 +36,10 @@ LEVELS = (
 NETWORKS = ("clip", "vision", "llm", "dit", "decoder")
 # Who may import the kernels: the networks' one door, the probability path, and the programs that report on backends.
 KERNEL_IMPORTERS = ("layers", "flow", "demo", "doctor", "cli", "bench")
-# What several ops' Triton bodies share.
-SHARED_BY_TRITON = {"__init__", "chunks", "normalise", "numbers", "philox"}
+# What several Triton bodies share, and the parts of one.
+SHARED_BY_TRITON = {"__init__", "chunks", "normalise", "normed_rotation", "normed_rotation_backward", "numbers"}
+SHARED_BY_TRITON |= {"philox", "rotation", "sums"}
+ATTENTION = {f"attention_{part}" for part in ("scores", "forward", "keys", "queries")}  # too large for one file
 # Where a library of others may be imported at the top, because it is the well-kept part.
 FOREIGN_IMPORTERS = ("processor", "data")
 
@@ -171,9 +173,7 @@ def test_one_op_one_word() -> None:
     files = {path.stem for path in kernels.glob("ops/*.py")} - {"__init__"}
     assert files == names
     assert {path.stem for path in kernels.glob("native_ops/*.py")} - {"__init__"} <= names
-    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - SHARED_BY_TRITON <= names
-    shared = {"numbers", "normed_rotation", "normed_rotation_backward", "rotation", "sums"}
-    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - {"__init__"} - shared <= names
+    assert {path.stem for path in kernels.glob("triton_ops/*.py")} - SHARED_BY_TRITON - ATTENTION <= names
     assert {path.stem for path in ROOT.glob("csrc/cpu/*.cpp")} - {"instruction_sets"} <= names
     assert {path.stem for path in ROOT.glob("csrc/cuda/*.cu")} - {"library"} <= names
     places = {

@@ -54,8 +54,6 @@ FORMATS = {
     "attention_backward": "PPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
     "qk_norm_rope": "PPPPPPPPPPqqqqqqqqqqqqqfiiiiiiiP",
     "qk_norm_rope_backward": "PPPPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqfiiiiiiiP",
-    "attention": "PPPPPPPqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
-    "attention_backward": "PPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqfiiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = ("rms_norm", "rms_norm_backward")

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch, masks, strides
-from ..bodies import NATIVE_CPU, body
+from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
@@ -62,7 +62,7 @@ def reference(
     batch, heads, tokens, head_dim = query.shape
     groups, keys = key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
-    shared = True if groups != heads else False  # noqa: SIM210  a branch, so that torch.compile has a bool and no symbol
+    shared = True if groups != heads else False  # a branch, so that torch.compile has a bool and no symbol
     left, right = window_size or (-1, -1)
     window = (left, 0 if is_causal else right)
     empty = attn_mask is not None or cu_seqlens_q is not None or tokens > keys  # whether a query may see nothing
@@ -373,5 +373,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("query", "key", "value"),
-    bodies=(NATIVE_CPU,),
+    bodies=(NATIVE_CPU, *TRITON),
 )
