@@ -196,7 +196,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("(2, 1)", (draw(2, 1), draw(2, 1), draw(1), 0.5))
     yield Sample("no weight", (draw(5, 48), draw(5, 48)))
     gemma: dict[str, object] = {"weight_offset": 1.0, "round_before_weight": False}
-    yield Sample("gemma", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), gemma)
+    for width in (48, 51, 9001):
+        yield Sample(f"gemma {width}", (draw(6, width), draw(6, width), draw(width, scale=0.1)), gemma)
     yield Sample("offset", (draw(5, 48), draw(5, 48), draw(48, scale=0.1)), {"weight_offset": 1.0})
     weight = draw(48, dtype=torch.promote_types(dtype, torch.float32))
     yield Sample("float32 weight", (draw(5, 48), draw(5, 48), weight))

@@ -57,7 +57,7 @@ def reference(
     total = F.cross_entropy(logits, rows, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
         total = total + z_loss * logits.logsumexp(-1).square().masked_fill(~kept, 0.0).sum()
-    return total / kept.sum().clamp(min=1)
+    return total / kept.sum().clamp(min=1).to(dtype)
 
 
 def linear_cross_entropy(

@@ -89,7 +89,7 @@ def _backward_kernel(
     columns = tl.arange(0, BLOCK)
     partial_ptr += block * width
     end = BLOCK if IS_WHOLE else width
-    gain = tl.zeros([BLOCK], dtype=tl.float32) + 1.0
+    gain = tl.full([BLOCK], 1.0, dtype=tl.float32)
     sums = tl.zeros([BLOCK], dtype=tl.float32)
     if IS_WHOLE and WEIGHTED:
         gain = offset + wide(weight_ptr + columns, columns < width)
