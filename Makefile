@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test check-gpu-code lint clean
+.PHONY: demo test fuzz check-gpu-code lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Random calls of every op under AddressSanitizer and UndefinedBehaviorSanitizer; `make fuzz CALLS=20000` is a short run.
+CALLS ?= 1000000
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/fuzz.py --calls $(CALLS)
 
 # Machine code of every GPU kernel, without a GPU: Triton's from launches that are recorded, CUDA's where nvcc is.
 check-gpu-code: $(INSTALLED)

@@ -1,10 +1,20 @@
-"""A preset that trains in seconds: `nano` with narrow networks, and recipes of a few steps."""
+"""A preset that trains in seconds: `nano` with narrow networks, and recipes of a few steps. How tests share a machine.
 
+Everything runs on one thread, sums in one order: inputs are tiny, and of two threads on a busy machine one waits for
+the other. A second core runs the programs that some tests only look at (`@pytest.mark.program`).
+"""
+
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for the programs that tests start
 
 import pytest
 import torch
@@ -17,6 +27,8 @@ from blip3o.processor import Processor
 from blip3o.train import loop, run, stages
 from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
 from blip3o.weights import save_pretrained
+
+ROOT = Path(__file__).parents[1]
 
 
 def narrow(config: Blip3oConfig) -> Blip3oConfig:
@@ -61,27 +73,16 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recipe]:
     return register(monkeypatch)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Sums in one order, for comparisons bit for bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def snapshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the preset "tiny" on one thread, copied after each stage into a folder of its name; to be left alone."""
-    folder, threads = tmp_path_factory.mktemp("runs"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         recipes = register(patch)
         trained = run.Run(folder / "run", "tiny")
         for stage in STAGES:
             trained.run_stage(stage, recipes[stage], lambda _: None)
             shutil.copytree(folder / "run", folder / stage)
-    torch.set_num_threads(threads)
     return folder
 
 
@@ -108,6 +109,42 @@ def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def pytest_configure() -> None:
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+PROGRAMS: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what it puts in the background with Ctrl-C ignored; the tests of Ctrl-C need it heard."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line("markers", "program(*arguments, **environment): the Python program that the test looks at")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of programs come last."""
+    items.sort(key=lambda item: item.get_closest_marker("program") is not None)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Their programs are started now, one after the other, beside the tests."""
+    if session.config.option.collectonly:
+        return
+    pool = ThreadPoolExecutor(max_workers=1)
+    for item in session.items:
+        marker = item.get_closest_marker("program")
+        if marker is not None:
+            command, environment = [sys.executable, *marker.args], {**os.environ, **marker.kwargs}
+            PROGRAMS[item.nodeid] = pool.submit(
+                subprocess.run, command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+            )
+    pool.shutdown(wait=False)
+
+
+@pytest.fixture
+def program(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+    """What the test's program printed, once it has ended."""
+    return PROGRAMS[request.node.nodeid].result()

@@ -28,7 +28,7 @@ def small(tiny: dict[str, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "draw", lambda *inputs, **_: draw(*inputs, steps=1, decoder_steps=1))
 
 
-@pytest.mark.usefixtures("small", "one_thread")
+@pytest.mark.usefixtures("small")
 def test_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshots: Path
 ) -> None:

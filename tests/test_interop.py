@@ -32,14 +32,6 @@ OPAQUE = ("linear_cross_entropy", "flow_timesteps")
 TYPED = (NotImplementedError, RuntimeError)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def forcing(backend: str) -> AbstractContextManager[None]:
     return use(backend) if backend else nullcontext()
 

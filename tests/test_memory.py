@@ -35,14 +35,6 @@ PRODUCTS_OF_TORCH = {"linear_cross_entropy"}
 RUNS = [pytest.param(op, backend, id=f"{op.name}-{backend}") for op, backend in runs()]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def run(op: Op, backend: str, arguments: dict[str, object]) -> dict[str, Tensor]:
     with use(backend):
         return evaluate(op, op.function, arguments)
@@ -68,12 +60,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Triton's interpreter takes a thousand times as long: a few samples there, in one dtype, in the most twisted layouts.
+FEW = triton_ops.INTERPRETED
+
+
+def some(op: Op, dtype: torch.dtype = torch.float32) -> list[Sample]:
+    return variants(op, dtype)[: 4 if FEW else None]
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS)[-2 if FEW else 0 :])
 @pytest.mark.parametrize(("op", "backend"), RUNS)
 def test_layouts_do_not_change_a_bit(op: Op, backend: str, layout: str) -> None:
     """In float32 and bfloat16: what a call computes depends on the values alone, not on where they lie."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for sample in variants(op, dtype):
+    for dtype in (torch.float32,) if FEW else (torch.float32, torch.bfloat16):
+        for sample in some(op, dtype):
             arguments = {name: x.contiguous() if isinstance(x, Tensor) else x for name, x in bound(op, sample).items()}
             elsewhere = {name: LAYOUTS[layout](x) for name, x in tensors_of(arguments).items()}
             expected, found = run(op, backend, arguments), run(op, backend, {**arguments, **elsewhere})
@@ -85,7 +85,7 @@ def test_layouts_do_not_change_a_bit(op: Op, backend: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), RUNS)
 def test_every_time_the_same_bits(op: Op, backend: str) -> None:
-    for sample in variants(op):
+    for sample in some(op):
         first = run(op, backend, bound(op, sample))
         equal(run(op, backend, bound(op, sample)), first, sample.name)
 
@@ -95,7 +95,7 @@ def test_rows_past_two_to_the_31(op: Op, backend: str) -> None:
     """A dimension of every tensor has a step of 2^30 elements, in memory that is never touched between."""
     tried = 0
     for sample in op.samples(torch.bfloat16):
-        if tried == 3:
+        if tried == (1 if FEW else 3):
             break
         arguments, apart = bound(op, sample), {}
         for name, x in tensors_of(arguments).items():
@@ -136,11 +136,11 @@ def zero_by_contract(arguments: dict[str, object]) -> bool:
     return bool(ignored or (isinstance(mask, Tensor) and mask.dtype is torch.bool and not mask.any(-1).all()))
 
 
-@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("value", [torch.nan] if FEW else [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize(("op", "backend"), RUNS)
 def test_infinities_and_nan(op: Op, backend: str, value: float) -> None:
     """One such element in each input: NaN and infinities come out where the reference has them."""
-    for sample in variants(op):
+    for sample in some(op):
         arguments = bound(op, sample)
         hides = {"attn_mask", "is_causal", "window_size", "cu_seqlens_q"} & set(arguments)
         if op.name == "attention" and math.isinf(value) and hides:
@@ -161,7 +161,7 @@ def test_random_calls(op: Op, backend: str) -> None:
     """Shapes, strides, offsets and options as Hypothesis finds them, within the conformance bound."""
 
     @settings(
-        max_examples=10 if triton_ops.INTERPRETED else 25,
+        max_examples=4 if FEW else 25,
         deadline=None,
         derandomize=True,
         database=None,

@@ -58,15 +58,6 @@ MATRIX = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny inputs in thousands of calls: on a busy machine threads that wait for each other cost minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_matrix() -> None:
     declared = {
         op.name: {

@@ -17,8 +17,6 @@ from blip3o.train import loop, stages
 from blip3o.train.recipe import STAGES, Recipe
 from blip3o.train.run import Run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def stage(name: str, model: Blip3o, recipe: Recipe) -> loop.Stage:
     """A stage on banks of 32 pictures."""

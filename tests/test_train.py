@@ -37,9 +37,6 @@ STAGE_CLASSES: dict[str, type] = {
 TIMES = ("seconds", "samples_per_second")  # what two runs of the same thing may differ in
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def quiet(_: str) -> None:
     pass
 

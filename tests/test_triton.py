@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +20,24 @@ from blip3o_kernels import OPS, ops  # noqa: E402
 ROOT = Path(__file__).parents[1]
 
 
-def test_conformance_in_the_interpreter() -> None:
+BODIES = [body for op in OPS for body in op.bodies if (body.backend, body.device) == ("triton", "cpu")]
+
+
+@pytest.mark.program(
+    "-m", "pytest", "-q", "tests/test_ops.py", "-k", "conformance and triton-cpu", TRITON_INTERPRET="1"
+)
+def test_conformance_in_the_interpreter(program: subprocess.CompletedProcess[str]) -> None:
     """tests/test_ops.py once more, with Triton's interpreter on: then the bodies run on a CPU and take part."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_ops.py", "-k", "conformance and triton-cpu"]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    bodies = [body for op in OPS for body in op.bodies if (body.backend, body.device) == ("triton", "cpu")]
-    assert re.search(rf"\b{sum(len(body.dtypes) for body in bodies)} passed, \d+ deselected", run.stdout), run.stdout
+    assert program.returncode == 0, program.stdout + program.stderr
+    expected = sum(len(body.dtypes) for body in BODIES)
+    assert re.search(rf"\b{expected} passed, \d+ deselected", program.stdout), program.stdout
+
+
+@pytest.mark.program("-m", "pytest", "-q", "tests/test_memory.py", TRITON_INTERPRET="1")
+def test_memory_in_the_interpreter(program: subprocess.CompletedProcess[str]) -> None:
+    """tests/test_memory.py too."""
+    assert program.returncode == 0, program.stdout + program.stderr
+    assert " failed" not in program.stdout and re.search(r"\b\d+ passed", program.stdout), program.stdout
 
 
 @pytest.fixture
