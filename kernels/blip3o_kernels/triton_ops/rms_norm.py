@@ -87,9 +87,9 @@ def _backward_kernel(
             gain = offset + wide(weight_ptr + columns, inside)
         sums = tl.zeros([BLOCK], dtype=tl.float32)
     for row in range(rows * block // blocks, rows * (block + 1) // blocks):
-        x_row = x_ptr + row * stride
-        dy_row = dy_ptr + row * width
-        dx_row = dx_ptr + row * width
+        x_row = x_ptr + tl.cast(row, tl.int64) * stride
+        dy_row = dy_ptr + tl.cast(row, tl.int64) * width
+        dx_row = dx_ptr + tl.cast(row, tl.int64) * width
         if IS_WHOLE:
             x = wide(x_row + columns, inside)
             dy = wide(dy_row + columns, inside)
