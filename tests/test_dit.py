@@ -9,6 +9,7 @@ from torch import Tensor
 from blip3o.config import DitConfig
 from blip3o.dit import Dit
 from blip3o.presets import preset
+from blip3o_kernels import use
 
 LIMIT = 1e-5
 TINY = DitConfig(
@@ -149,6 +150,15 @@ def test_equals_diffusers(pair) -> None:
     expected = theirs(x, timestep, hidden)
     assert expected.abs().max() > 0.1
     close(ours(x, timestep, ours.project(hidden)), expected)
+
+
+def test_equals_diffusers_at_large_times(pair) -> None:
+    """With the reference, whose angles are in float32 too."""
+    ours, theirs = pair
+    x, _, hidden = inputs()
+    timestep = torch.tensor([1000.0, 33.3, 512.0])
+    with use("reference"):
+        close(ours(x, timestep, ours.project(hidden)), theirs(x, timestep, hidden))
 
 
 def test_time_and_condition_matter(pair) -> None:

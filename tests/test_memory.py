@@ -161,7 +161,7 @@ def test_random_calls(op: Op, backend: str) -> None:
     """Shapes, strides, offsets and options as Hypothesis finds them, within the conformance bound."""
 
     @settings(
-        max_examples=4 if FEW else 25,
+        max_examples=4 if FEW else 60,
         deadline=None,
         derandomize=True,
         database=None,

@@ -233,6 +233,8 @@ def test_explain() -> None:
     with use("reference"):
         assert explain("rms_norm", x).startswith("rms_norm on cpu torch.float32: reference (asked for")
     assert "does not take torch.float64" in explain("rms_norm", x.double())
+    assert explain("timestep_embedding", torch.arange(3)).startswith("timestep_embedding on cpu torch.float32: native")
+    assert explain("flow_timesteps", torch.arange(3)).startswith("flow_timesteps on cpu torch.int64: native")
     with pytest.raises(ValueError, match="op: expected one of rms_norm"):
         explain("rmsnorm", x)
 

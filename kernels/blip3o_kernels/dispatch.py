@@ -185,6 +185,8 @@ def explain(op: Op | str | Callable[..., object], *inputs: Tensor) -> str:
     if not inputs or not isinstance(inputs[0], Tensor):
         raise ValueError("inputs: expected at least the op's leading tensor")
     known, x = found[0], inputs[0]
+    if not x.is_floating_point() and all(x.dtype not in body.dtypes for body in known.bodies):
+        x = torch.empty(0, device=x.device)  # integers that an op takes beside numbers become float32 first
     device = x.device.type
     reason = "asked for by use() or BLIP3O_BACKEND" if forced is not None else "the fastest it has here"
     lines = [f"{known.name} on {device} {x.dtype}: {choose(known, x)} ({reason})"]
