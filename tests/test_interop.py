@@ -26,8 +26,8 @@ from blip3o_kernels.samples import Sample
 NATIVE = [op for op in OPS if any((body.backend, body.device) == ("native", "cpu") for body in op.bodies)]
 CASES = [pytest.param(op, sample, id=f"{op.name}-{sample.name}") for op in OPS for sample in variants(op)]
 NATIVE_CASES = [case for case in CASES if case.values[0] in NATIVE]
-# One op in a compiled graph though nobody asks: the formula would hold all logits, or draw its bits in int64.
-OPAQUE = ("linear_cross_entropy", "flow_timesteps")
+# One op in a compiled graph though nobody asks: the formula would hold all logits, draw bits in int64, or be slower.
+OPAQUE = ("attention", "linear_cross_entropy", "flow_timesteps")
 # What torch raises where a transform meets an op that it has no rule for.
 TYPED = (NotImplementedError, RuntimeError)
 
