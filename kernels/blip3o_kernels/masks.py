@@ -13,9 +13,12 @@ from . import checks
 from .dispatch import direct
 
 
+_MASKS = checks.FLOATING | {torch.bool}
+
+
 def check_mask(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> None:
-    if mask.dtype is not torch.bool:
-        checks.floating("attn_mask", mask)
+    if not isinstance(mask, Tensor) or mask.dtype not in _MASKS or mask.layout is not torch.strided:
+        checks.mistyped("attn_mask", "a boolean or floating-point tensor", mask)
     if mask.dim() > 4 or any(
         size not in (1, expected) for size, expected in zip(reversed(mask.shape), reversed(full), strict=False)
     ):
@@ -24,22 +27,24 @@ def check_mask(mask: Tensor, query: Tensor, full: tuple[int, ...]) -> None:
 
 
 def check_window(window: tuple[int, int]) -> None:
-    if len(window) != 2 or not all(isinstance(size, int) for size in window) or min(window) < -1:
-        checks.fail("window_size", "(left, right), integers from -1 on", window)
+    if not isinstance(window, (tuple, list)):
+        checks.mistyped("window_size", "(left, right)", window)
+    if len(window) != 2 or any(type(size) is not int or not -1 <= size < 2**31 for size in window):
+        checks.fail("window_size", "(left, right), integers in [-1, 2^31)", window)
 
 
 def check_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query: Tensor, key: Tensor) -> None:
     """Sequences that follow each other in one sample. Their lengths are looked at on a CPU only."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         checks.fail("cu_seqlens_q", "a tensor, as cu_seqlens_k is one", None)
+    checks.of(torch.int32, "cu_seqlens_q", cu_seqlens_q)
+    checks.of(torch.int32, "cu_seqlens_k", cu_seqlens_k)
     if query.shape[0] != 1:
         checks.fail("query", "a batch of 1, as cu_seqlens_q packs the sequences", list(query.shape))
     for name, ends, total in (
         ("cu_seqlens_q", cu_seqlens_q, query.shape[2]),
         ("cu_seqlens_k", cu_seqlens_k, key.shape[2]),
     ):
-        if ends.dtype is not torch.int32:
-            raise TypeError(f"{name}: expected an int32 tensor, got {ends.dtype}")
         if ends.dim() != 1 or ends.shape[0] < 2 or ends.shape != cu_seqlens_q.shape:
             same = "" if name == "cu_seqlens_q" else f", that of cu_seqlens_q, {list(cu_seqlens_q.shape)}"
             checks.fail(name, f"shape [N + 1] of N > 0 sequences{same}", list(ends.shape))

@@ -67,8 +67,7 @@ def check_draw(draw: int) -> None:
 
 
 def check_positions(positions: Tensor) -> None:
-    if positions.dtype is not torch.int64:
-        raise TypeError(f"positions: expected an int64 tensor, got {positions.dtype}")
+    checks.of(torch.int64, "positions", positions)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

@@ -51,8 +51,7 @@ def add_rms_norm(
     round_before_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(residual + x, weight, eps), and the sum itself; see the module's docstring."""
-    if x.dtype not in checks.FLOATING:
-        checks.floating("x", x)
+    checks.floating("x", x)
     if not x.dim() or not x.shape[-1]:
         checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
     checks.like("residual", residual, "x", x)
@@ -60,6 +59,8 @@ def add_rms_norm(
         checks.floating("weight", weight)
         checks.shape("weight", weight, x.shape[-1:])
         checks.same_device("weight", weight, "x", x)
+    eps, weight_offset = checks.eps(eps), checks.number("weight_offset", weight_offset)
+    checks.flag("round_before_weight", round_before_weight)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)

@@ -105,10 +105,12 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
-    if query.dtype not in checks.FLOATING:
-        checks.floating("query", query)
+    checks.floating("query", query)
+    checks.same_dtype("key", key, "query", query)
+    checks.same_dtype("value", value, "query", query)
     if query.dim() != 4:
         checks.fail("query", "shape [B, H, T, K]", list(query.shape))
+    checks.flag("enable_gqa", enable_gqa)
     batch, heads, tokens, head_dim = query.shape
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
         checks.fail("key", f"shape [{batch}, G, S, {head_dim}]", list(key.shape))
@@ -118,18 +120,19 @@ def attention(
     if groups != heads and (not enable_gqa or groups == 0 or heads % groups):
         divisors = "a divisor of" if enable_gqa else "enable_gqa=True, or"
         checks.fail("key", f"{divisors} {heads} heads", groups)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype is not query.dtype:
-            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}")
-        checks.same_device(name, tensor, "query", query)
-    if dropout_p != 0.0:
+    checks.same_device("key", key, "query", query)
+    checks.same_device("value", value, "query", query)
+    if type(dropout_p) not in (float, int) or dropout_p:
         checks.fail("dropout_p", "0.0, there is no dropout", dropout_p)
     if attn_mask is not None:
         masks.check_mask(attn_mask, query, (batch, heads, tokens, keys))
     if window_size is not None:
         masks.check_window(window_size)
-    if softcap is not None and not 0 <= softcap < float("inf"):
-        checks.fail("softcap", "a finite number that is not negative, or None", softcap)
+    checks.flag("is_causal", is_causal)
+    if scale is not None:
+        scale = checks.number("scale", scale)
+    if softcap is not None:
+        softcap = checks.number("softcap", softcap, 0.0, "a finite number that is not negative, or None")
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         if attn_mask is not None:
             checks.fail("attn_mask", "None, as cu_seqlens_q says what a query sees", list(attn_mask.shape))
@@ -154,10 +157,10 @@ def attention(
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
         )
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else scale
     left, right = window_size or (-1, -1)
     inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    options = (is_causal, left, right, float(softcap or 0.0), scale, backend)
+    options = (is_causal, left, right, softcap or 0.0, scale, backend)
     if compiling or not (direct(query, key) and plain(value, attn_mask, cu_seqlens_q, cu_seqlens_k)):
         y: Tensor = _forward_op(*inputs, *options)[0]
         return y

@@ -65,6 +65,7 @@ def flow_interpolate(
     checks.floating("sigma", sigma)
     checks.shape("sigma", sigma, x.shape[:1])
     checks.same_device("sigma", sigma, "x", x)
+    philox.check_draw(draw)
     key = 0
     if noise is not None:
         checks.like("noise", noise, "x", x)
@@ -72,7 +73,7 @@ def flow_interpolate(
             if value is not None:
                 checks.fail(name, "none beside noise, which is given", value if name != "positions" else "a tensor")
     else:
-        key = _check_drawing(x, seed, positions, draw)
+        key = _check_drawing(x, seed, positions)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours; but Philox in 64-bit integers is not.
     formula = noise is not None if compiling else transformed()
@@ -90,7 +91,7 @@ def flow_interpolate(
     return _forward(x, noise, sigma, positions, key, draw, backend)
 
 
-def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None, draw: int) -> int:
+def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None) -> int:
     """Checks what noise is drawn from; returns the seed as a signed integer."""
     if seed is None:
         checks.fail("seed", "an int, because noise is None", None)
@@ -99,7 +100,6 @@ def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None, draw: 
     philox.check_positions(positions)
     checks.shape("positions", positions, x.shape[:1])
     checks.same_device("positions", positions, "x", x)
-    philox.check_draw(draw)
     if x.shape[1:].numel() > philox.MAX_ELEMENTS:
         checks.fail("x", "at most 2^34 elements per sample", x.shape[1:].numel())
     return philox.check_seed(seed)

@@ -67,13 +67,16 @@ def flow_step(
         checks.floating("step", step)
         checks.shape("step", step, x.shape[:1])
         checks.same_device("step", step, "x", x)
+    else:
+        step = checks.number("step", step)
+    guidance = checks.number("guidance", guidance)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
-    steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, float(step))
-    arguments = (x, velocity, steps, length, unconditional, float(guidance), previous, backend)
+    steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, step)
+    arguments = (x, velocity, steps, length, unconditional, guidance, previous, backend)
     if compiling or not (direct(x, velocity) and plain(steps, unconditional, previous)):
         y: Tensor = _forward_op(*arguments)
         return y

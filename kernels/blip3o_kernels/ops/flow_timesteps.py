@@ -68,11 +68,8 @@ def flow_timesteps(
     philox.check_draw(draw)
     if distribution not in DISTRIBUTIONS:
         checks.fail("distribution", "'uniform' or 'logit_normal'", repr(distribution))
-    if not -math.inf < mean < math.inf:
-        checks.fail("mean", "a finite number", mean)
-    for name, value in (("std", std), ("shift", shift)):
-        if not 0 < value < math.inf:
-            checks.fail(name, "a positive, finite number", value)
+    mean = checks.number("mean", mean)
+    std, shift = (checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift)))
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":

@@ -47,6 +47,7 @@ def gated_residual(
         checks.floating("weight", weight)
         checks.shape("weight", weight, (x.shape[2],))
         checks.same_device("weight", weight, "x", x)
+    eps = checks.eps(eps)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)

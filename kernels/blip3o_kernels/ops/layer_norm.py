@@ -45,6 +45,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
             checks.floating(name, parameter)
             checks.shape(name, parameter, x.shape[-1:])
             checks.same_device(name, parameter, "x", x)
+    eps = checks.eps(eps)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)

@@ -74,20 +74,20 @@ def linear_cross_entropy(
     checks.floating("x", x)
     if x.dim() < 2 or not x.shape[-1]:
         checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
+    checks.same_dtype("weight", weight, "x", x)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] or not weight.shape[0]:
         checks.fail("weight", f"shape [V, {x.shape[-1]}] with V > 0", list(weight.shape))
-    if weight.dtype is not x.dtype:
-        raise TypeError(f"weight: expected the dtype of x, {x.dtype}, got {weight.dtype}")
     checks.integer("target", target)
     checks.shape("target", target, x.shape[:-1])
     checks.same_device("weight", weight, "x", x)
     checks.same_device("target", target, "x", x)
-    if not 0.0 <= label_smoothing < 1.0:
+    checks.whole("ignore_index", ignore_index)
+    label_smoothing = checks.number("label_smoothing", label_smoothing, 0.0, "a number in [0, 1)")
+    if label_smoothing >= 1.0:
         checks.fail("label_smoothing", "a number in [0, 1)", label_smoothing)
-    if not 0.0 <= z_loss < float("inf"):
-        checks.fail("z_loss", "a finite number >= 0", z_loss)
-    if softcap is not None and not 0.0 < softcap < float("inf"):
-        checks.fail("softcap", "a finite number > 0, or None", softcap)
+    z_loss = checks.number("z_loss", z_loss, 0.0, "a finite number >= 0")
+    if softcap is not None:
+        softcap = checks.number("softcap", softcap, checks.TINY, "a finite number > 0, or None")
     compiling = torch.compiler.is_compiling()
     # Compiled, it stays one op: the formula would hold all logits.
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, x)

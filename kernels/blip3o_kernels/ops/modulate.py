@@ -65,7 +65,7 @@ def modulate(
         checks.fail("x", "shape [B, T, D]", list(x.shape))
     batch, _, width = x.shape
     for name, condition in (("scale", scale), ("shift", shift)):
-        if condition is not None:
+        if condition is not None or name == "scale":
             checks.floating(name, condition)
             checks.shape(name, condition, (batch, width))
             checks.same_device(name, condition, "x", x)
@@ -78,6 +78,7 @@ def modulate(
         checks.fail("norm", '"rms" or "layer"', repr(norm))
     if norm == "rms" and bias is not None:
         checks.fail("bias", 'None with norm="rms"', "a tensor")
+    eps = checks.eps(eps)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)

@@ -83,10 +83,9 @@ def qk_norm_rope(
     if query.dim() != 4 or not query.shape[3]:
         checks.fail("query", "shape [B, H, T, K] with K > 0", list(query.shape))
     batch, _, tokens, head_dim = query.shape
+    checks.same_dtype("key", key, "query", query)
     if key.dim() != 4 or key.shape != (batch, key.shape[1], tokens, head_dim):
         checks.fail("key", f"shape [{batch}, G, {tokens}, {head_dim}]", list(key.shape))
-    if key.dtype is not query.dtype:
-        raise TypeError(f"key: expected the dtype of query, {query.dtype}, got {key.dtype}")
     checks.same_device("key", key, "query", query)
     if norm not in ("rms", "layer"):
         checks.fail("norm", "'rms' or 'layer'", repr(norm))
@@ -99,11 +98,13 @@ def qk_norm_rope(
         ("query_bias", query_bias, query),
         ("key_bias", key_bias, key),
     ):
-        if parameter is not None:
+        if parameter is not None or name.endswith("weight"):
             checks.floating(name, parameter)
             checks.shape(name, parameter, (head_dim if across == "head" else x.shape[1] * head_dim,))
             checks.same_device(name, parameter, "query", query)
     rope.check_tables(cos, sin, query)
+    eps = checks.eps(eps)
+    checks.flag("interleaved", interleaved)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, query)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
+from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, register, register_gradient
 from ..samples import Draw, Sample
@@ -57,18 +58,24 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension; see the module's docstring."""
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
-    dtype = x.dtype
-    if dtype not in checks.FLOATING:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
         checks.floating("x", x)
-    if not x.dim() or not x.shape[-1]:
-        checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
+    dtype, shape = x.dtype, x.shape
+    if not shape or not shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(shape))
     if weight is not None:
-        if weight.dtype not in checks.FLOATING:
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not STRIDED:
             checks.floating("weight", weight)
-        if weight.dim() != 1 or weight.shape[0] != x.shape[-1]:
-            checks.shape("weight", weight, x.shape[-1:])
+        if weight.shape != shape[-1:]:
+            checks.shape("weight", weight, shape[-1:])
         if not (weight.is_cpu and x.is_cpu):
             checks.same_device("weight", weight, "x", x)
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
+    if type(weight_offset) is not float or not -LARGEST <= weight_offset <= LARGEST:
+        weight_offset = checks.number("weight_offset", weight_offset)
+    if round_before_weight is not True and round_before_weight is not False:
+        checks.flag("round_before_weight", round_before_weight)
     compiling = torch.compiler.is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours; docs/decisions.md has the measurement.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)

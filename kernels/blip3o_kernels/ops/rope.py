@@ -48,11 +48,11 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False)
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first R dims of x [B, H, T, K] by the angles of the tables; see the module's docstring."""
-    if x.dtype not in checks.FLOATING:
-        checks.floating("x", x)
+    checks.floating("x", x)
     if x.dim() != 4:
         checks.fail("x", "shape [B, H, T, K]", list(x.shape))
     check_tables(cos, sin, x)
+    checks.flag("interleaved", interleaved)
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
@@ -66,18 +66,21 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     return _forward(x, cos, sin, interleaved, backend)
 
 
+_TABLES = (torch.float32, torch.float64)
+
+
 def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
     """Raises unless cos and sin fit x [B, H, T, K]."""
     batch, _, tokens, head_dim = x.shape
-    half = cos.shape[-1]
+    if not isinstance(cos, Tensor) or cos.dtype not in _TABLES or cos.layout is not torch.strided:
+        checks.mistyped("cos", "a float32 tensor", cos)
+    half = cos.shape[-1] if cos.dim() else 0
     if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
         checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
     if 2 * half > head_dim:
         checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
-    if cos.dtype is not torch.float32 and cos.dtype is not torch.float64:
-        raise TypeError(f"cos: expected float32, got {cos.dtype}")
-    checks.like("sin", sin, "cos", cos)
     checks.same_device("cos", cos, "x", x)
+    checks.like("sin", sin, "cos", cos)
 
 
 class _Rope(torch.autograd.Function):

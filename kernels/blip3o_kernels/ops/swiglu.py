@@ -34,8 +34,7 @@ def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up, rounded once; without up, gate [..., 2M] holds both. See the module's docstring."""
-    if gate.dtype not in checks.FLOATING:
-        checks.floating("gate", gate)
+    checks.floating("gate", gate)
     if not gate.dim() or (up is None and gate.shape[-1] % 2):
         checks.fail("gate", "shape [..., M], or [..., 2M] without up", list(gate.shape))
     if up is not None:

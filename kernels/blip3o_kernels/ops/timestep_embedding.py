@@ -25,6 +25,9 @@ from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
+_DTYPES = checks.FLOATING | checks.INTEGERS
+
+
 def reference(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     dtype = checks.wide(timestep.dtype)
     index = torch.arange(dim // 2, dtype=dtype, device=timestep.device)
@@ -34,14 +37,14 @@ def reference(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor
 
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """[cos | sin] of the timestep at dim/2 frequencies, float32 [B, dim]; see the module's docstring."""
-    if timestep.dtype not in checks.FLOATING:
-        checks.integer("timestep", timestep)
+    if not isinstance(timestep, Tensor) or timestep.dtype not in _DTYPES or timestep.layout is not torch.strided:
+        checks.mistyped("timestep", "a floating-point, int64 or int32 tensor", timestep)
     if timestep.dim() != 1:
         checks.fail("timestep", "shape [B]", list(timestep.shape))
+    checks.whole("dim", dim)
     if dim < 2 or dim % 2:
         checks.fail("dim", "an even number of at least 2", dim)
-    if not 0.0 < max_period < math.inf:
-        checks.fail("max_period", "a finite number above 0", max_period)
+    max_period = checks.number("max_period", max_period, checks.TINY, "a positive, finite number")
     if timestep.dtype is not torch.float64:
         timestep = timestep.to(torch.float32)  # integers have no body of their own, short floats need none
     compiling = torch.compiler.is_compiling()
