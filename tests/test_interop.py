@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,11 @@ from blip3o_kernels.samples import Sample
 NATIVE = [op for op in OPS if any((body.backend, body.device) == ("native", "cpu") for body in op.bodies)]
 CASES = [pytest.param(op, sample, id=f"{op.name}-{sample.name}") for op in OPS for sample in variants(op)]
 NATIVE_CASES = [case for case in CASES if case.values[0] in NATIVE]
+BFLOAT16_CASES = [
+    pytest.param(op, replace(sample, name=f"bfloat16 {sample.name}"), id=f"{op.name}-bfloat16 {sample.name}")
+    for op in NATIVE
+    for sample in variants(op, torch.bfloat16)
+]
 DIFFERENTIABLE = [case for case in NATIVE_CASES if case.values[0].differentiable]
 # One op in a compiled graph though nobody asks: the formula would hold all logits, or draw its bits in int64.
 OPAQUE = ("linear_cross_entropy", "flow_timesteps")
@@ -73,22 +79,28 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize(("op", "sample"), [*NATIVE_CASES, *BFLOAT16_CASES])
 def test_opcheck(op: Op, sample: Sample) -> None:
-    """Schema, fake implementation, autograd registration and tracing of the registered ops, as torch tests them."""
+    """Schema, fake implementation, autograd registration and tracing of the registered ops, as torch tests them.
+
+    In bfloat16 the fake results alone: their dtypes are what another dtype changes.
+    """
     with Recorder() as recorder, use("native"):
         evaluate(op, op.function, bound(op, sample))
     names = {func.name().removeprefix("blip3o::") for func, _ in recorder.calls}
     assert names == {op.name, *([f"{op.name}_backward"] if op.differentiable else [])}
-    differentiable = {id(x) for name, x in bound(op, sample).items() if name in op.differentiable}
+    checks = OPCHECKS[2] if "bfloat16" in sample.name else OPCHECKS
     for func, arguments in recorder.calls:
         leaf = func.name() == f"blip3o::{op.name}"
         given = [
             x.detach().clone().requires_grad_(leaf and x.requires_grad) if isinstance(x, Tensor) else x
             for x in arguments
         ]
-        assert not leaf or not differentiable or any(isinstance(x, Tensor) and x.requires_grad for x in given)
-        torch.library.opcheck(func, tuple(given))
+        assert not (leaf and op.differentiable) or any(isinstance(x, Tensor) and x.requires_grad for x in given)
+        torch.library.opcheck(func, tuple(given), test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["", "native"])
@@ -175,7 +187,7 @@ def test_tracing(op: Op, sample: Sample, backend: str) -> None:
 @pytest.mark.parametrize("backend", ["", "native"])
 @pytest.mark.parametrize(("op", "sample"), NATIVE_CASES)
 def test_functorch(op: Op, sample: Sample, backend: str) -> None:
-    """vmap over all inputs, and over each alone: right. grad; forward mode: by default right, forced right or an error."""
+    """vmap over all inputs, and over each alone; grad and forward mode, which if forced may be an error instead."""
     function, tensors = of_tensors(op, sample)
     stacked = [torch.stack((x, x.flip(0), x / 2 if x.is_floating_point() else x)) for x in tensors]
     dims = [tuple(0 if i == j else None for j in range(len(tensors))) for i in range(len(tensors))]
@@ -216,6 +228,8 @@ def test_flops_are_counted(op: Op) -> None:
     with FlopCounterMode(display=False) as counter, use("native"):
         evaluate(op, op.function, bound(op, sample))
     counted = counter.get_flop_counts()["Global"]
+    if op.name == "rms_norm":
+        assert counted[torch.ops.blip3o.rms_norm] == 4 * sample.args[0].numel()  # type: ignore[attr-defined]
     assert {str(name): number > 0 for name, number in counted.items() if "blip3o" in str(name)} == {
         f"blip3o.{name}": True for name in (op.name, *([f"{op.name}_backward"] if op.differentiable else []))
     }
@@ -237,28 +251,27 @@ def test_activation_checkpointing(op: Op, sample: Sample) -> None:
         assert torch.equal(found[name], y), name
 
 
+def squared_gradients(
+    function: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], loss: Callable[[Tensor], Tensor]
+) -> Tensor:
+    total = sum((loss(y) for y in function(*leaves)), torch.zeros(()))
+    gradients = torch.autograd.grad(total, [x for x in leaves if x.requires_grad], create_graph=True)
+    return sum((x.square().sum() for x in gradients), torch.zeros(()))
+
+
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)
 def test_double_differentiation_raises(op: Op, sample: Sample, registered: bool) -> None:
     """A body has no second derivative: asking for one raises, also where nothing but the saved inputs depends on it."""
     function, _ = of_tensors(op, sample)
     for loss in (torch.sum, lambda y: y.sin().sum()):  # what comes in from above: a constant, a function of the inputs
-        leaves = leaves_of(op, sample, op.differentiable)
-        wanted = [x for x in leaves if x.requires_grad]
-
-        def squares(loss: Callable[[Tensor], Tensor] = loss) -> Tensor:
-            total = sum((loss(y) for y in function(*leaves)), torch.zeros(()))
-            gradients = torch.autograd.grad(total, wanted, create_graph=True)
-            return sum((x.square().sum() for x in gradients), torch.zeros(()))
-
         with use("reference"):
-            linear = not squares().requires_grad  # then there is nothing to differentiate
+            linear = not squared_gradients(function, leaves_of(op, sample, op.differentiable), loss).requires_grad
         with use("native"), Recorder() if registered else nullcontext():
-            twice = squares()
-            assert linear or twice.requires_grad
-            if twice.requires_grad:
+            squares = squared_gradients(function, leaves_of(op, sample, op.differentiable), loss)
+            if not (linear and not squares.requires_grad):  # then there is nothing to differentiate
                 with pytest.raises(RuntimeError, match="differentia"):
-                    twice.backward()
+                    squares.backward()
 
 
 @pytest.mark.parametrize(("op", "sample"), DIFFERENTIABLE)

@@ -91,13 +91,16 @@ def test_every_time_the_same_bits(op: Op, backend: str) -> None:
 
 
 def large_calls() -> dict[str, tuple[tuple[tuple[object, ...], dict[str, object]], ...]]:
-    """Work for three threads and more (blip3o_threads in csrc/cpu/instruction_sets.h): positional, keyword arguments."""
+    """Arguments of work for three threads (blip3o_threads in csrc/cpu/instruction_sets.h), positional and by name."""
     draw = Draw(lambda low, high: low, torch.float32)
     x, residual, weight, bias = draw(70, 9, 130), draw(70, 9, 130), draw(130), draw(130)
     scale, shift, gate = draw(70, 390).chunk(3, dim=-1)
     query, key, value = draw(8, 50, 8, 64).transpose(1, 2).split([4, 2, 2], dim=1)
     angles, padding = draw(50, 32), torch.arange(50) < 1 + torch.arange(8).view(8, 1, 1, 1)
-    table, packed = (angles.cos(), angles.sin()), tuple(t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value))
+    table, packed = (
+        (angles.cos(), angles.sin()),
+        tuple(t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value)),
+    )
     biases = {"query_bias": draw(256), "key_bias": draw(128)}
     data, noise, sigma, places = draw(30, 3001), draw(30, 3001), draw(30).sigmoid(), torch.arange(30)
     heads = {"enable_gqa": True}
