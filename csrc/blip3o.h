@@ -163,7 +163,7 @@ typedef struct {
   void* stream;
 } blip3o_gated_residual_arguments;
 
-/* As for modulate; workspace [blocks, 4, width]. dweight is null without a weight. The residual's gradient is dy. */
+/* As for modulate; workspace [blocks, 3, width]. dweight is null without a weight. The residual's gradient is dy. */
 typedef struct {
   void* dx;
   void* dgate;

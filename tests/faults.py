@@ -36,8 +36,6 @@ MOST = 100_000  # numbers below are C++, from here on Python
 
 # Terms that nobody can miss: (op, file, a part of the line) -> why.
 HARMLESS = {
-    ("gated_residual", "normalise.h", "plain"): "the sum of dy, which layer_norm and modulate alone need",
-    ("gated_residual", "normalise.h", "p += d;"): "the sum of dy, which layer_norm and modulate alone need",
     ("gated_residual", "normalise.py", "plain += dy"): "the sum of dy, which layer_norm and modulate alone need",
     ("gated_residual", "normalise.py", "total += u"): "the mean of dy, which only a centred norm takes off",
     ("gated_residual", "normalise.py", "- mean"): "the mean, which is 0 in a norm that is not centred",

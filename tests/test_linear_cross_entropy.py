@@ -1,4 +1,4 @@
-"""linear_cross_entropy beyond the conformance test: memory, options, autocast, errors, and how torch sees it."""
+"""linear_cross_entropy beyond the tests of all ops: memory, chunks, autocast, errors."""
 
 from __future__ import annotations
 
@@ -92,21 +92,6 @@ def test_logits_are_never_whole(small_chunks: None) -> None:
         assert seen.elements == max(16 * 1000, *(tensor.numel() for tensor in (x, weight)))
 
 
-def test_threads_do_not_change_a_bit(small_chunks: None) -> None:
-    """The kernel, that is: torch's products are its own."""
-    before, seen = torch.get_num_threads(), []
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(100, 5000, generator=generator)
-    x, weight, target = torch.eye(100), table.t().contiguous(), torch.randint(5000, (100,), generator=generator)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            seen.append(native.forward(x, weight, target, -100, 0.1, 1e-4, 0.0, None, True, False)[0])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype: torch.dtype) -> None:
     """Products in autocast's dtype, forward and backward, as close to the truth as the reference's."""
@@ -174,30 +159,18 @@ def test_infinite_logits() -> None:
         torch.testing.assert_close(got, contract.reference(x, weight, target), equal_nan=True)
 
 
-def test_opcheck() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight, target = arguments()
-        x, weight = (tensor.detach().to(dtype).requires_grad_() for tensor in (x, weight))
-        given = (x, weight, target, True, True, -100, 0.1, 1e-3, 0.0, None, "native")
-        torch.library.opcheck(torch.ops.blip3o.linear_cross_entropy.default, given)
-        kept = (x.detach().float(), weight.detach().float())
-        torch.library.opcheck(
-            torch.ops.blip3o.linear_cross_entropy_backward.default,
-            (torch.tensor(2.0), x.detach(), weight.detach(), *kept),
-        )
+def test_linear_cross_entropy_without_targets() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    loss = linear_cross_entropy(x, torch.randn(5, 4), torch.full((3,), -100))
+    loss.backward()
+    assert loss.item() == 0 and x.grad is not None and not x.grad.any()
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_compile(autocast: bool) -> None:
-    """One op in the graph, no break, in a changing shape, with autocast decided where the call stands."""
-    graphs = []
-
-    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph
+def test_compile_under_autocast() -> None:
+    """Autocast is decided where the call stands, in a changing shape."""
 
     def step(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", torch.bfloat16):
             return linear_cross_entropy(x * 2, weight, target, softcap=5.0)
 
     torch._dynamo.reset()
@@ -210,25 +183,16 @@ def test_compile(autocast: bool) -> None:
             torch.autograd.grad(2 * got, (x, weight)), torch.autograd.grad(2 * expected, (x, weight)), strict=True
         ):
             torch.testing.assert_close(mine, eager)
-    torch._dynamo.reset()
-    torch.compile(step, fullgraph=True, backend=capture)(*arguments())
-    assert "blip3o.linear_cross_entropy" in graphs[0].print_readable(print_output=False)
 
 
-def test_modes_and_transforms() -> None:
+def test_flops() -> None:
     x, weight, target = arguments()
     with FlopCounterMode(display=False) as counter, use("native"):
         linear_cross_entropy(x.detach(), weight, target).backward()
     assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 301 + 301 * 24
-    with torch._subclasses.FakeTensorMode() as mode, use("native"):
-        fake = linear_cross_entropy(*(mode.from_tensor(tensor) for tensor in (x, weight, target)))
-    assert fake.shape == () and fake.dtype is torch.float32
-    gradient = torch.func.grad(lambda x: linear_cross_entropy(x, weight, target))(x.detach())
-    torch.testing.assert_close(gradient, torch.autograd.grad(linear_cross_entropy(x, weight, target), x)[0])
 
 
-def test_gradients_twice_and_again() -> None:
-    """Differentiating them raises; a graph that is retained gives them again."""
+def test_a_retained_graph_gives_gradients_again() -> None:
     x, weight, target = arguments()
     for direct in (True, False):
         if direct:
@@ -239,9 +203,6 @@ def test_gradients_twice_and_again() -> None:
         (first,) = torch.autograd.grad(loss, x, retain_graph=True)
         (second,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
         assert torch.equal(second, 2 * first)
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate"):
-            gradient.sum().backward()
     unkept = torch.ops.blip3o.linear_cross_entropy(x, weight, target, False, True, -100, 0.0, 0.0, 0.0, None, "native")
     with pytest.raises(RuntimeError, match="told not to keep"):
         unkept[0].backward()

@@ -1,5 +1,5 @@
 """Every op wherever its inputs lie and whatever they hold: any strides and offsets, rows 2^30 elements apart, random
-shapes, infinities and NaN; and the same bits every time."""
+shapes, infinities and NaN; and the same bits every time, on any number of threads."""
 
 from __future__ import annotations
 
@@ -88,6 +88,70 @@ def test_every_time_the_same_bits(op: Op, backend: str) -> None:
     for sample in some(op):
         first = run(op, backend, bound(op, sample))
         equal(run(op, backend, bound(op, sample)), first, sample.name)
+
+
+def large_calls() -> dict[str, tuple[tuple[tuple[object, ...], dict[str, object]], ...]]:
+    """Arguments of work for three threads (blip3o_threads in csrc/cpu/instruction_sets.h), positional and by name."""
+    draw = Draw(lambda low, high: low, torch.float32)
+    x, residual, weight, bias = draw(70, 9, 130), draw(70, 9, 130), draw(130), draw(130)
+    scale, shift, gate = draw(70, 390).chunk(3, dim=-1)
+    query, key, value = draw(8, 50, 8, 64).transpose(1, 2).split([4, 2, 2], dim=1)
+    angles, padding = draw(50, 32), torch.arange(50) < 1 + torch.arange(8).view(8, 1, 1, 1)
+    table, packed = (
+        (angles.cos(), angles.sin()),
+        tuple(t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value)),
+    )
+    biases = {"query_bias": draw(256), "key_bias": draw(128)}
+    data, noise, sigma, places = draw(30, 3001), draw(30, 3001), draw(30).sigmoid(), torch.arange(30)
+    heads = {"enable_gqa": True}
+    return {
+        "rms_norm": (((x, weight), {}),),
+        "add_rms_norm": (((x, residual, weight), {}),),
+        "layer_norm": (((x, weight, bias), {}),),
+        "modulate": (
+            ((x, scale, shift), {"weight": weight}),
+            ((x, scale, shift), {"weight": weight, "bias": bias, "norm": "layer"}),
+        ),
+        "gated_residual": (((residual, x, gate), {"weight": weight}), ((residual, x, gate), {})),
+        "rope": (((query, *table), {}), ((query, *table), {"interleaved": True})),
+        "qk_norm_rope": (
+            ((query, key, draw(64), draw(64), *table), {}),
+            ((query, key, draw(256), draw(128), *table), {**biases, "norm": "layer", "across": "width"}),
+        ),
+        "attention": (
+            ((query, key, value), {**heads, "is_causal": True}),
+            ((query, key, value), {**heads, "attn_mask": padding}),
+            ((query, key, value), {**heads, "attn_mask": draw(1, 4, 50, 50)}),
+            ((query, key, value), {**heads, "window_size": (20, 1), "softcap": 3.0}),
+            (packed, {**heads, "is_causal": True, "cu_seqlens_q": torch.tensor([0, 9, 9, 250, 400]).int()}),
+        ),
+        "swiglu": (((x, residual), {}), ((draw(70, 9, 260),), {})),
+        "timestep_embedding": (((1000 * draw(900).sigmoid(), 130), {}),),
+        "flow_timesteps": (((torch.arange(70_000), 1), {"distribution": "logit_normal"}),),
+        "flow_interpolate": (
+            ((data, noise, sigma), {}),
+            ((data, None, sigma), {"seed": 1, "positions": places}),
+        ),
+        "flow_loss": (((data, noise, sigma), {}),),
+        "flow_step": (((data, noise, sigma), {"unconditional": -noise, "guidance": 2.0, "previous": data}),),
+        # logits that are sums of one number: torch's products add in an order that threads decide
+        "linear_cross_entropy": (((torch.eye(100), draw(5000, 100), torch.arange(100)), {"z_loss": 1e-4}),),
+    }
+
+
+@pytest.mark.parametrize("op", [] if FEW else dict.fromkeys(run.values[0] for run in RUNS), ids=lambda op: op.name)
+def test_threads_do_not_change_a_bit(op: Op) -> None:
+    for args, kwargs in large_calls()[op.name]:
+        arguments, results = bound(op, Sample("large", args, kwargs)), []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(run(op, "native", arguments))
+        first = results[0]
+        assert max(x.numel() for x in (*tensors_of(arguments).values(), *first.values())) > 3 * 16384
+        for found in results[1:]:
+            if op.name in PRODUCTS_OF_TORCH:
+                torch.testing.assert_close(found.pop("gradient of x"), first["gradient of x"])
+            equal(first, found, "with several threads")
 
 
 @pytest.mark.parametrize(("op", "backend"), RUNS)

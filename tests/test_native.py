@@ -1,4 +1,4 @@
-"""The native libraries and the way in: interface, instruction sets, threads, torch.compile, functorch, meta tensors."""
+"""The native libraries and the way in: interface, instruction sets, status, what is missing, how they are built."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from blip3o_kernels import OPS, BackendError, native, rms_norm, use
+from blip3o_kernels import OPS, BackendError, attention, native, rms_norm, use
 from blip3o_kernels.ops import rms_norm as contract
 
 ROOT = Path(__file__).parents[1]
@@ -64,23 +62,6 @@ def test_one_openmp_runtime() -> None:
 
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}{os.pathsep}{ROOT}", **extra}
-
-
-def test_threads_do_not_change_a_bit() -> None:
-    x, weight = torch.randn(3000, 130, requires_grad=True), torch.randn(130, requires_grad=True)
-    dy = torch.randn(3000, 130)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            with use("native"):
-                y = rms_norm(x, weight)
-            results.append((y.detach(), *torch.autograd.grad(y, (x, weight), dy)))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
 def test_instruction_sets() -> None:
@@ -134,6 +115,18 @@ def test_status_becomes_an_exception() -> None:
     assert "status 2: there is no body" in str(native.failed("rms_norm", 2))
 
 
+def test_workspaces_are_checked() -> None:
+    pack, call = native.packer("attention"), native.function("cpu", "attention")
+    arguments = [0] * 9 + [1, 1, 1, 4, 64, 32, 32, 1, 100] + [0] * 15 + [4, 1, -1, -1, 0.0, 1.0, 0, 0, 0, 1, 0]
+    assert call(pack(*arguments)) == 1
+    ends = torch.tensor([0, 5, 4], dtype=torch.int32)  # what no CPU check has seen: the library looks again
+    x = torch.randn(1, 1, 4, 8)
+    with pytest.raises(BackendError, match=r"attention: .*out of range"):
+        torch.ops.blip3o.attention(x, x, x, None, ends, ends, False, -1, -1, 0.0, 1.0, "native")
+    with use("native"), pytest.raises(BackendError, match=r"attention: .*does not take torch.float64"):
+        attention(*torch.randn(3, 1, 1, 2, 4).double())
+
+
 def test_without_the_libraries(tmp_path: Path) -> None:
     """A pure install: the same package without lib/ runs on the reference and says what is missing."""
     shutil.copytree(ROOT / "kernels/blip3o_kernels", tmp_path / "blip3o_kernels", ignore=shutil.ignore_patterns("lib"))
@@ -164,93 +157,6 @@ def test_environment_variable_forces() -> None:
     assert "reference (asked for by" in found.stdout
     refused = subprocess.run(run, capture_output=True, text=True, env=environment(BLIP3O_BACKEND="fast"), check=False)
     assert refused.returncode and "BLIP3O_BACKEND: expected one of reference, native, triton" in refused.stderr
-
-
-def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(5, 24, generator=generator), torch.randn(24, generator=generator)
-    return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-
-
-def test_opcheck() -> None:
-    """Schema, fake implementation and autograd registration, as torch itself tests them."""
-    for dtype in (torch.float32, torch.bfloat16):
-        x, weight = arguments(dtype)
-        for given in (weight, None):
-            torch.library.opcheck(torch.ops.blip3o.rms_norm.default, (x, given, 1e-6, 0.0, True, "native"))
-        plain = (x.detach(), x.detach(), weight.detach(), True, 1e-6, 0.0, True, "native")
-        torch.library.opcheck(torch.ops.blip3o.rms_norm_backward.default, plain)
-
-
-@pytest.mark.parametrize("backend", ["native", None])
-def test_compile(backend: str | None) -> None:
-    """No graph break, forward and backward, in a changing shape: as one opaque op if forced, as the formula if not."""
-
-    def step(x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x * 2, weight).sin()
-
-    graphs = []
-
-    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for rows in (5, 6, 9):
-        x, weight = torch.randn(rows, 24, requires_grad=True), torch.randn(24, requires_grad=True)
-        if backend is None:
-            got = compiled(x, weight)
-        else:
-            with use(backend):
-                got = compiled(x, weight)
-        expected = step(x, weight)
-        torch.testing.assert_close(got, expected)
-        for mine, eager in zip(
-            torch.autograd.grad(got.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
-        ):
-            torch.testing.assert_close(mine, eager)
-    torch._dynamo.reset()
-    seen = torch.compile(step, fullgraph=True, backend=capture)
-    if backend is None:
-        seen(*arguments())
-    else:
-        with use(backend):
-            seen(*arguments())
-    assert ("blip3o.rms_norm" in graphs[0].print_readable(print_output=False)) == (backend is not None)
-
-
-def test_modes_and_subclasses_see_the_call() -> None:
-    """Where a pointer must not be read the registered op runs: fake tensors, FLOP counting, lazy negation, ..."""
-    x, weight = (tensor.detach() for tensor in arguments())
-    expected = contract.reference(x, weight)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = rms_norm(mode.from_tensor(x), mode.from_tensor(weight))
-    assert isinstance(fake, torch._subclasses.FakeTensor) and fake.shape == x.shape
-    with FlopCounterMode(display=False) as counter, use("native"):
-        rms_norm(x, weight)
-    assert counter.get_total_flops() == 4 * x.numel()
-    batched = torch.vmap(rms_norm, in_dims=(1, None))(x.unsqueeze(1).expand(5, 3, 24), weight)
-    torch.testing.assert_close(batched, expected.expand(3, 5, 24))
-    each = torch.vmap(rms_norm, in_dims=(None, 0))(x, torch.stack((weight, 2 * weight)))
-    torch.testing.assert_close(each, torch.stack((expected, 2 * expected)))
-    gradient = torch.func.grad(lambda x: rms_norm(x, weight).sin().sum())(x)
-    leaf = x.clone().requires_grad_()
-    contract.reference(leaf, weight).sin().sum().backward()
-    torch.testing.assert_close(gradient, leaf.grad)
-    negated = torch._neg_view(x)
-    assert negated.is_neg()
-    torch.testing.assert_close(rms_norm(negated, weight), -expected)
-    assert rms_norm(x.to("meta"), weight.to("meta")).shape == x.shape
-
-
-def test_double_differentiation_raises() -> None:
-    for direct in (True, False):
-        x, weight = arguments()
-        y = rms_norm(x, weight) if direct else torch.ops.blip3o.rms_norm(x, weight, 1e-6, 0.0, True, "native")
-        (gradient,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate"):
-            gradient.sum().backward()
 
 
 def test_build_without_a_compiler(tmp_path: Path) -> None:

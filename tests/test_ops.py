@@ -19,12 +19,10 @@ from torch import Tensor
 from blip3o_kernels import (
     OPS,
     BackendError,
-    attention,
     explain,
     linear_cross_entropy,
     ops,
     rms_norm,
-    rope_table_2d,
     use,
 )
 from blip3o_kernels.dispatch import Op, choose
@@ -126,84 +124,6 @@ def test_reference_gradients(op: Op) -> None:
     assert checked
 
 
-def test_attention_both_references(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short and long sequences take two paths through the reference: both mean the same; causal is bottom-right."""
-    generator = torch.Generator().manual_seed(0)
-    for tokens, keys, causal, masked, window in (
-        (6, 6, True, False, (-1, -1)),
-        (3, 7, True, False, (-1, -1)),
-        (7, 3, True, True, (-1, -1)),
-        (5, 6, False, True, (-1, -1)),
-        (5, 9, False, False, (2, 1)),
-        (9, 5, False, True, (1, -1)),
-        (6, 6, True, False, (2, 3)),
-    ):
-        query = torch.randn(2, 4, tokens, 8, generator=generator, dtype=torch.float64)
-        key, value = torch.randn(2, 2, 2, keys, 8, generator=generator, dtype=torch.float64).unbind(0)
-        mask = torch.rand(2, 1, tokens, keys, generator=generator) < 0.4 if masked else None
-        arguments = (query, key, value, mask, 0.0, causal, None, True)
-        short = ops.attention.reference(*arguments, window_size=window)
-        with monkeypatch.context() as patched:
-            patched.setattr(ops.attention, "LONG", 0)
-            long = ops.attention.reference(*arguments, window_size=window)
-        torch.testing.assert_close(short, long)
-        allowed = torch.ones(tokens, keys, dtype=torch.bool)
-        for t in range(tokens):
-            for s in range(keys):
-                distance = s - (t + keys - tokens)
-                right = 0 if causal else window[1]
-                allowed[t, s] = not (0 <= right < distance or (window[0] >= 0 and distance < -window[0]))
-        allowed = (allowed & (mask if mask is not None else True)).expand(2, 4, tokens, keys)
-        scores = torch.einsum("bhtk,bhsk->bhts", query, key.repeat_interleave(2, 1)) / 8**0.5
-        weights = scores.exp() * allowed
-        plain = weights @ value.repeat_interleave(2, 1) / weights.sum(-1, keepdim=True).clamp(min=1e-300)
-        torch.testing.assert_close(short, plain)
-
-
-def test_attention_packed_is_each_sequence_alone() -> None:
-    lengths = (3, 5), (0, 2), (6, 1), (4, 4)
-    query = torch.randn(1, 4, sum(q for q, _ in lengths), 8)
-    key, value = torch.randn(2, 1, 2, sum(k for _, k in lengths), 8).unbind(0)
-    ends_q, ends_k = (torch.tensor([0, *x]).cumsum(0).to(torch.int32) for x in zip(*lengths, strict=True))
-    for options in ({}, {"is_causal": True}, {"window_size": (2, 1), "softcap": 1.0}):
-        for backend in ("reference", "native"):
-            with use(backend):
-                packed = attention(
-                    query, key, value, enable_gqa=True, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, **options
-                )
-                alone = [
-                    attention(q, k, v, enable_gqa=True, **options)
-                    for q, k, v in zip(
-                        query.split([q for q, _ in lengths], 2),
-                        key.split([k for _, k in lengths], 2),
-                        value.split([k for _, k in lengths], 2),
-                        strict=True,
-                    )
-                ]
-            torch.testing.assert_close(packed, torch.cat(alone, 2))
-
-
-def test_rope_tables() -> None:
-    """Rotation keeps lengths, and a product of two rotated vectors depends on the distance alone."""
-    cos, sin = rope_table_2d(3, 5, 8, 100.0)
-    assert cos.shape == (15, 4)
-    torch.testing.assert_close(cos.square() + sin.square(), torch.ones(15, 4))
-    vectors = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0)).expand(2, 1, 15, 8)
-    turned = ops.rope.reference(vectors, cos, sin, interleaved=True)
-    torch.testing.assert_close(turned.norm(dim=-1), vectors.norm(dim=-1))
-    products = (turned[0, 0] @ turned[1, 0].t()).view(3, 5, 3, 5)
-    torch.testing.assert_close(products[0, 1, 2, 2], products[0, 3, 2, 4])
-    # angles h0, w0, h1, w1: position (1, 0) turns the even angles alone
-    assert (sin[5] != 0).tolist() == [True, False, True, False]
-
-
-def test_linear_cross_entropy_without_targets() -> None:
-    x = torch.randn(3, 4, requires_grad=True)
-    loss = linear_cross_entropy(x, torch.randn(5, 4), torch.full((3,), -100))
-    loss.backward()
-    assert loss.item() == 0 and x.grad is not None and not x.grad.any()
-
-
 def test_forced_backend_refuses() -> None:
     x = torch.randn(2, 8)
     with use("native"), pytest.raises(BackendError, match=r"rms_norm.*no native body"):
@@ -275,3 +195,17 @@ def test_errors_name_the_argument() -> None:
         ops.modulate.modulate(x, torch.randn(2, 7))
     with pytest.raises(TypeError, match="target: expected an int64"):
         linear_cross_entropy(x, torch.randn(5, 8), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"residual: expected the shape of x, \[2, 3, 8\], got \[3, 8\]"):
+        ops.add_rms_norm.add_rms_norm(x, x[0])
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8\], got \[7\]"):
+        ops.add_rms_norm.add_rms_norm(x, x, torch.randn(7))
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 3, 8)
+    table = ops.rope.rope_table(torch.arange(3), 8, 100.0)
+    with pytest.raises(ValueError, match=r"key: expected shape \[2, G, 3, 8\], got \[2, 2, 2, 8\]"):
+        ops.qk_norm_rope.qk_norm_rope(query, key[:, :, :2], torch.randn(8), torch.randn(8), *table)
+    with pytest.raises(ValueError, match=r"key_weight: expected shape \[16\], got \[8\]"):
+        ops.qk_norm_rope.qk_norm_rope(query, key, torch.randn(32), torch.randn(8), *table, across="width")
+    with pytest.raises(ValueError, match="norm: expected 'rms' or 'layer', got 'group'"):
+        ops.qk_norm_rope.qk_norm_rope(query, key, torch.randn(8), torch.randn(8), *table, norm="group")
+    with pytest.raises(ValueError, match=r"cos: expected shape \[3, R/2\] or \[2, 3, R/2\]"):
+        ops.qk_norm_rope.qk_norm_rope(query, key, torch.randn(8), torch.randn(8), table[0][:2], table[1][:2])

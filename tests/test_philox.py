@@ -157,18 +157,6 @@ def test_drawn_is_as_given(backend: str) -> None:
     assert all(torch.equal(given, own) for given, own in zip(*results, strict=True))
 
 
-def test_threads_do_not_change_a_bit() -> None:
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            with use("native"):
-                results.append(drawn(FAR, 30001))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
 @pytest.mark.parametrize("backend", ["native", None])
 def test_compile(backend: str | None) -> None:
     """No graph break, and one graph for every draw: drawing is an opaque op, forced or not."""
@@ -189,18 +177,6 @@ def test_compile(backend: str | None) -> None:
         assert torch.equal(got, expected)
         assert torch.equal(torch.autograd.grad(got, x)[0], torch.autograd.grad(expected, x)[0])
     assert counter.frame_count == 2  # the second one takes draw as a symbol
-
-
-def test_modes_and_subclasses_see_the_call() -> None:
-    x, sigma, positions = torch.randn(3, 5), torch.rand(3), torch.arange(3)
-    expected = flow_interpolate(x, None, sigma, seed=1, positions=positions)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fakes = [mode.from_tensor(tensor) for tensor in (x, sigma, positions)]
-        fake = flow_interpolate(fakes[0], None, fakes[1], seed=1, positions=fakes[2])
-        level = flow_timesteps(fakes[2], 1)
-    assert fake[0].shape == fake[1].shape == x.shape and level.shape == (3,) and level.dtype is torch.float32
-    value = torch.func.vmap(lambda s: flow_interpolate(x, None, s, seed=1, positions=positions)[0])(sigma.expand(2, 3))
-    torch.testing.assert_close(value, expected[0].expand(2, 3, 5))
 
 
 def test_levels() -> None:

@@ -18,10 +18,6 @@ extern "C" int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backwa
 
 #include "normalise.h"
 
-static inline float reciprocal_rms(const Total& squares, int64_t width, float eps) {  // in double, as moments() does
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares.value()) / static_cast<double>(width) + eps));
-}
-
 template <class T, class W>
 static int run(const blip3o_add_rms_norm_arguments& a) {
   const int64_t width = a.width, runs = (a.rows + GROUP - 1) / GROUP;
@@ -38,7 +34,7 @@ static int run(const blip3o_add_rms_norm_arguments& a) {
       const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
       T* added = static_cast<T*>(a.added) + row * width;
       T* y = static_cast<T*>(a.y) + row * width;
-      Total squares[R];
+      RowSum squares[R];
       Floats rstd[R];
       columns(width, [&](int64_t i, auto n) {
         for (int r = 0; r < R; ++r) {
@@ -70,7 +66,7 @@ static inline void backward_group(int64_t row, float* sums, const blip3o_add_rms
   const T* added = static_cast<const T*>(a.added) + from;
   const W* weight = static_cast<const W*>(a.weight);
   T* dx = static_cast<T*>(a.dx) + from;
-  Total squares[R], dots[R];
+  RowSum squares[R], dots[R];
   Floats rstd[R], c[R];
   columns(width, [&](int64_t i, auto n) {
     const Floats gain = weight ? a.offset + load(weight + i, n) : all(1.0f);

@@ -7,11 +7,7 @@
 struct Total {
   Doubles lanes{};
   void add(Floats v) { lanes += __builtin_convertvector(v, Doubles); }
-  double value() const {
-    double total = 0.0;
-    for (int i = 0; i < BLIP3O_LANES; ++i) total += lanes[i];
-    return total;
-  }
+  double value() const { return sum(lanes); }
 };
 
 // f(sample, start, length, chunk) for every chunk of every sample; start counts elements from the first sample's first.

@@ -81,10 +81,9 @@ static int run(const blip3o_gated_residual_backward_arguments& a) {
   const int threads = blip3o_threads(a.threads, a.batch * a.tokens * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t block = 0; block < a.blocks; ++block) {
-    float* gain = a.workspace + block * 4 * width;
+    float* gain = a.workspace + block * 3 * width;
     float* scaled = gain + width;
-    float* plain = scaled + width;
-    float* dweight = plain + width;
+    float* dweight = scaled + width;
     std::memset(dweight, 0, sizeof(float) * static_cast<size_t>(width));
     for (int64_t sample = a.batch * block / a.blocks; sample < a.batch * (block + 1) / a.blocks; ++sample) {
       const float* opened = a.saved + sample * width;
@@ -97,7 +96,7 @@ static int run(const blip3o_gated_residual_backward_arguments& a) {
         const T* dy = static_cast<const T*>(a.dy) + row * width;
         const T* x = static_cast<const T*>(a.x) + row * stride;
         if (NORMED)
-          backward_rows<R, false>(dx, scaled, plain, token == 0, dy, x, stride, gain, rstds + row,
+          backward_rows<R, false>(dx, scaled, static_cast<float*>(nullptr), token == 0, dy, x, stride, gain, rstds + row,
                                   static_cast<const float*>(nullptr), width);
         else
           plain_rows<R>(dx, scaled, token == 0, dy, x, stride, opened, width);
@@ -109,7 +108,7 @@ static int run(const blip3o_gated_residual_backward_arguments& a) {
       });
     }
   }
-  if (NORMED) add_up(static_cast<W*>(a.dweight), a.workspace + 3 * width, a.blocks, 4 * width, width);
+  if (NORMED) add_up(static_cast<W*>(a.dweight), a.workspace + 2 * width, a.blocks, 3 * width, width);
   return BLIP3O_OK;
 }
 

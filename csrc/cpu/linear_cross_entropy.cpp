@@ -14,21 +14,9 @@ extern "C" int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy
 
 #include "columns.h"
 
-// tanh to about two units in the last place: a polynomial where 1 - 2 / (e^2v + 1) would cancel.
-static inline Floats tangent(Floats v) {
-  const Floats square = v * v;
-  Floats p = all(-5.70498872745e-3f);
-  p = p * square + 2.06390887954e-2f;
-  p = p * square + -5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square + -3.33332819422e-1f;
-  const Floats small = p * square * v + v, large = 1.0f - 2.0f / (exponential(v + v) + 1.0f);
-  return square < 0.390625f ? small : large;  // |v| < 0.625
-}
-
 template <bool CAPPED>
 static inline Floats capped(Floats v, float softcap) {
-  return CAPPED ? softcap * tangent(v / softcap) : v;
+  return CAPPED ? softcap * hyperbolic_tangent(v / softcap) : v;
 }
 
 static inline Floats padded(Floats v, Whole) { return v; }
@@ -94,7 +82,7 @@ static double row_loss(const blip3o_linear_cross_entropy_arguments& a, T* logits
   columns(a.vocab, [&](int64_t i, auto n) {
     const Floats v = load(logits + i, n);
     if (CAPPED) {
-      const Floats t = tangent(v / a.softcap);
+      const Floats t = hyperbolic_tangent(v / a.softcap);
       store(logits + i, (exponential(a.softcap * t - maximum) * scale - less) * (1.0f - t * t), n);
     } else {
       store(logits + i, exponential(v - maximum) * scale - less, n);

@@ -23,7 +23,7 @@ static inline void groups(int64_t rows, F f) {
 }
 
 // A sum over a row in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
-struct Total {
+struct RowSum {
   Floats whole{}, run{};
   void add(int64_t i, Floats v) {
     run += v;
@@ -32,9 +32,14 @@ struct Total {
   float value() const { return sum(whole + run); }
 };
 
+static inline float reciprocal_rms(const RowSum& squares, int64_t width, float eps) {
+  // In double: a whole row shares the error of this one number.
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares.value()) / static_cast<double>(width) + eps));
+}
+
 template <int R, bool CENTRED, class T>
 static inline void moments(float* rstd, float* mean, const T* x, int64_t stride, int64_t width, float eps) {
-  Total sums[R], squares[R];
+  RowSum sums[R], squares[R];
   Floats centre[R] = {}, left[R] = {};
   if (CENTRED) {
     columns(width, [&](int64_t i, auto n) {
@@ -56,9 +61,7 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
     }
   });
   for (int r = 0; CENTRED && r < R; ++r) mean[r] += sum(left[r]) / static_cast<float>(width);  // what rounding left
-  for (int r = 0; r < R; ++r)  // in double: a whole row shares the error of this one number
-    rstd[r] =
-        static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares[r].value()) / static_cast<double>(width) + eps));
+  for (int r = 0; r < R; ++r) rstd[r] = reciprocal_rms(squares[r], width, eps);
 }
 
 // With n = (x - mean) * rstd and u = dy * gain:
@@ -67,7 +70,7 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
 template <int R, bool CENTRED, class T, class D>
 static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const D* dy, const T* x, int64_t stride,
                                  const float* gain, const float* rstds, const float* means, int64_t width) {
-  Total dots[R], totals[R];
+  RowSum dots[R], totals[R];
   Floats rstd[R], mean[R] = {}, dot[R], total[R];
   for (int r = 0; r < R; ++r) {
     rstd[r] = all(rstds[r]);
@@ -92,12 +95,12 @@ static inline void backward_rows(T* dx, float* scaled, float* plain, bool first,
       const Floats d = load(dy + r * width + i, n), v = load(x + r * stride + i, n);
       const Floats normed = (CENTRED ? v - mean[r] : v) * rstd[r];
       s += d * normed;
-      p += d;
+      if (plain) p += d;
       const Floats u = CENTRED ? g * d - total[r] : g * d;
       store(dx + r * width + i, rstd[r] * (u - normed * dot[r]), n);
     }
     store(scaled + i, first ? s : load(scaled + i, n) + s, n);
-    store(plain + i, first ? p : load(plain + i, n) + p, n);
+    if (plain) store(plain + i, first ? p : load(plain + i, n) + p, n);
   });
 }
 

@@ -14,7 +14,6 @@ static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to *
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-
 template <int M, int N, bool ROWS_APART, bool ADD>
 static inline void tile(float* c, int64_t c_step, const float* a, int64_t a_step, const float* b, int64_t b_step,
                         int64_t depth) {
@@ -58,27 +57,10 @@ static void product(float* c, int64_t c_step, const float* a, int64_t a_step, co
   if (columns) tiles<ROWS, 1, ROWS_APART, ADD>(c, c_step, a, a_step, b, b_step, rows, depth);
 }
 
-// low: (a0, b0, a1, b1, ...) from the lower halves, high: from the upper ones.
-static inline void interleave(Floats a, Floats b, Floats& low, Floats& high) {
-#if BLIP3O_LANES == 16
-  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  low = (Floats)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);
-  high = (Floats)_mm512_permutex2var_ps((__m512)a, second, (__m512)b);
-#elif BLIP3O_LANES == 8
-  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
-  low = (Floats)_mm256_permute2f128_ps(even, odd, 0x20);
-  high = (Floats)_mm256_permute2f128_ps(even, odd, 0x31);
-#else
-  low = Floats{a[0], b[0], a[1], b[1]};
-  high = Floats{a[2], b[2], a[3], b[3]};
-#endif
-}
-
 static inline void transpose(Floats (&v)[LANES]) {
   for (int64_t round = 1; round < LANES; round *= 2) {
     Floats next[LANES];
-    for (int64_t i = 0; i < LANES / 2; ++i) interleave(v[i], v[i + LANES / 2], next[2 * i], next[2 * i + 1]);
+    for (int64_t i = 0; i < LANES / 2; ++i) interleaved(v[i], v[i + LANES / 2], next[2 * i], next[2 * i + 1]);
     for (int64_t i = 0; i < LANES; ++i) v[i] = next[i];
   }
 }

@@ -59,9 +59,7 @@ static int timestep_embedding_backward(const blip3o_timestep_embedding_backward_
       const Floats slope = load(dy + a.half + i, n) * cosine - load(dy + i, n) * sine;
       lanes += frequency * __builtin_convertvector(slope, Doubles);
     });
-    double total = 0.0;
-    for (int i = 0; i < BLIP3O_LANES; ++i) total += lanes[i];
-    a.dtimestep[row] = static_cast<float>(total);
+    a.dtimestep[row] = static_cast<float>(sum(lanes));
   });
 }
 

@@ -7,7 +7,7 @@
 //   sum(v)                       in a fixed order
 //   exponential(v), logarithm(v), square_root(v), hyperbolic_tangent(v)
 //   turn(u, cosine, sine), sine_cosine(v, s, c)
-//   interleaved(a, b, low, high) (a[0], b[0], a[1], b[1], ...)
+//   interleaved(a, b, low, high)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
@@ -138,6 +138,12 @@ static inline float sum(Floats v) {
   for (int half = BLIP3O_LANES / 2; half > 0; half /= 2) v += __builtin_shuffle(v, lane ^ half);
 #endif
   return v[0];
+}
+
+static inline double sum(Doubles v) {
+  double total = 0.0;
+  for (int i = 0; i < BLIP3O_LANES; ++i) total += v[i];
+  return total;
 }
 
 // The larger and the smaller of the two; `v` where it is NaN.
@@ -281,15 +287,19 @@ __attribute__((always_inline)) static inline void turn(Floats u, Floats& cosine,
   sine = bits_of<Floats>(bits_of<Words>(odd ? c : s) ^ sine_sign);
 }
 
+// low: (a[0], b[0], a[1], b[1], ...) from the lower halves, high: from the upper ones.
 static inline void interleaved(Floats a, Floats b, Floats& low, Floats& high) {
-#if defined(__clang__)
-  for (int i = 0; i < BLIP3O_LANES / 2; ++i) {
-    low[2 * i] = a[i], low[2 * i + 1] = b[i];
-    high[2 * i] = a[BLIP3O_LANES / 2 + i], high[2 * i + 1] = b[BLIP3O_LANES / 2 + i];
-  }
+#if BLIP3O_LANES == 16
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  low = (Floats)_mm512_permutex2var_ps((__m512)a, first, (__m512)b);
+  high = (Floats)_mm512_permutex2var_ps((__m512)a, second, (__m512)b);
+#elif BLIP3O_LANES == 8
+  const __m256 even = _mm256_unpacklo_ps((__m256)a, (__m256)b), odd = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  low = (Floats)_mm256_permute2f128_ps(even, odd, 0x20);
+  high = (Floats)_mm256_permute2f128_ps(even, odd, 0x31);
 #else
-  Integers from;
-  for (int i = 0; i < BLIP3O_LANES; ++i) from[i] = i / 2 + i % 2 * BLIP3O_LANES;
-  low = __builtin_shuffle(a, b, from), high = __builtin_shuffle(a, b, from + BLIP3O_LANES / 2);
+  low = Floats{a[0], b[0], a[1], b[1]};
+  high = Floats{a[2], b[2], a[3], b[3]};
 #endif
 }

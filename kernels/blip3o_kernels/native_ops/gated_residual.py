@@ -68,7 +68,7 @@ def backward(
     weight = None if weight is None else weight.contiguous()
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = torch.empty(blocks * 4 * width, dtype=torch.float32)
+    workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
     status = _CPU_BACKWARD(
         _PACK_BACKWARD(
             dx.data_ptr(),

@@ -69,7 +69,9 @@ def flow_timesteps(
     if distribution not in DISTRIBUTIONS:
         checks.fail("distribution", "'uniform' or 'logit_normal'", repr(distribution))
     mean = checks.number("mean", mean)
-    std, shift = (checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift)))
+    std, shift = (
+        checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift))
+    )
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":

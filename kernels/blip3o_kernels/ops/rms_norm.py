@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import LIBRARY, register, register_gradient
+from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -100,7 +99,7 @@ class _RmsNorm(torch.autograd.Function):
         return _forward(x, weight, *options)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = context.saved_tensors
         wanted = weight is not None and context.needs_input_grad[1]
