@@ -12,7 +12,6 @@ from torch import Tensor
 from . import checks
 from .dispatch import direct
 
-
 _MASKS = checks.FLOATING | {torch.bool}
 
 

@@ -15,7 +15,6 @@ Source: Esser et al. 2024, arXiv:2403.03206, logit-normal levels in section 3.1,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
