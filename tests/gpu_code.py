@@ -5,8 +5,9 @@
     python tests/gpu_code.py --update          writes what is measured as the new limits: read the difference
 
 Which kernels there are, and with which arguments, is nowhere written down: each op is called on its workloads, forward
-and backward, with its launches recorded instead of made. Triton then specialises a recorded launch as it would on that
-GPU (16-byte alignment, multiples of 16, ones), so what is compiled here is what would run there.
+and backward, with its launches recorded instead of made, for each GPU whose tiles differ from another's. Triton then
+specialises a recorded launch as it would on that GPU (16-byte alignment, multiples of 16, ones), so what is compiled
+here is what would run there.
 
 A piece of code fails if it does not compile, spills registers, needs more shared memory or threads than the GPU has,
 needs more registers or shared memory than its limit, or lost an instruction that it had (16-byte loads and stores,
@@ -61,6 +62,10 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * 1024),
 }
 THREADS = 1024  # of a block, on all of them
+# By the names that `architecture` gives them in a body with launches of its own for each: attention's.
+FAMILIES: dict[str, list[str]] = {}
+for _target, (_gpu, _) in TARGETS.items():
+    FAMILIES.setdefault("hip" if _gpu.backend == "hip" else f"sm{_gpu.arch}", []).append(_target)
 DTYPES = (torch.bfloat16, torch.float32)  # float32 for the first workload of an op alone
 INSTRUCTIONS = {
     "cuda": {
@@ -115,13 +120,13 @@ class Code:
 
 
 @contextmanager
-def recorded() -> Iterator[dict[tuple[str, str, str], Job]]:
+def recorded(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[dict[tuple[str, str, str], Job]]:
     """Inside the block kernels are not launched; the jobs to compile what would have been are gathered."""
     jobs: dict[tuple[str, str, str], Job] = {}
 
     def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
-        for target, (gpu, _) in TARGETS.items():
-            backend = make_backend(gpu)
+        for target in targets:
+            backend = make_backend(TARGETS[target][0])
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
             arguments, specialisation, rest = bind(*args, **kwargs)
             options, signature, constants, attributes = kernel._pack_args(
@@ -205,22 +210,37 @@ def unread(op: Op) -> Iterator[None]:
 
 def jobs_of(ops: Iterable[Op]) -> list[Job]:
     """All machine code of the ops that have a Triton body, each piece once."""
-    with recorded() as jobs, mock.patch.object(dispatch, "refusal", return_value=""), use("triton"):
+    jobs: dict[tuple[str, str, str], Job] = {}
+    with mock.patch.object(dispatch, "refusal", return_value=""), use("triton"):
         for op in ops:
-            if not any(found.backend == "triton" for found in op.bodies):
+            if not any(each.backend == "triton" for each in op.bodies):
                 continue
             if op.name not in WORKLOADS:
                 raise SystemExit(f"{op.name} has a Triton body and no workloads: add them to workloads.py")
-            before = len(jobs)
-            for dtype in DTYPES:
-                for workload in WORKLOADS[op.name](Untouched(dtype, "cpu")):
-                    with unread(op):
-                        call(op, workload)
-                    if dtype != DTYPES[0]:
-                        break
-            if len(jobs) == before:
+            found = {}
+            module = body(op.name, "triton")
+            if "architecture" in vars(module):  # the launches depend on the GPU
+                for family, targets in FAMILIES.items():
+                    with mock.patch.object(module, "architecture", return_value=family), recorded(targets) as some:
+                        call_all(op)
+                    found |= some
+            else:
+                with recorded() as found:
+                    call_all(op)
+            if not found:
                 raise SystemExit(f"{op.name}: its Triton body was called and launched nothing")
+            jobs |= found
     return list(jobs.values())
+
+
+def call_all(op: Op) -> None:
+    """The op on its workloads, on the first of them in all dtypes."""
+    for dtype in DTYPES:
+        for workload in WORKLOADS[op.name](Untouched(dtype, "cpu")):
+            with unread(op):
+                call(op, workload)
+            if dtype != DTYPES[0]:
+                break
 
 
 def measure(job: Job) -> Code:

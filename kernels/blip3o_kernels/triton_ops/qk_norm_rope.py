@@ -171,8 +171,9 @@ def backward(
                 PAIRS=width,
                 num_warps=_warps(share * width * query_tokens * query_heads, share * width * key_tokens * key_heads),
             )
-    for gradient, partial, i in zip(gradients[2:], (query_partial, key_partial) * 2, (0, 0, 1, 1), strict=True):
-        add_up(gradient, partial[:, i])
+    dquery_weight, dkey_weight, dquery_bias, dkey_bias = gradients[2:]
+    add_up(query_partial, dquery_weight, dquery_bias)
+    add_up(key_partial, dkey_weight, dkey_bias)
     return tuple(gradients)
 
 
