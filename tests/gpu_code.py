@@ -103,7 +103,7 @@ class Code:
     """What one piece of machine code needs and holds. failure: why there is none; everything else is then 0.
 
     registers: of a thread.  shared, stack: bytes.  spills: on NVIDIA the instructions that store or load a spilled
-    register, on AMD the spilled registers.  The others count instructions: loads and stores of 16 bytes, matrix
+    register, on AMD the spilled vector registers (scalar ones go into lanes of those, not to memory).  The others count instructions: loads and stores of 16 bytes, matrix
     products, copies from global to shared memory that pass no register.
     """
 
@@ -271,9 +271,8 @@ def measured_amd(text: str) -> Code:
         assert found is not None, name
         return int(found[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     stack = field("private_segment_fixed_size")
-    return Code(registers=field("vgpr_count"), stack=stack, spills=spills, **counted("hip", text))
+    return Code(registers=field("vgpr_count"), stack=stack, spills=field("vgpr_spill_count"), **counted("hip", text))
 
 
 def counted(backend: str, text: str) -> dict[str, Any]:
@@ -359,12 +358,45 @@ def written(limits: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Code]) -> str:
-    columns = [name for name in Code.__dataclass_fields__ if name != "failure"]
-    lines = [f"| {' | '.join(['kernel', 'variant', 'GPU', *columns])} |", "|---" * (3 + len(columns)) + "|"]
+    """A row for each kernel and GPU: how many pieces, the most any needs, and how many hold each instruction."""
+    groups: dict[tuple[str, str], list[Code]] = {}
     for key, code in found.items():
-        numbers = [str(asdict(code)[name]) for name in columns]
-        lines.append(f"| {key} | {' | '.join(numbers) if not code.failure else 'does not compile'} |")
+        kernel, _, target = key.split(" | ")
+        groups.setdefault((kernel, target), []).append(code)
+    needs = ("registers", "shared", "stack", "spills", "threads")
+    titles = ["kernel", "GPU", "pieces", *needs, *INSTRUCTIONS["cuda"]]
+    lines = [f"| {' | '.join(titles)} |", "|---|---" + "|---:" * (len(titles) - 2) + "|"]
+    for (kernel, target), codes in groups.items():
+        most = [max(asdict(code)[name] for code in codes) for name in needs]
+        holding = [sum(asdict(code)[name] > 0 for code in codes) for name in INSTRUCTIONS["cuda"]]
+        lines.append(f"| {' | '.join(map(str, [kernel, target, len(codes), *most, *holding]))} |")
     return "\n".join(lines) + "\n"
+
+
+def report(found: dict[str, Code], limits: dict[str, Any]) -> str:
+    """The table for people, with what spills and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for key, code in found.items():
+        if code.spills or code.stack:
+            kernel, _, target = key.split(" | ")
+            reason = limits["code"].get(key, {}).get("reason", "not looked at")
+            reasons.setdefault((reason, target), []).append(kernel)
+    spilled = [
+        f"- {target}: {', '.join(f'{kernels.count(each)} of {each}' for each in dict.fromkeys(kernels))}. {reason}"
+        for (reason, target), kernels in reasons.items()
+    ]
+    return f"""# Machine code of the Triton kernels
+
+Written by `python tests/gpu_code.py --out`, with triton {triton.__version__}: {len(found)} pieces, no GPU needed. A piece
+is a kernel as some workload launches it on some GPU; its own limit is in `tests/gpu_code_limits.json`. The largest of
+registers (a thread's), shared memory and stack (bytes), spills and threads, and how many of the pieces hold loads and
+stores of 16 bytes, matrix products and copies straight to shared memory.
+
+{table(found)}
+Spills:
+
+{chr(10).join(spilled) or "none"}
+"""
 
 
 def main() -> None:
@@ -383,17 +415,17 @@ def main() -> None:
 
     jobs = jobs_of(op for op in OPS if not options.ops or op.name in options.ops)
     found = measure_all(jobs, options.processes)
-    if options.out is None:
-        print(table(found))
-    else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(table(found))
     limits = json.loads(options.limits.read_text()) if options.limits.exists() else {"triton": "", "code": {}}
     if options.update:
         limits = updated(found, limits, everything=not options.ops)
         options.limits.write_text(written(limits))
     elif limits["triton"] != triton.__version__:
         print(f"limits are of triton {limits['triton']}, this is {triton.__version__}: only what cannot run counts")
+    if options.out is None:
+        print(table(found))
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report(found, limits))
     wrong = check(found, limits)
     if not options.ops and limits["triton"] == triton.__version__:
         wrong += [f"{key}: has a limit and is no more; {COMMAND}" for key in limits["code"] if key not in found]
