@@ -103,8 +103,9 @@ class Code:
     """What one piece of machine code needs and holds. failure: why there is none; everything else is then 0.
 
     registers: of a thread.  shared, stack: bytes.  spills: on NVIDIA the instructions that store or load a spilled
-    register, on AMD the spilled vector registers (scalar ones go into lanes of those, not to memory).  The others count instructions: loads and stores of 16 bytes, matrix
-    products, copies from global to shared memory that pass no register.
+    register, on AMD the spilled vector registers (scalar ones go into lanes of those, not to memory).  The others
+    count instructions: loads and stores of 16 bytes, matrix products, copies from global to shared memory that pass no
+    register.
     """
 
     registers: int = 0
@@ -387,10 +388,10 @@ def report(found: dict[str, Code], limits: dict[str, Any]) -> str:
     ]
     return f"""# Machine code of the Triton kernels
 
-Written by `python tests/gpu_code.py --out`, with triton {triton.__version__}: {len(found)} pieces, no GPU needed. A piece
-is a kernel as some workload launches it on some GPU; its own limit is in `tests/gpu_code_limits.json`. The largest of
-registers (a thread's), shared memory and stack (bytes), spills and threads, and how many of the pieces hold loads and
-stores of 16 bytes, matrix products and copies straight to shared memory.
+Written by `python tests/gpu_code.py --out` with triton {triton.__version__}, without a GPU: {len(found)} pieces.
+A piece is a kernel as a workload launches it on a GPU; its limit is in `tests/gpu_code_limits.json`. A row has the
+largest numbers of its pieces (registers and spills of a thread, shared memory and stack in bytes), and how many of
+them hold loads and stores of 16 bytes, matrix products and copies straight to shared memory.
 
 {table(found)}
 Spills:
