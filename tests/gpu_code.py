@@ -218,7 +218,7 @@ def jobs_of(ops: Iterable[Op]) -> list[Job]:
                 continue
             if op.name not in WORKLOADS:
                 raise SystemExit(f"{op.name} has a Triton body and no workloads: add them to workloads.py")
-            found = {}
+            found: dict[tuple[str, str, str], Job] = {}
             module = body(op.name, "triton")
             if "architecture" in vars(module):  # the launches depend on the GPU
                 for family, targets in FAMILIES.items():
