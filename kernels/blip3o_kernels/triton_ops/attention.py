@@ -39,8 +39,8 @@ class Tile:
 
 # By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
 # dvalue, dquery. The largest found that compile without spills and fit the shared memory: 99 KiB on sm_120,
-# 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills at every tile tried. float32 has no
-# tensor cores to feed.
+# 64 KiB of LDS. "hip" is fitted to CDNA. RDNA has half its registers, and there the backward pass spills at these tiles.
+# float32 has no tensor cores to feed.
 TILES = {
     "": {
         128: (Tile(128, 64, 4, 3), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2)),
