@@ -39,7 +39,7 @@ class Tile:
 
 # By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
 # dvalue, dquery. The largest found that compile without spills and fit the shared memory: 99 KiB on sm_120,
-# 64 KiB of LDS. "hip" is fitted to CDNA. RDNA has half its registers, and there the backward pass spills at these tiles.
+# 64 KiB of LDS. "hip" is fitted to CDNA. RDNA has half its registers, so the backward pass spills there.
 # float32 has no tensor cores to feed.
 TILES = {
     "": {
