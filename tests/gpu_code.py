@@ -5,8 +5,9 @@
     python tests/gpu_code.py --update          writes what is measured as the new limits: read the difference
 
 Which kernels there are, and with which arguments, is nowhere written down: each op is called on its workloads, forward
-and backward, with its launches recorded instead of made. Triton then specialises a recorded launch as it would on that
-GPU (16-byte alignment, multiples of 16, ones), so what is compiled here is what would run there.
+and backward, with its launches recorded instead of made, for each GPU whose tiles differ from another's. Triton then
+specialises a recorded launch as it would on that GPU (16-byte alignment, multiples of 16, ones), so what is compiled
+here is what would run there.
 
 A piece of code fails if it does not compile, spills registers, needs more shared memory or threads than the GPU has,
 needs more registers or shared memory than its limit, or lost an instruction that it had (16-byte loads and stores,
@@ -61,6 +62,10 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 64 * 1024),
 }
 THREADS = 1024  # of a block, on all of them
+# By the names that `architecture` gives them in a body with launches of its own for each: attention's.
+FAMILIES: dict[str, list[str]] = {}
+for _target, (_gpu, _) in TARGETS.items():
+    FAMILIES.setdefault("hip" if _gpu.backend == "hip" else f"sm{_gpu.arch}", []).append(_target)
 DTYPES = (torch.bfloat16, torch.float32)  # float32 for the first workload of an op alone
 INSTRUCTIONS = {
     "cuda": {
@@ -98,8 +103,9 @@ class Code:
     """What one piece of machine code needs and holds. failure: why there is none; everything else is then 0.
 
     registers: of a thread.  shared, stack: bytes.  spills: on NVIDIA the instructions that store or load a spilled
-    register, on AMD the spilled registers.  The others count instructions: loads and stores of 16 bytes, matrix
-    products, copies from global to shared memory that pass no register.
+    register, on AMD the spilled vector registers (scalar ones go into lanes of those, not to memory).  The others
+    count instructions: loads and stores of 16 bytes, matrix products, copies from global to shared memory that pass no
+    register.
     """
 
     registers: int = 0
@@ -115,13 +121,13 @@ class Code:
 
 
 @contextmanager
-def recorded() -> Iterator[dict[tuple[str, str, str], Job]]:
+def recorded(targets: Iterable[str] = tuple(TARGETS)) -> Iterator[dict[tuple[str, str, str], Job]]:
     """Inside the block kernels are not launched; the jobs to compile what would have been are gathered."""
     jobs: dict[tuple[str, str, str], Job] = {}
 
     def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
-        for target, (gpu, _) in TARGETS.items():
-            backend = make_backend(gpu)
+        for target in targets:
+            backend = make_backend(TARGETS[target][0])
             bind = create_function_from_signature(kernel.signature, kernel.params, backend)
             arguments, specialisation, rest = bind(*args, **kwargs)
             options, signature, constants, attributes = kernel._pack_args(
@@ -205,22 +211,37 @@ def unread(op: Op) -> Iterator[None]:
 
 def jobs_of(ops: Iterable[Op]) -> list[Job]:
     """All machine code of the ops that have a Triton body, each piece once."""
-    with recorded() as jobs, mock.patch.object(dispatch, "refusal", return_value=""), use("triton"):
+    jobs: dict[tuple[str, str, str], Job] = {}
+    with mock.patch.object(dispatch, "refusal", return_value=""), use("triton"):
         for op in ops:
-            if not any(found.backend == "triton" for found in op.bodies):
+            if not any(each.backend == "triton" for each in op.bodies):
                 continue
             if op.name not in WORKLOADS:
                 raise SystemExit(f"{op.name} has a Triton body and no workloads: add them to workloads.py")
-            before = len(jobs)
-            for dtype in DTYPES:
-                for workload in WORKLOADS[op.name](Untouched(dtype, "cpu")):
-                    with unread(op):
-                        call(op, workload)
-                    if dtype != DTYPES[0]:
-                        break
-            if len(jobs) == before:
+            found: dict[tuple[str, str, str], Job] = {}
+            module = body(op.name, "triton")
+            if "architecture" in vars(module):  # the launches depend on the GPU
+                for family, targets in FAMILIES.items():
+                    with mock.patch.object(module, "architecture", return_value=family), recorded(targets) as some:
+                        call_all(op)
+                    found |= some
+            else:
+                with recorded() as found:
+                    call_all(op)
+            if not found:
                 raise SystemExit(f"{op.name}: its Triton body was called and launched nothing")
+            jobs |= found
     return list(jobs.values())
+
+
+def call_all(op: Op) -> None:
+    """The op on its workloads, on the first of them in all dtypes."""
+    for dtype in DTYPES:
+        for workload in WORKLOADS[op.name](Untouched(dtype, "cpu")):
+            with unread(op):
+                call(op, workload)
+            if dtype != DTYPES[0]:
+                break
 
 
 def measure(job: Job) -> Code:
@@ -251,9 +272,8 @@ def measured_amd(text: str) -> Code:
         assert found is not None, name
         return int(found[1])
 
-    spills = field("vgpr_spill_count") + field("sgpr_spill_count")
     stack = field("private_segment_fixed_size")
-    return Code(registers=field("vgpr_count"), stack=stack, spills=spills, **counted("hip", text))
+    return Code(registers=field("vgpr_count"), stack=stack, spills=field("vgpr_spill_count"), **counted("hip", text))
 
 
 def counted(backend: str, text: str) -> dict[str, Any]:
@@ -339,12 +359,45 @@ def written(limits: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Code]) -> str:
-    columns = [name for name in Code.__dataclass_fields__ if name != "failure"]
-    lines = [f"| {' | '.join(['kernel', 'variant', 'GPU', *columns])} |", "|---" * (3 + len(columns)) + "|"]
+    """A row for each kernel and GPU: how many pieces, the most any needs, and how many hold each instruction."""
+    groups: dict[tuple[str, str], list[Code]] = {}
     for key, code in found.items():
-        numbers = [str(asdict(code)[name]) for name in columns]
-        lines.append(f"| {key} | {' | '.join(numbers) if not code.failure else 'does not compile'} |")
+        kernel, _, target = key.split(" | ")
+        groups.setdefault((kernel, target), []).append(code)
+    needs = ("registers", "shared", "stack", "spills", "threads")
+    titles = ["kernel", "GPU", "pieces", *needs, *INSTRUCTIONS["cuda"]]
+    lines = [f"| {' | '.join(titles)} |", "|---|---" + "|---:" * (len(titles) - 2) + "|"]
+    for (kernel, target), codes in groups.items():
+        most = [max(asdict(code)[name] for code in codes) for name in needs]
+        holding = [sum(asdict(code)[name] > 0 for code in codes) for name in INSTRUCTIONS["cuda"]]
+        lines.append(f"| {' | '.join(map(str, [kernel, target, len(codes), *most, *holding]))} |")
     return "\n".join(lines) + "\n"
+
+
+def report(found: dict[str, Code], limits: dict[str, Any]) -> str:
+    """The table for people, with what spills and why."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for key, code in found.items():
+        if code.spills or code.stack:
+            kernel, _, target = key.split(" | ")
+            reason = limits["code"].get(key, {}).get("reason", "not looked at")
+            reasons.setdefault((reason, target), []).append(kernel)
+    spilled = [
+        f"- {target}: {', '.join(f'{kernels.count(each)} of {each}' for each in dict.fromkeys(kernels))}. {reason}"
+        for (reason, target), kernels in reasons.items()
+    ]
+    return f"""# Machine code of the Triton kernels
+
+Written by `python tests/gpu_code.py --out` with triton {triton.__version__}, without a GPU: {len(found)} pieces.
+A piece is a kernel as a workload launches it on a GPU; its limit is in `tests/gpu_code_limits.json`. A row has the
+largest numbers of its pieces (registers and spills of a thread, shared memory and stack in bytes), and how many of
+them hold loads and stores of 16 bytes, matrix products and copies straight to shared memory.
+
+{table(found)}
+Spills:
+
+{chr(10).join(spilled) or "none"}
+"""
 
 
 def main() -> None:
@@ -363,17 +416,17 @@ def main() -> None:
 
     jobs = jobs_of(op for op in OPS if not options.ops or op.name in options.ops)
     found = measure_all(jobs, options.processes)
-    if options.out is None:
-        print(table(found))
-    else:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(table(found))
     limits = json.loads(options.limits.read_text()) if options.limits.exists() else {"triton": "", "code": {}}
     if options.update:
         limits = updated(found, limits, everything=not options.ops)
         options.limits.write_text(written(limits))
     elif limits["triton"] != triton.__version__:
         print(f"limits are of triton {limits['triton']}, this is {triton.__version__}: only what cannot run counts")
+    if options.out is None:
+        print(table(found))
+    else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(report(found, limits))
     wrong = check(found, limits)
     if not options.ops and limits["triton"] == triton.__version__:
         wrong += [f"{key}: has a limit and is no more; {COMMAND}" for key in limits["code"] if key not in found]

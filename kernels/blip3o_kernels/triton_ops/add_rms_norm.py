@@ -201,5 +201,5 @@ def backward(
             num_warps=warps,
         )
     if wanted:
-        add_up(dweight, partial)
+        add_up(partial, dweight)
     return dx, dweight

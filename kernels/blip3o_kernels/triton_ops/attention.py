@@ -39,11 +39,11 @@ class Tile:
 
 # By architecture and the width of a row in bytes (BLOCK_K or BLOCK_V times the size of an element): forward, dkey and
 # dvalue, dquery. The largest found that compile without spills and fit the shared memory: 99 KiB on sm_120,
-# 64 KiB of LDS. RDNA has half the registers of CDNA: there the backward pass spills at every tile tried. float32 has no
-# tensor cores to feed.
+# 64 KiB of LDS. "hip" is fitted to CDNA. RDNA has half its registers, so the backward pass spills there.
+# float32 has no tensor cores to feed.
 TILES = {
     "": {
-        128: (Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
+        128: (Tile(128, 64, 4, 3), Tile(32, 64, 4, 2), Tile(128, 64, 8, 2)),
         256: (Tile(128, 64, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
         512: (Tile(64, 32, 8, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 2)),
     },
@@ -52,6 +52,7 @@ TILES = {
         256: (Tile(128, 128, 8, 2), Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),
     },
     "sm100": {
+        128: (Tile(128, 64, 4, 3), Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),
         256: (Tile(128, 128, 8, 2), Tile(32, 64, 8, 1), Tile(64, 64, 8, 2)),
     },
     "hip": {
@@ -62,7 +63,7 @@ TILES = {
 }
 FLOAT32 = {
     256: (Tile(32, 32, 4, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    512: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)),
+    512: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 2)),
     1024: (Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
 
@@ -75,21 +76,28 @@ def architecture(device: torch.device) -> str:
     return "hip" if torch.version.hip else f"sm{torch.cuda.get_device_capability(device)[0]}0"
 
 
-def _tiles(query: Tensor, value: Tensor, direction: int, plain: bool) -> Tile:
-    """plain: without a mask or a cap, which need registers for themselves."""
+def _tiles(query: Tensor, value: Tensor, direction: int, plain: bool, packed: bool = False) -> Tile:
+    """plain: without a mask or a cap, which need registers for themselves, as packed sequences and widths that are not
+    a power of two do to a lesser degree.
+    """
     if INTERPRETED:  # small, so that small samples take every path
         return Tile(64, 64, 4, 1)
-    width = max(_block(query.shape[-1]), _block(value.shape[-1])) * query.element_size()
+    widths = query.shape[-1], value.shape[-1]
+    width = max(_block(each) for each in widths) * query.element_size()
     if query.dtype is torch.float32:
         return FLOAT32[min(max(width, 256), 1024)][direction]
     width = min(max(width, 128), 512)
     tile = TILES.get(architecture(query.device), {}).get(width, TILES[""][width])[direction]
     if plain:
-        return tile
+        if direction != 0 or not (packed or any(each != _block(each) for each in widths)):
+            return tile
+        if tile.keys > 64:
+            return replace(tile, keys=64)
+        return replace(tile, queries=64, keys=32, warps=4) if tile.queries > 64 else tile
     if direction == 0:
         return replace(tile, queries=64, keys=max(16, min(tile.keys, 64) // 2), warps=8)
     if direction == 1:
-        return replace(tile, queries=max(16, tile.queries // 2))
+        return replace(tile, queries=min(tile.queries, 32), keys=max(16, tile.keys // 2))
     return replace(tile, keys=max(16, tile.keys // 2))
 
 
@@ -175,7 +183,7 @@ def forward(
     starts_q, starts_k, sequences = _packed(query, cu_seqlens_q, cu_seqlens_k)
     mask, mask_kind, mask_strides = _masked(mask, query, keys)
     share = heads // groups
-    tile = _tiles(query, value, 0, mask_kind == 0 and not softcap)
+    tile = _tiles(query, value, 0, mask_kind == 0 and not softcap, sequences > 0)
     block, fold, splits = tile.queries, 1, 1
     average, average_keys = triton.cdiv(tokens, max(sequences, 1)), keys // max(sequences, 1)
     if average * share <= DECODE:
@@ -296,7 +304,7 @@ def backward(
             ALIGNED=aligned,
             BLOCK_T=32,
             BLOCK_V=_block(value_dim),
-            num_warps=4,
+            num_warps=8 if query.dtype is torch.float32 else 4,
         )
         tile = _tiles(query, value, 1, mask_kind == 0 and not softcap)
         steps = _steps(keys, tile.keys, sequences)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import philox
 from .numbers import rounded, wide
+from .sums import add_up_rows
 
 BLOCK = 2048
 LEAST = 64  # elements of the smallest block
@@ -92,17 +93,6 @@ def _backward_kernel(
         tl.store(partial_ptr + tl.program_id(0), tl.sum(tl.sum(terms, axis=1), axis=0))
 
 
-@triton.jit
-def _sum_kernel(dsigma_ptr, partial_ptr, blocks, BLOCK: tl.constexpr):
-    sample = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, blocks, BLOCK):
-        inside = start + columns < blocks
-        total += tl.load(partial_ptr + sample * blocks + start + columns, mask=inside, other=0.0)
-    tl.store(dsigma_ptr + sample, tl.sum(total, axis=0))
-
-
 def tile(elements: int) -> tuple[int, int, int]:
     """BLOCK, how many blocks a sample has, and the number of warps."""
     block = max(LEAST, min(triton.next_power_of_2(elements), BLOCK))
@@ -157,7 +147,7 @@ def backward(
         return dx, dnoise, dsigma
     samples, elements = x.shape[0], x.shape[1:].numel()
     block, blocks, warps = tile(elements)
-    partial = torch.empty(samples * blocks if sigma_wanted else 0, dtype=torch.float32, device=x.device)
+    partial = torch.empty(samples if sigma_wanted else 0, blocks, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         _backward_kernel[(samples * blocks,)](
             dx,
@@ -179,6 +169,6 @@ def backward(
             BLOCK=block,
             num_warps=warps,
         )
-        if sigma_wanted:
-            _sum_kernel[(samples,)](dsigma, partial, blocks, BLOCK=128, num_warps=1)
+    if sigma_wanted:
+        add_up_rows(partial, dsigma)
     return dx, dnoise, dsigma

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .chunks import cut, sample_sums, sums_each, tile
+from .chunks import cut, sums_each
 from .numbers import rounded, wide
+from .sums import add_up_rows
 
 
 @triton.jit
@@ -117,13 +118,6 @@ def _backward_kernel(
         tl.store(sums_ptr + tl.program_id(0), tl.sum(sums, axis=0))
 
 
-@triton.jit
-def _sum_kernel(dsteps_ptr, sums_ptr, samples, each, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    tl.store(dsteps_ptr + rows, sample_sums(sums_ptr, samples, each, first, ROWS, COLUMNS), mask=rows < samples)
-
-
 def forward(
     x: Tensor,
     velocity: Tensor,
@@ -179,7 +173,7 @@ def backward(
     each, chunk, warps = cut(elements)
     if wanted[1]:
         each = sums_each(samples, each)
-    sums = torch.empty(samples * each if wanted[1] else 0, dtype=torch.float32, device=dy.device)
+    sums = torch.empty(samples if wanted[1] else 0, each, dtype=torch.float32, device=dy.device)
     with torch.cuda.device_of(dy):
         _backward_kernel[(samples * each,)](
             dvelocity,
@@ -205,9 +199,6 @@ def backward(
             CHUNK=chunk,
             num_warps=warps,
         )
-        if wanted[1]:
-            rows, columns = tile(samples, each)
-            _sum_kernel[(triton.cdiv(samples, rows),)](
-                dsteps, sums, samples, each, ROWS=rows, COLUMNS=columns, num_warps=4
-            )
+    if wanted[1]:
+        add_up_rows(sums, dsteps)
     return dvelocity, dsteps, dunconditional, dprevious

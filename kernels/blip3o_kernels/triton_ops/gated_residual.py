@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import strides
-from .normalise import SUMMED, add_up, backward_kernel, moments, partials, sum_kernel, tile
+from .normalise import backward_kernel, moments, partials, tile
 from .numbers import rounded, wide
+from .sums import SUMMED, add_up, column_sums
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def _sample_kernel(
     inside = column < width
     partial_ptr += sample * runs * 2 * width
     opened = tl.load(saved_ptr + sample * width + column, mask=inside, other=0.0)
-    scaled = add_up(partial_ptr, column, inside, runs, 2 * width, TALL, BLOCK)
+    scaled = column_sums(partial_ptr, column, inside, runs, 2 * width, TALL, BLOCK)
     slope = 1.0 - opened * opened
     if NORMED:
         tl.store(partial_ptr + column, scaled * opened, mask=inside)
@@ -169,8 +170,5 @@ def backward(
             **tile(width),
         )
         _sample_kernel[(batch, across)](dgate, partial, saved, weight, runs, width, NORMED=normed, **SUMMED)
-        if normed:
-            sum_kernel[(across,)](
-                dweight, dweight, partial, batch, runs * 2 * width, width, SCALED=True, PLAIN=False, **SUMMED
-            )
+    add_up(partial[:, 0], dweight)
     return dx, dgate, dweight

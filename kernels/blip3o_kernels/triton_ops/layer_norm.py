@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import strides
-from .normalise import SUMMED, backward_kernel, moments, partials, sum_kernel, tile
+from .normalise import backward_kernel, moments, partials, tile
 from .numbers import rounded, wide
+from .sums import add_up
 
 
 @triton.jit
@@ -114,7 +115,5 @@ def backward(
             **wanted,
             **tile(width),
         )
-        if any(wanted.values()):
-            grid = (triton.cdiv(width, SUMMED["BLOCK"]),)
-            sum_kernel[grid](dweight, dbias, partial, runs, 2 * width, width, **wanted, **SUMMED)
+    add_up(partial[0], dweight, dbias)
     return dx, dweight, dbias

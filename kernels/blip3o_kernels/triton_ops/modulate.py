@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import strides
-from .normalise import SUMMED, add_up, backward_kernel, gain, moments, partials, sum_kernel, tile
+from .normalise import backward_kernel, gain, moments, partials, tile
 from .numbers import rounded, wide
+from .sums import SUMMED, add_up, column_sums
 
 
 @triton.jit
@@ -85,12 +86,12 @@ def _sample_kernel(
     inside = column < width
     partial_ptr += sample * runs * 2 * width
     one_plus = 1.0 + wide(scale_ptr + sample * scale_stride + column, inside)
-    dscale = add_up(partial_ptr, column, inside, runs, 2 * width, TALL, BLOCK)
+    dscale = column_sums(partial_ptr, column, inside, runs, 2 * width, TALL, BLOCK)
     if WEIGHTED:
         tl.store(partial_ptr + column, dscale * one_plus, mask=inside)
         dscale *= wide(weight_ptr + column, inside)
     if SHIFTED or BIASED:
-        dshift = add_up(partial_ptr + width, column, inside, runs, 2 * width, TALL, BLOCK)
+        dshift = column_sums(partial_ptr + width, column, inside, runs, 2 * width, TALL, BLOCK)
         if SHIFTED:
             tl.store(dshift_ptr + sample * width + column, rounded(dshift, dshift_ptr), mask=inside)
         if BIASED:
@@ -208,8 +209,5 @@ def backward(
             BIASED=biased,
             **SUMMED,
         )
-        if weighted or biased:
-            sum_kernel[(across,)](
-                dweight, dbias, partial, batch, runs * 2 * width, width, SCALED=weighted, PLAIN=biased, **SUMMED
-            )
+    add_up(partial[:, 0], dweight, dbias)
     return dx, dscale, dshift, dweight, dbias

@@ -23,7 +23,6 @@ from .numbers import rounded, wide
 WHOLE = 8192  # columns a row may have to be held in registers: 16 warps with 16 floats a thread
 PART = 4096  # columns of a longer row at a time
 PROGRAMS = 512  # of the backward pass, at most, if it adds up: some four on each multiprocessor
-SUMMED = {"TALL": 16, "BLOCK": 128, "num_warps": 4}  # how partial sums are added up: 16 rows at a time, 128 columns
 
 
 @triton.jit
@@ -190,40 +189,6 @@ def backward_kernel(
                 tl.store(partial_ptr + at, tl.sum(scaled, axis=0), mask=at < width)
             if PLAIN:
                 tl.store(partial_ptr + width + at, tl.sum(plain, axis=0), mask=at < width)
-
-
-@triton.jit
-def add_up(partial_ptr, column, inside, count, stride, TALL: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum [BLOCK] of `count` rows that lie `stride` apart."""
-    total = tl.zeros([TALL, BLOCK], dtype=tl.float32)
-    for start in range(0, count, TALL):
-        row = (start + tl.arange(0, TALL)[:, None]).to(tl.int64)
-        total += tl.load(partial_ptr + row * stride + column[None, :], mask=(row < count) & inside[None, :], other=0.0)
-    return tl.sum(total, axis=0)
-
-
-@triton.jit
-def sum_kernel(
-    scaled_ptr,
-    plain_ptr,
-    partial_ptr,
-    count,
-    stride,
-    width,
-    SCALED: tl.constexpr,
-    PLAIN: tl.constexpr,
-    TALL: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Adds up `count` pairs of partial sums [2, width] that lie `stride` apart."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
-    if SCALED:
-        scaled = add_up(partial_ptr, column, inside, count, stride, TALL, BLOCK)
-        tl.store(scaled_ptr + column, rounded(scaled, scaled_ptr), mask=inside)
-    if PLAIN:
-        plain = add_up(partial_ptr + width, column, inside, count, stride, TALL, BLOCK)
-        tl.store(plain_ptr + column, rounded(plain, plain_ptr), mask=inside)
 
 
 def tile(width: int) -> dict[str, int]:

@@ -32,7 +32,8 @@ def _tile(x: Tensor, width: int, across_width: bool, elements: int) -> tuple[int
 
 
 def _warps(*elements: int) -> int:
-    return min(max(max(elements) // 512, 1), 16)
+    """Of forward tiles: 16 pairs a thread, so that a warp of 64 threads too loads 16 bytes of bfloat16 at a time."""
+    return min(max(max(elements) // 1024, 1), 16)
 
 
 def forward(
@@ -123,7 +124,7 @@ def backward(
     rest, width = pairs(head_dim, half)
     query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS // 2)
     key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS // 2)
-    share = 4 if across_width else 2  # a tile with all heads is large: more warps
+    share = 8 if across_width else 4  # the sums take registers, and a tile with all heads is large: more warps
     query_blocks, key_blocks = (min(MAX_BLOCKS, (tiles + 3) // 4) for tiles in (query_tiles, key_tiles))
     query_partial, key_partial = (  # sums of the weight's gradient, then of the bias's
         torch.empty(blocks, 2, len(weight), dtype=torch.float32, device=query.device)
@@ -171,8 +172,9 @@ def backward(
                 PAIRS=width,
                 num_warps=_warps(share * width * query_tokens * query_heads, share * width * key_tokens * key_heads),
             )
-    for gradient, partial, i in zip(gradients[2:], (query_partial, key_partial) * 2, (0, 0, 1, 1), strict=True):
-        add_up(gradient, partial[:, i])
+    dquery_weight, dkey_weight, dquery_bias, dkey_bias = gradients[2:]
+    add_up(query_partial, dquery_weight, dquery_bias)
+    add_up(key_partial, dkey_weight, dkey_bias)
     return tuple(gradients)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import strides
 from .numbers import rounded, wide
+from .sums import add_up
 
 WHOLE = 8192  # columns a row may have to be held in registers: 8 warps with 32 floats a thread
 MAX_BLOCKS = 512
@@ -128,20 +129,10 @@ def _backward_kernel(
         tl.store(partial_ptr + columns, sums, mask=inside)
 
 
-@triton.jit
-def _sum_kernel(dweight_ptr, partial_ptr, blocks, width, BLOCK: tl.constexpr):
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for block in range(blocks):
-        total += tl.load(partial_ptr + block * width + columns, mask=inside, other=0.0)
-    tl.store(dweight_ptr + columns, rounded(total, dweight_ptr), mask=inside)
-
-
 def tile(width: int) -> tuple[int, bool, int]:
     """BLOCK, IS_WHOLE and the number of warps for rows of `width`."""
     block = min(triton.next_power_of_2(width), WHOLE)
-    return block, width <= block, min(max(block // 256, 1), 8)
+    return block, width <= block, min(max(block // 512, 1), 8)  # 16-byte loads also where a warp is 64 threads
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, offset: float, round_before_weight: bool) -> Tensor:
@@ -200,6 +191,6 @@ def backward(
             IS_WHOLE=whole,
             num_warps=warps,
         )
-        if wanted:
-            _sum_kernel[(triton.cdiv(width, 128),)](dweight, partial, blocks, width, BLOCK=128, num_warps=4)
+    if wanted:
+        add_up(partial, dweight)
     return dx, dweight

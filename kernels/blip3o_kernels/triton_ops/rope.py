@@ -23,9 +23,6 @@ def _kernel(
     sin_ptr,
     heads,
     tokens,
-    head_dim,
-    half,
-    rest,
     table_stride,
     y_batch,
     y_head,
@@ -33,6 +30,9 @@ def _kernel(
     x_batch,
     x_head,
     x_token,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
     INVERSE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PARTIAL: tl.constexpr,
@@ -43,17 +43,17 @@ def _kernel(
     tiles = tl.cdiv(tokens, TOKENS)
     sample = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    cos, sin = load_angles(cos_ptr, sin_ptr, sample * table_stride + token * half, token < tokens, half, INVERSE, PAIRS)
+    cos, sin = load_angles(cos_ptr, sin_ptr, sample * table_stride + token * HALF, token < tokens, HALF, INVERSE, PAIRS)
     y_ptr += sample * y_batch
     x_ptr += sample * x_batch
     for start in range(0, heads, HEADS):
         head = (start + tl.arange(0, HEADS)).to(tl.int64)[None, :, None]
         inside = (token < tokens) & (head < heads)
         rows = head * x_head + token * x_token
-        first, second = load_pairs(x_ptr, rows, inside, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
-        first, second = turned(first, second, cos, sin, half, PARTIAL, PAIRS)
+        first, second = load_pairs(x_ptr, rows, inside, HALF, REST, HEAD_DIM, INTERLEAVED, PARTIAL, PAIRS)
+        first, second = turned(first, second, cos, sin, HALF, PARTIAL, PAIRS)
         rows = head * y_head + token * y_token
-        store_pairs(y_ptr, rows, inside, first, second, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
+        store_pairs(y_ptr, rows, inside, first, second, HALF, REST, HEAD_DIM, INTERLEAVED, PARTIAL, PAIRS)
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -83,12 +83,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
             sin,
             heads,
             tokens,
-            head_dim,
-            half,
-            rest,
             table_stride,
             *y.stride()[:3],
             *x.stride()[:3],
+            HEAD_DIM=head_dim,
+            HALF=half,  # a constant: the compiler sees that 40 pairs too are whole vectors of 16 bytes
+            REST=rest,
             INVERSE=inverse,
             INTERLEAVED=interleaved,
             PARTIAL=2 * half < head_dim,
