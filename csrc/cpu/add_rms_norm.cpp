@@ -113,14 +113,7 @@ static int run(const blip3o_add_rms_norm_backward_arguments& a) {
 
 template <class Arguments>
 static int run_dtypes(const Arguments& a) {
-  switch (a.dtype * 4 + a.weight_dtype) {
-    case BLIP3O_FLOAT32 * 4 + BLIP3O_FLOAT32: return run<float, float>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_BFLOAT16: return run<bfloat16, bfloat16>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_FLOAT32: return run<bfloat16, float>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT16: return run<float16, float16>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT32: return run<float16, float>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtypes(a.dtype, a.weight_dtype, [&](auto t, auto w) { return run<decltype(t), decltype(w)>(a); });
 }
 
 static int add_rms_norm(const blip3o_add_rms_norm_arguments& a) {

@@ -244,12 +244,7 @@ static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
                             !ascending(a.cu_seqlens_q, a.sequences, a.tokens) ||
                             !ascending(a.cu_seqlens_k, a.sequences, a.keys))
     return BLIP3O_BAD_ARGUMENT;
-  switch (a.dtype) {
-    case BLIP3O_FLOAT32: return run_kinds<float>(a);
-    case BLIP3O_BFLOAT16: return run_kinds<bfloat16>(a);
-    case BLIP3O_FLOAT16: return run_kinds<float16>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtype(a.dtype, [&](auto t) { return run_kinds<decltype(t)>(a); });
 }
 
 static int attention(const blip3o_attention_arguments& a) { return run_dtypes(a, 1, 2); }

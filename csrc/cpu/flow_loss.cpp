@@ -56,12 +56,7 @@ static int run(const blip3o_flow_loss_backward_arguments& a) {
 template <class Arguments>
 static int run_dtypes(const Arguments& a) {
   if (a.samples < 1 || a.elements < 1) return BLIP3O_BAD_ARGUMENT;
-  switch (a.dtype) {
-    case BLIP3O_FLOAT32: return run<float>(a);
-    case BLIP3O_BFLOAT16: return run<bfloat16>(a);
-    case BLIP3O_FLOAT16: return run<float16>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });
 }
 
 static int flow_loss(const blip3o_flow_loss_arguments& a) { return run_dtypes(a); }

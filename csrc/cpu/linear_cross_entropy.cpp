@@ -118,12 +118,7 @@ static int linear_cross_entropy(const blip3o_linear_cross_entropy_arguments& a) 
     const int64_t target = a.target[row];
     if (target != a.ignore_index && (target < 0 || target >= a.vocab)) return BLIP3O_BAD_ARGUMENT;
   }
-  switch (a.dtype) {
-    case BLIP3O_FLOAT32: return run<float>(a);
-    case BLIP3O_BFLOAT16: return run<bfloat16>(a);
-    case BLIP3O_FLOAT16: return run<float16>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });
 }
 
 #endif

@@ -104,14 +104,7 @@ static int run_norm(const Arguments& a) {
 
 template <class Arguments>
 static int run_dtypes(const Arguments& a) {
-  switch (a.dtype * 4 + a.condition_dtype) {
-    case BLIP3O_FLOAT32 * 4 + BLIP3O_FLOAT32: return run_norm<float, float>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_BFLOAT16: return run_norm<bfloat16, bfloat16>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_FLOAT32: return run_norm<bfloat16, float>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT16: return run_norm<float16, float16>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT32: return run_norm<float16, float>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtypes(a.dtype, a.condition_dtype, [&](auto t, auto w) { return run_norm<decltype(t), decltype(w)>(a); });
 }
 
 static int modulate(const blip3o_modulate_arguments& a) {

@@ -66,7 +66,7 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
 
 // With n = (x - mean) * rstd and u = dy * gain:
 //   dx = rstd * (u - mean(u) - n * mean(u * n)), without mean(u) if not CENTRED
-//   scaled [width] takes the sum of dy * n, plain [width] that of dy; `first`: they start here.
+//   scaled [width] takes the sum of dy * n, plain [width] that of dy, unless it is null; `first`: they start here.
 template <int R, bool CENTRED, class T, class D>
 static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const D* dy, const T* x, int64_t stride,
                                  const float* gain, const float* rstds, const float* means, int64_t width) {

@@ -161,14 +161,7 @@ static int run_dtypes(const Arguments& a) {
   if (a.head_dim < 1 || a.half < 0 || 2 * a.half > a.head_dim) return BLIP3O_BAD_ARGUMENT;
   if (a.across_width && ((a.heads > 1 && a.query_head != a.head_dim) || (a.groups > 1 && a.key_head != a.head_dim)))
     return BLIP3O_BAD_ARGUMENT;
-  switch (a.dtype * 4 + a.parameter_dtype) {
-    case BLIP3O_FLOAT32 * 4 + BLIP3O_FLOAT32: return run_norm<float, float>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_BFLOAT16: return run_norm<bfloat16, bfloat16>(a);
-    case BLIP3O_BFLOAT16 * 4 + BLIP3O_FLOAT32: return run_norm<bfloat16, float>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT16: return run_norm<float16, float16>(a);
-    case BLIP3O_FLOAT16 * 4 + BLIP3O_FLOAT32: return run_norm<float16, float>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtypes(a.dtype, a.parameter_dtype, [&](auto t, auto w) { return run_norm<decltype(t), decltype(w)>(a); });
 }
 
 static int qk_norm_rope(const blip3o_qk_norm_rope_arguments& a) { return run_dtypes(a); }

@@ -80,12 +80,7 @@ static int run(const blip3o_rope_arguments& a) {
 
 static int rope(const blip3o_rope_arguments& a) {
   if (a.half < 0 || 2 * a.half > a.head_dim) return BLIP3O_BAD_ARGUMENT;
-  switch (a.dtype) {
-    case BLIP3O_FLOAT32: return run<float>(a);
-    case BLIP3O_BFLOAT16: return run<bfloat16>(a);
-    case BLIP3O_FLOAT16: return run<float16>(a);
-    default: return BLIP3O_BAD_DTYPE;
-  }
+  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });
 }
 
 #endif

@@ -8,6 +8,7 @@
 //   exponential(v), logarithm(v), square_root(v), hyperbolic_tangent(v)
 //   turn(u, cosine, sine), sine_cosine(v, s, c)
 //   interleaved(a, b, low, high)
+//   by_dtype(dtype, f), by_dtypes(dtype, other, f)
 
 typedef float Floats __attribute__((vector_size(4 * BLIP3O_LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * BLIP3O_LANES)));
@@ -302,4 +303,22 @@ static inline void interleaved(Floats a, Floats b, Floats& low, Floats& high) {
   low = Floats{a[0], b[0], a[1], b[1]};
   high = Floats{a[2], b[2], a[3], b[3]};
 #endif
+}
+
+// f(t) with t of the type that a dtype stands for; f(t, w) with another dtype, which is the same or float32.
+template <class F>
+static inline int by_dtype(int dtype, F f) {
+  switch (dtype) {
+    case BLIP3O_FLOAT32: return f(float{});
+    case BLIP3O_BFLOAT16: return f(bfloat16{});
+    case BLIP3O_FLOAT16: return f(float16{});
+    default: return BLIP3O_BAD_DTYPE;
+  }
+}
+template <class F>
+static inline int by_dtypes(int dtype, int other, F f) {
+  return by_dtype(dtype, [&](auto t) {
+    if (other == dtype) return f(t, t);
+    return other == BLIP3O_FLOAT32 ? f(t, float{}) : BLIP3O_BAD_DTYPE;
+  });
 }

@@ -20,6 +20,7 @@ from typing import cast
 import torch
 
 from .dispatch import INSTRUCTION_SETS, BackendError
+from .dispatch import instruction_set as forced_instruction_set
 
 VERSION = 2  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
@@ -100,6 +101,18 @@ def function(kind: str, op: str) -> Callable[[bytes], int]:
         raise BackendError(f"{op}: {missing}")
 
     return absent
+
+
+def cpu_call(op: str) -> Callable[..., None]:
+    """`op` in the CPU library, as a function of the struct's members before the instruction set, which raises."""
+    pack, call, get_num_threads = packer(op), function("cpu", op), torch.get_num_threads
+
+    def checked(*arguments: float) -> None:
+        status = call(pack(*arguments, forced_instruction_set(), get_num_threads(), 0))
+        if status:
+            raise failed(op.removesuffix("_backward"), status)
+
+    return checked
 
 
 def instruction_set() -> str:

@@ -1,4 +1,4 @@
-"""How the native bodies see memory: rows of adjacent elements, one stride apart."""
+"""How the native bodies see memory: rows of adjacent elements, one stride apart; addresses, of nothing 0."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def conditions(x: Tensor) -> tuple[Tensor, int]:
 def last_adjacent(x: Tensor) -> Tensor:
     """x [..., D] with adjacent elements in the last dimension, without a copy where that is so already."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native, strides
-from ..dispatch import instruction_set
 from ..native import DTYPES
+from ..strides import address, contiguous
 
-_PACK, _PACK_BACKWARD = native.packer("add_rms_norm"), native.packer("add_rms_norm_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "add_rms_norm"), native.function("cpu", "add_rms_norm_backward")
+_FORWARD, _BACKWARD = native.cpu_call("add_rms_norm"), native.cpu_call("add_rms_norm_backward")
 
 
 def forward(
@@ -20,14 +19,14 @@ def forward(
     residual, residual_stride = strides.rows(residual)
     y, added = x.new_empty(x.shape), x.new_empty(x.shape)
     width = x.shape[-1]
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     dtype = DTYPES[x.dtype]
-    arguments = (
+    _FORWARD(
         y.data_ptr(),
         added.data_ptr(),
         x.data_ptr(),
         residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
+        address(weight),
         x.numel() // width,
         width,
         stride,
@@ -37,13 +36,7 @@ def forward(
         dtype,
         dtype if weight is None else DTYPES[weight.dtype],
         round_before_weight,
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
     )
-    status = _CPU_FORWARD(_PACK(*arguments))
-    if status:
-        raise native.failed("add_rms_norm", status)
     return y, added
 
 
@@ -58,24 +51,24 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of x and residual, and dweight if it is wanted (otherwise an empty tensor)."""
     dy, added = dy.contiguous(), added.contiguous()
-    dadded = None if dadded is None else dadded.contiguous()
+    dadded = contiguous(dadded)
     dx = added.new_empty(added.shape)
     width = added.shape[-1]
     rows = added.numel() // width
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, rows // 32))
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
     partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32)
     dtype = DTYPES[added.dtype]
-    arguments = (
+    _BACKWARD(
         dx.data_ptr(),
         dweight.data_ptr() if dweight.numel() else 0,
         partial.data_ptr() if dweight.numel() else 0,
         dy.data_ptr(),
-        0 if dadded is None else dadded.data_ptr(),
+        address(dadded),
         added.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
+        address(weight),
         rows,
         width,
         blocks,
@@ -83,11 +76,5 @@ def backward(
         weight_offset,
         dtype,
         dtype if weight is None else DTYPES[weight.dtype],
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
     )
-    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments))
-    if status:
-        raise native.failed("add_rms_norm", status)
     return dx, dweight

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import native
 from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import last_adjacent
+from ..strides import address, contiguous, last_adjacent
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
@@ -28,16 +28,12 @@ def _masked(mask: Tensor | None, full: torch.Size) -> tuple[Tensor | None, int, 
 
 
 def _addresses(*tensors: Tensor | None) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    return [address(x) for x in tensors]
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
     """Of batch, head and token."""
     return [stride for x in tensors for stride in ((0, 0, 0) if x is None else x.stride()[:3])]
-
-
-def _adjacent(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
 
 
 def _padded(n: int, to: int) -> int:
@@ -62,7 +58,7 @@ def forward(
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
     y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    cu_seqlens_q, cu_seqlens_k = _adjacent(cu_seqlens_q, cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     widths = _padded(head_dim, 16) + _padded(value_dim, 16)
@@ -106,7 +102,7 @@ def backward(
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    cu_seqlens_q, cu_seqlens_k = _adjacent(cu_seqlens_q, cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     widths = _padded(head_dim, 16) + _padded(value_dim, 16)

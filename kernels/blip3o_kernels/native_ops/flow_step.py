@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import CHUNK, DTYPES
+from ..strides import address, contiguous
 
-_PACK, _PACK_BACKWARD = native.packer("flow_step"), native.packer("flow_step_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "flow_step"), native.function("cpu", "flow_step_backward")
+_FORWARD, _BACKWARD = native.cpu_call("flow_step"), native.cpu_call("flow_step_backward")
 
 
 def forward(
@@ -28,26 +27,19 @@ def forward(
     x, velocity, steps, unconditional, previous = _contiguous(x, velocity, steps, unconditional, previous)
     y = torch.empty_like(x)
     samples = 1 if steps is None else x.shape[0]
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            x.data_ptr(),
-            velocity.data_ptr(),
-            _pointer(unconditional),
-            _pointer(previous),
-            _pointer(steps),
-            samples,
-            x.numel() // max(samples, 1),
-            step,
-            guidance,
-            DTYPES[x.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _FORWARD(
+        y.data_ptr(),
+        x.data_ptr(),
+        velocity.data_ptr(),
+        address(unconditional),
+        address(previous),
+        address(steps),
+        samples,
+        x.numel() // max(samples, 1),
+        step,
+        guidance,
+        DTYPES[x.dtype],
     )
-    if status:
-        raise native.failed("flow_step", status)
     return y
 
 
@@ -68,36 +60,25 @@ def backward(
     dvelocity, dunconditional, dprevious = (torch.empty_like(dy) if wanted[i] else dy.new_empty(0) for i in (0, 2, 3))
     dsteps = dy.new_empty(samples if wanted[1] else 0, dtype=torch.float32)
     sums = torch.empty(samples * -(-elements // CHUNK) if wanted[1] else 0, dtype=torch.float64)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dvelocity.data_ptr() if wanted[0] else 0,
-            dunconditional.data_ptr() if wanted[2] else 0,
-            dprevious.data_ptr() if wanted[3] else 0,
-            dsteps.data_ptr() if wanted[1] else 0,
-            sums.data_ptr(),
-            dy.data_ptr(),
-            velocity.data_ptr(),
-            _pointer(unconditional),
-            _pointer(previous),
-            _pointer(steps),
-            samples,
-            elements,
-            step,
-            guidance,
-            DTYPES[dy.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _BACKWARD(
+        dvelocity.data_ptr() if wanted[0] else 0,
+        dunconditional.data_ptr() if wanted[2] else 0,
+        dprevious.data_ptr() if wanted[3] else 0,
+        dsteps.data_ptr() if wanted[1] else 0,
+        sums.data_ptr(),
+        dy.data_ptr(),
+        velocity.data_ptr(),
+        address(unconditional),
+        address(previous),
+        address(steps),
+        samples,
+        elements,
+        step,
+        guidance,
+        DTYPES[dy.dtype],
     )
-    if status:
-        raise native.failed("flow_step", status)
     return dvelocity, dsteps, dunconditional, dprevious
 
 
 def _contiguous(x: Tensor, velocity: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    return (x.contiguous(), velocity.contiguous(), *(None if other is None else other.contiguous() for other in others))
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return (x.contiguous(), velocity.contiguous(), *(contiguous(other) for other in others))

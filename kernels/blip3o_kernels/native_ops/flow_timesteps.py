@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 
-_PACK = native.packer("flow_timesteps")
-_CPU = native.function("cpu", "flow_timesteps")
+_CPU = native.cpu_call("flow_timesteps")
 
 
 def forward(
@@ -17,22 +15,5 @@ def forward(
 ) -> Tensor:
     positions = positions.contiguous()
     sigma = positions.new_empty(positions.shape, dtype=torch.float32)
-    status = _CPU(
-        _PACK(
-            sigma.data_ptr(),
-            positions.data_ptr(),
-            len(positions),
-            seed,
-            mean,
-            std,
-            shift,
-            logit_normal,
-            draw,
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("flow_timesteps", status)
+    _CPU(sigma.data_ptr(), positions.data_ptr(), len(positions), seed, mean, std, shift, logit_normal, draw)
     return sigma

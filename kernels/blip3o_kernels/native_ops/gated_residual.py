@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import conditions, rows
+from ..strides import address, conditions, contiguous, rows
 
-_PACK, _PACK_BACKWARD = native.packer("gated_residual"), native.packer("gated_residual_backward")
-_CPU_FORWARD = native.function("cpu", "gated_residual")
-_CPU_BACKWARD = native.function("cpu", "gated_residual_backward")
+_FORWARD, _BACKWARD = native.cpu_call("gated_residual"), native.cpu_call("gated_residual_backward")
 
 
 def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -20,34 +17,27 @@ def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, ep
     x, stride = rows(x)
     residual, residual_stride = rows(residual)
     gate, gate_stride = conditions(gate)
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     batch, tokens, width = x.shape
     y = x.new_empty(x.shape)
     saved = x.new_empty(batch * (width if weight is None else width + tokens), dtype=torch.float32)
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            saved.data_ptr(),
-            residual.data_ptr(),
-            x.data_ptr(),
-            gate.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            batch,
-            tokens,
-            width,
-            residual_stride,
-            stride,
-            gate_stride,
-            eps,
-            DTYPES[x.dtype],
-            DTYPES[gate.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _FORWARD(
+        y.data_ptr(),
+        saved.data_ptr(),
+        residual.data_ptr(),
+        x.data_ptr(),
+        gate.data_ptr(),
+        address(weight),
+        batch,
+        tokens,
+        width,
+        residual_stride,
+        stride,
+        gate_stride,
+        eps,
+        DTYPES[x.dtype],
+        DTYPES[gate.dtype],
     )
-    if status:
-        raise native.failed("gated_residual", status)
     return y, saved
 
 
@@ -65,32 +55,25 @@ def backward(
         for gradient in gradients:
             gradient.zero_()
         return gradients
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
     workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            dgate.data_ptr(),
-            0 if weight is None else dweight.data_ptr(),
-            workspace.data_ptr(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            saved.data_ptr(),
-            batch,
-            tokens,
-            width,
-            stride,
-            blocks,
-            DTYPES[x.dtype],
-            DTYPES[gate.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _BACKWARD(
+        dx.data_ptr(),
+        dgate.data_ptr(),
+        0 if weight is None else dweight.data_ptr(),
+        workspace.data_ptr(),
+        dy.data_ptr(),
+        x.data_ptr(),
+        address(weight),
+        saved.data_ptr(),
+        batch,
+        tokens,
+        width,
+        stride,
+        blocks,
+        DTYPES[x.dtype],
+        DTYPES[gate.dtype],
     )
-    if status:
-        raise native.failed("gated_residual", status)
     return gradients

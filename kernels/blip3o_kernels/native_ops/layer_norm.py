@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import rows
+from ..strides import address, contiguous, rows
 
-_PACK, _PACK_BACKWARD = native.packer("layer_norm"), native.packer("layer_norm_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "layer_norm"), native.function("cpu", "layer_norm_backward")
+_FORWARD, _BACKWARD = native.cpu_call("layer_norm"), native.cpu_call("layer_norm_backward")
 
 
 def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool) -> tuple[Tensor, Tensor]:
@@ -21,29 +19,22 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, s
     number = x.numel() // width
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     saved = torch.empty(2 * number if saving else 0, dtype=torch.float32, device=x.device)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight = contiguous(weight)
+    bias = contiguous(bias)
     parameter = weight if weight is not None else bias if bias is not None else x
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            saved.data_ptr() if saving else 0,
-            x.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            number,
-            width,
-            stride,
-            eps,
-            DTYPES[x.dtype],
-            DTYPES[parameter.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _FORWARD(
+        y.data_ptr(),
+        saved.data_ptr() if saving else 0,
+        x.data_ptr(),
+        address(weight),
+        address(bias),
+        number,
+        width,
+        stride,
+        eps,
+        DTYPES[x.dtype],
+        DTYPES[parameter.dtype],
     )
-    if status:
-        raise native.failed("layer_norm", status)
     return y, saved
 
 
@@ -60,29 +51,22 @@ def backward(
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, number // 32))
     workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
-    weight = None if weight is None else weight.contiguous()
+    weight = contiguous(weight)
     parameter = weight if weight is not None else bias if bias is not None else x
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            0 if weight is None else dweight.data_ptr(),
-            0 if bias is None else dbias.data_ptr(),
-            workspace.data_ptr(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            saved.data_ptr(),
-            number,
-            width,
-            stride,
-            blocks,
-            DTYPES[x.dtype],
-            DTYPES[parameter.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _BACKWARD(
+        dx.data_ptr(),
+        0 if weight is None else dweight.data_ptr(),
+        0 if bias is None else dbias.data_ptr(),
+        workspace.data_ptr(),
+        dy.data_ptr(),
+        x.data_ptr(),
+        address(weight),
+        saved.data_ptr(),
+        number,
+        width,
+        stride,
+        blocks,
+        DTYPES[x.dtype],
+        DTYPES[parameter.dtype],
     )
-    if status:
-        raise native.failed("layer_norm", status)
     return dx, dweight, dbias

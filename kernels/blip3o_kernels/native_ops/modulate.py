@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import conditions, rows
+from ..strides import address, conditions, contiguous, rows
 
-_PACK, _PACK_BACKWARD = native.packer("modulate"), native.packer("modulate_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "modulate"), native.function("cpu", "modulate_backward")
+_FORWARD, _BACKWARD = native.cpu_call("modulate"), native.cpu_call("modulate_backward")
 
 
 def forward(
@@ -31,34 +29,27 @@ def forward(
     saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
     scale, scale_stride = conditions(scale)
     shift, shift_stride = (None, 0) if shift is None else conditions(shift)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            saved.data_ptr() if saving else 0,
-            x.data_ptr(),
-            scale.data_ptr(),
-            0 if shift is None else shift.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            batch,
-            tokens,
-            width,
-            stride,
-            scale_stride,
-            shift_stride,
-            eps,
-            centred,
-            DTYPES[x.dtype],
-            DTYPES[scale.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    weight = contiguous(weight)
+    bias = contiguous(bias)
+    _FORWARD(
+        y.data_ptr(),
+        saved.data_ptr() if saving else 0,
+        x.data_ptr(),
+        scale.data_ptr(),
+        address(shift),
+        address(weight),
+        address(bias),
+        batch,
+        tokens,
+        width,
+        stride,
+        scale_stride,
+        shift_stride,
+        eps,
+        centred,
+        DTYPES[x.dtype],
+        DTYPES[scale.dtype],
     )
-    if status:
-        raise native.failed("modulate", status)
     return y, saved
 
 
@@ -85,39 +76,32 @@ def backward(
             gradient.zero_()
         return gradients
     scale, scale_stride = conditions(scale)
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    weight = contiguous(weight)
+    bias = contiguous(bias)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
     workspace = torch.empty(blocks * 5 * width, dtype=torch.float32)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dx.data_ptr(),
-            dscale.data_ptr(),
-            dshift.data_ptr() if shifted else 0,
-            0 if weight is None else dweight.data_ptr(),
-            0 if bias is None else dbias.data_ptr(),
-            workspace.data_ptr(),
-            dy.data_ptr(),
-            x.data_ptr(),
-            scale.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            saved.data_ptr(),
-            batch,
-            tokens,
-            width,
-            stride,
-            scale_stride,
-            blocks,
-            centred,
-            DTYPES[x.dtype],
-            DTYPES[scale.dtype],
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _BACKWARD(
+        dx.data_ptr(),
+        dscale.data_ptr(),
+        dshift.data_ptr() if shifted else 0,
+        0 if weight is None else dweight.data_ptr(),
+        0 if bias is None else dbias.data_ptr(),
+        workspace.data_ptr(),
+        dy.data_ptr(),
+        x.data_ptr(),
+        scale.data_ptr(),
+        address(weight),
+        address(bias),
+        saved.data_ptr(),
+        batch,
+        tokens,
+        width,
+        stride,
+        scale_stride,
+        blocks,
+        centred,
+        DTYPES[x.dtype],
+        DTYPES[scale.dtype],
     )
-    if status:
-        raise native.failed("modulate", status)
     return gradients

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
 from ..ops.qk_norm_rope import gradients_like, rows_like
+from ..strides import address, contiguous
 
-_PACK, _PACK_BACKWARD = native.packer("qk_norm_rope"), native.packer("qk_norm_rope_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "qk_norm_rope"), native.function("cpu", "qk_norm_rope_backward")
+_FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
 _ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
 
 
@@ -31,11 +30,11 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     query, key = _readable(query, across_width), _readable(key, across_width)
     query_y, key_y = rows_like(query), rows_like(key)
-    parameters = [None if p is None else p.contiguous() for p in (query_weight, key_weight, query_bias, key_bias)]
+    parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
-    arguments = (
+    _FORWARD(
         *(t.data_ptr() for t in (query_y, key_y, query, key)),
-        *(0 if p is None else p.data_ptr() for p in parameters),
+        *(address(p) for p in parameters),
         cos.data_ptr(),
         sin.data_ptr(),
         *_sizes(query, key, cos),
@@ -47,13 +46,7 @@ def forward(
         centred,
         across_width,
         interleaved,
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
     )
-    status = _CPU_FORWARD(_PACK(*arguments))
-    if status:
-        raise native.failed("qk_norm_rope", status)
     return query_y, key_y
 
 
@@ -84,7 +77,7 @@ def backward(
     blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
     workspace = torch.empty(blocks * _ROWS * span, dtype=torch.float32)
-    arguments = (
+    _BACKWARD(
         *(t.data_ptr() for t in gradients[:2]),
         *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),
         workspace.data_ptr(),
@@ -101,13 +94,7 @@ def backward(
         centred,
         across_width,
         interleaved,
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
     )
-    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments))
-    if status:
-        raise native.failed("qk_norm_rope", status)
     return tuple(gradients)
 
 

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
 
-_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
+_CPU = native.cpu_call("rope")
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -27,7 +26,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
     batch, heads, tokens, head_dim = x.shape
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     half = cos.shape[-1]
-    arguments = (
+    _CPU(
         y.data_ptr(),
         x.data_ptr(),
         cos.data_ptr(),
@@ -43,11 +42,5 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
         DTYPES[x.dtype],
         interleaved,
         inverse,
-        instruction_set(),
-        torch.get_num_threads(),
-        0,
     )
-    status = _CPU(_PACK(*arguments))
-    if status:
-        raise native.failed("rope", status)
     return y

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 from ..native import DTYPES
 from ..strides import rows
 
-_PACK, _PACK_BACKWARD = native.packer("swiglu"), native.packer("swiglu_backward")
-_CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "swiglu"), native.function("cpu", "swiglu_backward")
+_FORWARD, _BACKWARD = native.cpu_call("swiglu"), native.cpu_call("swiglu_backward")
 
 
 def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, int, tuple[int, ...], tuple[int, ...]]:
@@ -30,11 +27,7 @@ def forward(gate: Tensor, up: Tensor | None) -> Tensor:
     gate, up, width, addresses, strides = _operands(gate, up)
     y = gate.new_empty((*gate.shape[:-1], width) if up is None else gate.shape)
     count = y.numel() // width if width else 0
-    status = _CPU_FORWARD(
-        _PACK(y.data_ptr(), *addresses, count, width, *strides, dtype, instruction_set(), torch.get_num_threads(), 0)
-    )
-    if status:
-        raise native.failed("swiglu", status)
+    _FORWARD(y.data_ptr(), *addresses, count, width, *strides, dtype)
     return y
 
 
@@ -46,7 +39,7 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
     dgate = gate.new_empty(gate.shape)
     dup = gate.new_empty(0 if up is None else up.shape)
     second = dgate.data_ptr() + width * dgate.element_size() if up is None else dup.data_ptr()
-    arguments = (
+    _BACKWARD(
         dgate.data_ptr(),
         second,
         dy.data_ptr(),
@@ -57,7 +50,4 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
         2 * width if up is None else width,
         dtype,
     )
-    status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), torch.get_num_threads(), 0))
-    if status:
-        raise native.failed("swiglu", status)
     return dgate, dup

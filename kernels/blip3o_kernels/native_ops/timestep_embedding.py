@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..dispatch import instruction_set
 
-_PACK, _PACK_BACKWARD = native.packer("timestep_embedding"), native.packer("timestep_embedding_backward")
-_CPU_FORWARD = native.function("cpu", "timestep_embedding")
-_CPU_BACKWARD = native.function("cpu", "timestep_embedding_backward")
+_FORWARD, _BACKWARD = native.cpu_call("timestep_embedding"), native.cpu_call("timestep_embedding_backward")
 _PADDING = 15  # of the workspace, in elements
 
 
@@ -18,21 +15,7 @@ def forward(timestep: Tensor, dim: int, max_period: float) -> Tensor:
     timestep = timestep.contiguous()
     y = timestep.new_empty(len(timestep), dim)
     frequencies = torch.empty(dim // 2 + _PADDING, dtype=torch.float64)
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(),
-            frequencies.data_ptr(),
-            timestep.data_ptr(),
-            len(timestep),
-            dim // 2,
-            max_period,
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
-    )
-    if status:
-        raise native.failed("timestep_embedding", status)
+    _FORWARD(y.data_ptr(), frequencies.data_ptr(), timestep.data_ptr(), len(timestep), dim // 2, max_period)
     return y
 
 
@@ -41,20 +24,13 @@ def backward(dy: Tensor, timestep: Tensor, max_period: float) -> Tensor:
     dtimestep = torch.empty_like(timestep)
     half = dy.shape[1] // 2
     frequencies = torch.empty(half + _PADDING, dtype=torch.float64)
-    status = _CPU_BACKWARD(
-        _PACK_BACKWARD(
-            dtimestep.data_ptr(),
-            frequencies.data_ptr(),
-            dy.data_ptr(),
-            timestep.data_ptr(),
-            len(timestep),
-            half,
-            max_period,
-            instruction_set(),
-            torch.get_num_threads(),
-            0,
-        )
+    _BACKWARD(
+        dtimestep.data_ptr(),
+        frequencies.data_ptr(),
+        dy.data_ptr(),
+        timestep.data_ptr(),
+        len(timestep),
+        half,
+        max_period,
     )
-    if status:
-        raise native.failed("timestep_embedding", status)
     return dtimestep
