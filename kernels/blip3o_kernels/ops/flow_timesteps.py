@@ -15,7 +15,6 @@ Source: Esser et al. 2024, arXiv:2403.03206, logit-normal levels in section 3.1,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -69,7 +68,9 @@ def flow_timesteps(
     if distribution not in DISTRIBUTIONS:
         checks.fail("distribution", "'uniform' or 'logit_normal'", repr(distribution))
     mean = checks.number("mean", mean)
-    std, shift = (checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift)))
+    std, shift = (
+        checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift))
+    )
     compiling = torch.compiler.is_compiling()
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":

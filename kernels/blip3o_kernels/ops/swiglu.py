@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import LIBRARY, register, register_gradient
+from ..registered import LIBRARY, differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
 
@@ -60,7 +59,7 @@ class _Swiglu(torch.autograd.Function):
         return _forward(gate, up, backend)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = context.saved_tensors
         run = _backward if direct(dy) else _backward_op

@@ -24,7 +24,6 @@ from ..dispatch import Op, choose, direct, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
 
-
 _DTYPES = checks.FLOATING | checks.INTEGERS
 
 
