@@ -16,6 +16,7 @@ The choice is process-wide, not per thread: the backward pass of a GPU runs on a
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,9 @@ def _parse(text: str, source: str) -> Forced:
 
 
 _variable = os.environ.get("BLIP3O_BACKEND", "")
-forced: Forced | None = _parse(_variable, "BLIP3O_BACKEND") if _variable else None
+_blocks = [_parse(_variable, "BLIP3O_BACKEND") if _variable else None]  # the process's, then each open block's
+_blocks_lock = threading.Lock()
+forced: Forced | None = _blocks[0]
 
 
 @contextmanager
@@ -106,11 +109,16 @@ def use(backend: str) -> Iterator[None]:
     Raises ValueError for an unknown word. An op that the backend does not have raises BackendError when it is called.
     """
     global forced
-    before, forced = forced, _parse(backend, "use")
+    mine = _parse(backend, "use")
+    with _blocks_lock:
+        _blocks.append(mine)
+        forced = mine
     try:
         yield
     finally:
-        forced = before
+        with _blocks_lock:  # blocks of several threads may end in any order
+            del _blocks[next(i for i, block in enumerate(_blocks) if block is mine)]
+            forced = _blocks[-1]
 
 
 def choose(op: Op, x: Tensor) -> str:

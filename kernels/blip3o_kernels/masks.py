@@ -6,11 +6,14 @@ sees the keys at a distance of -left to right from there; -1 is no limit. Causal
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from . import checks
-from .dispatch import direct
+from .dispatch import direct, plain, transformed
 
 _MASKS = checks.FLOATING | {torch.bool}
 
@@ -48,8 +51,9 @@ def check_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query
             same = "" if name == "cu_seqlens_q" else f", that of cu_seqlens_q, {list(cu_seqlens_q.shape)}"
             checks.fail(name, f"shape [N + 1] of N > 0 sequences{same}", list(ends.shape))
         checks.same_device(name, ends, "query", query)
-        if ends.is_cpu and not torch.compiler.is_compiling() and direct(ends):
-            values = ends.tolist()
+        if ends.is_cpu and plain(ends) and not torch.compiler.is_compiling() and not transformed():
+            with nullcontext() if direct(ends) else _disable_current_modes():  # no mode needs to see this
+                values = ends.tolist()
             if values[0] != 0 or values[-1] != total or values != sorted(values):
                 checks.fail(name, f"ascending from 0 to {total}", values)
 

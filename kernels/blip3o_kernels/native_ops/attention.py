@@ -56,7 +56,8 @@ def forward(
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
+    strides = (tokens * heads * value_dim, value_dim, heads * value_dim, 1)  # no view: autograd lets none be changed
+    y = query.new_empty_strided((batch, heads, tokens, value_dim), strides)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1

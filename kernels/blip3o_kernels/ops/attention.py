@@ -4,8 +4,8 @@ then those of flash-attn.
     scores[b, h, t, s] = cap(scale * query[b, h, t] . key[b, g(h), s]) + mask     [B, H, T, S]  float32
     y = round(softmax(scores) @ value)                                            [B, H, T, V]
 
-query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype, any K and V; g(h) = h // (H / G), and G != H
-needs enable_gqa=True. scale defaults to 1/sqrt(K). What a query sees:
+query [B, H, T, K], key [B, G, S, K], value [B, G, S, V], one float dtype, H and K above 0; g(h) = h // (H / G), and
+G != H needs enable_gqa=True. scale defaults to 1/sqrt(K). What a query sees:
 
     attn_mask     broadcasts to [B, H, T, S]: boolean (True takes part) or additive float; it carries no gradient
     is_causal     s <= t + S - T: aligned bottom-right, as flash-attn does and torch does not
@@ -108,8 +108,8 @@ def attention(
     checks.floating("query", query)
     checks.same_dtype("key", key, "query", query)
     checks.same_dtype("value", value, "query", query)
-    if query.dim() != 4:
-        checks.fail("query", "shape [B, H, T, K]", list(query.shape))
+    if query.dim() != 4 or not query.shape[1] or not query.shape[3]:
+        checks.fail("query", "shape [B, H, T, K] with H > 0 and K > 0", list(query.shape))
     checks.flag("enable_gqa", enable_gqa)
     batch, heads, tokens, head_dim = query.shape
     if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
@@ -118,8 +118,7 @@ def attention(
     if value.dim() != 4 or value.shape[:3] != (batch, groups, keys):
         checks.fail("value", f"shape [{batch}, {groups}, {keys}, V]", list(value.shape))
     if groups != heads and (not enable_gqa or groups == 0 or heads % groups):
-        divisors = "a divisor of" if enable_gqa else "enable_gqa=True, or"
-        checks.fail("key", f"{divisors} {heads} heads", groups)
+        checks.fail("key", f"{'a divisor of' if enable_gqa else 'enable_gqa=True, or'} {heads} heads", groups)
     checks.same_device("key", key, "query", query)
     checks.same_device("value", value, "query", query)
     if type(dropout_p) not in (float, int) or dropout_p:

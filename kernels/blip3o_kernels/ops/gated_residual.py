@@ -37,8 +37,8 @@ def gated_residual(
 ) -> Tensor:
     """residual + tanh(gate)[:, None] * norm(x), the norm only if a weight is given; see the module's docstring."""
     checks.floating("x", x)
-    if x.dim() != 3:
-        checks.fail("x", "shape [B, T, D]", list(x.shape))
+    if x.dim() != 3 or not x.shape[2]:
+        checks.fail("x", "shape [B, T, D] with D > 0", list(x.shape))
     checks.like("residual", residual, "x", x)
     checks.floating("gate", gate)
     checks.shape("gate", gate, (x.shape[0], x.shape[2]))

@@ -61,11 +61,12 @@ def modulate(
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift, scale and shift per sample; see the module's docstring."""
     checks.floating("x", x)
-    if x.dim() != 3:
-        checks.fail("x", "shape [B, T, D]", list(x.shape))
+    if x.dim() != 3 or not x.shape[2]:
+        checks.fail("x", "shape [B, T, D] with D > 0", list(x.shape))
     batch, _, width = x.shape
+    checks.floating("scale", scale)  # None is none
     for name, condition in (("scale", scale), ("shift", shift)):
-        if condition is not None or name == "scale":
+        if condition is not None:
             checks.floating(name, condition)
             checks.shape(name, condition, (batch, width))
             checks.same_device(name, condition, "x", x)

@@ -91,6 +91,8 @@ def qk_norm_rope(
         checks.fail("norm", "'rms' or 'layer'", repr(norm))
     if across not in ("head", "width"):
         checks.fail("across", "'head' or 'width'", repr(across))
+    checks.floating("query_weight", query_weight)  # None is none
+    checks.floating("key_weight", key_weight)
     parameters = (query_weight, key_weight, query_bias, key_bias)
     for name, parameter, x in (
         ("query_weight", query_weight, query),
@@ -98,7 +100,7 @@ def qk_norm_rope(
         ("query_bias", query_bias, query),
         ("key_bias", key_bias, key),
     ):
-        if parameter is not None or name.endswith("weight"):
+        if parameter is not None:
             checks.floating(name, parameter)
             checks.shape(name, parameter, (head_dim if across == "head" else x.shape[1] * head_dim,))
             checks.same_device(name, parameter, "query", query)
@@ -177,8 +179,9 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 # As torch knows it: torch.ops.blip3o.qk_norm_rope.
 def rows_like(x: Tensor) -> Tensor:
     """An empty tensor [B, H, T, K] that is dense in memory as [B, T, H, K]."""
-    batch, heads, tokens, head_dim = x.shape
-    return x.new_empty((batch, tokens, heads, head_dim)).transpose(1, 2)
+    _, heads, tokens, head_dim = x.shape
+    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)  # no view: autograd lets none be changed
+    return x.new_empty_strided(x.shape, strides)
 
 
 def gradients_like(query: Tensor, key: Tensor, parameters: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:

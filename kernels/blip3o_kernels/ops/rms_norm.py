@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
@@ -65,7 +66,7 @@ def rms_norm(
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not STRIDED:
             checks.floating("weight", weight)
-        if weight.shape != shape[-1:]:
+        if weight.shape != (shape[-1],):
             checks.shape("weight", weight, shape[-1:])
         if not (weight.is_cpu and x.is_cpu):
             checks.same_device("weight", weight, "x", x)
@@ -75,7 +76,7 @@ def rms_norm(
         weight_offset = checks.number("weight_offset", weight_offset)
     if round_before_weight is not True and round_before_weight is not False:
         checks.flag("round_before_weight", round_before_weight)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours; docs/decisions.md has the measurement.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
