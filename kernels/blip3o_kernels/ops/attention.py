@@ -142,20 +142,9 @@ def attention(
     formula = not query.is_cpu if compiling else transformed()
     backend = "reference" if dispatch.forced is None and formula else choose(OP, query)
     if backend == "reference":
-        return reference(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            window_size=window_size,
-            softcap=softcap,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-        )
+        packed: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        options: tuple[Any, ...] = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        return reference(query, key, value, *options, window_size=window_size, softcap=softcap, **packed)
     scale = head_dim**-0.5 if scale is None else scale
     left, right = window_size or (-1, -1)
     inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
