@@ -21,8 +21,8 @@ def words(group, position, seed, draw, STREAM: tl.constexpr):
     c0 = group.to(tl.uint32)  # cuts off
     c1 = position.to(tl.uint32) + c0 * 0
     c2 = (position >> 32).to(tl.uint32) + c0 * 0
-    c3 = (tl.to_tensor(draw) | (STREAM << _SHIFT)).to(tl.uint32) + c0 * 0
-    seed = tl.to_tensor(seed).to(tl.int64)
+    c3 = (tl.cast(draw, tl.int64) | (STREAM << _SHIFT)).to(tl.uint32) + c0 * 0
+    seed = tl.cast(seed, tl.int64)
     k0 = seed.to(tl.uint32)
     k1 = (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
