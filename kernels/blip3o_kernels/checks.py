@@ -67,7 +67,9 @@ def same_device(argument: str, x: Tensor, other: str, y: Tensor) -> None:
         fail(argument, f"the device of {other}, {y.device}", x.device)
 
 
-def number(argument: str, x: float, least: float = -LARGEST, expected: str = "a number in float32's range") -> float:
+def number(
+    argument: str, x: float, least: float = -LARGEST, expected: str = "a finite number, of float32's range"
+) -> float:
     """`x` as a float in [least, LARGEST]. A tensor is none: its gradient would be lost."""
     if type(x) is float and least <= x <= LARGEST:
         return x
@@ -79,7 +81,7 @@ def number(argument: str, x: float, least: float = -LARGEST, expected: str = "a 
 
 
 def eps(x: float) -> float:
-    return number("eps", x, 0.0, "a number from 0 on in float32's range")
+    return number("eps", x, 0.0, "a finite number >= 0, of float32's range")
 
 
 def whole(argument: str, x: int) -> None:

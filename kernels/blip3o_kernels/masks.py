@@ -51,7 +51,7 @@ def check_packed(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, query
             same = "" if name == "cu_seqlens_q" else f", that of cu_seqlens_q, {list(cu_seqlens_q.shape)}"
             checks.fail(name, f"shape [N + 1] of N > 0 sequences{same}", list(ends.shape))
         checks.same_device(name, ends, "query", query)
-        if ends.is_cpu and plain(ends) and not torch.compiler.is_compiling() and not transformed():
+        if not torch.compiler.is_compiling() and ends.is_cpu and plain(ends) and not transformed():
             with nullcontext() if direct(ends) else _disable_current_modes():  # no mode needs to see this
                 values = ends.tolist()
             if values[0] != 0 or values[-1] != total or values != sorted(values):
