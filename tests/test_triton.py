@@ -40,6 +40,13 @@ def test_memory_in_the_interpreter(program: subprocess.CompletedProcess[str]) ->
     assert " failed" not in program.stdout and re.search(r"\b\d+ passed", program.stdout), program.stdout
 
 
+@pytest.mark.program("-m", "pytest", "-q", "tests/test_interop.py", TRITON_INTERPRET="1")
+def test_interop_in_the_interpreter(program: subprocess.CompletedProcess[str]) -> None:
+    """tests/test_interop.py too."""
+    assert program.returncode == 0, program.stdout + program.stderr
+    assert " failed" not in program.stdout and re.search(r"\b\d+ passed", program.stdout), program.stdout
+
+
 @pytest.fixture
 def empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

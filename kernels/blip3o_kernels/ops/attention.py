@@ -283,6 +283,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(f"{shape} padding causal", (query, key, value, padding), {**gqa, "is_causal": True})
         bias = draw(1, heads, tokens, keys).masked_fill(draw.integers(3, tokens, keys) == 0, -torch.inf)
         yield Sample(f"{shape} additive", (query, key, value, bias), gqa)
+    yield Sample("B3 H5/5 T6 S9 K16", (draw(3, 5, 6, 16), draw(3, 5, 9, 16), draw(3, 5, 9, 16)), {"enable_gqa": False})
     dead = torch.zeros(2, 1, 1, 4, dtype=torch.bool, device=device)
     yield Sample("all masked", (draw(2, 2, 3, 8), draw(2, 2, 4, 8), draw(2, 2, 4, 8), dead))
     query, key, value = (draw(2, 5, 3, 16).transpose(1, 2) for _ in range(3))

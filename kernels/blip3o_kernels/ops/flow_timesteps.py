@@ -124,6 +124,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(name, (places, 1), options)
         yield Sample(f"{name}, far", (places[:70] * (2**40 + 2**31 + 1), 2**64 - 5), options)
     yield Sample("strided", (places[5:50:3], 0))
+    yield Sample("forty", (places[:40], 1))
     yield Sample("three", (places[7:10] + 2**33, 3))
     yield Sample("no samples", (places[:0], 0))
 

@@ -237,6 +237,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield sample(f"{across} no key", (1, 3, 0, 2, 8), 8, False, across=across)
         yield sample(f"{across} no tokens", (2, 3, 1, 0, 8), 8, True, across=across)
         yield sample(f"{across} tiny", (1, 1, 1, 1, 6), 6, True, across=across, eps=0.5)
+    yield sample("head rms False", (1, 4, 1, 19, 16), 16, False, norm="rms", across="head", interleaved=False)
     yield sample("wide", (1, 72, 0, 5, 128), 128, True, norm="layer", across="width")
     yield sample("many tokens", (2, 2, 1, 30, 8), 8, True, norm="layer")
     table = rope.rope_table(draw.integers(50, 2, 5), 16, 10000.0)

@@ -110,7 +110,7 @@ register_gradient("timestep_embedding", _gradient, _setup)
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     draw = Draw(dtype, device)
-    for batch, dim in ((1, 2), (3, 64), (9, 130), (2, 1152)):
+    for batch, dim in ((1, 2), (3, 64), (5, 64), (9, 130), (2, 1152)):
         yield Sample(f"B{batch} dim{dim}", (draw.uniform(batch), dim))
     yield Sample("max_period", (draw.uniform(4), 32), {"max_period": 100.0})
     yield Sample("max_period below 1", (draw.uniform(4), 32), {"max_period": 0.3})
