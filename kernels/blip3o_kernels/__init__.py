@@ -6,6 +6,7 @@ Each op is one word: `ops/<op>.py` is its contract, `OPS` the table of all of th
 """
 
 from .dispatch import BackendError, Op, explain, use
+from .memory import keep_freed_memory
 from .ops import add_rms_norm as _add_rms_norm
 from .ops import attention as _attention
 from .ops import flow_interpolate as _flow_interpolate
@@ -67,6 +68,7 @@ __all__ = [
     "flow_step",
     "flow_timesteps",
     "gated_residual",
+    "keep_freed_memory",
     "layer_norm",
     "linear_cross_entropy",
     "modulate",

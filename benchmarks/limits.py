@@ -1,0 +1,102 @@
+"""What the machine can do: measured beside each row, in turn with the contestants, and once for a run.
+
+A shared machine is now fast and now slow, so a limit of five minutes ago says little. Each row is held against a copy
+of as many bytes as it must move, from and to memory that is there already, against a matrix product in its dtype, and
+against exponentials in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from measure import Call, Row, Work, interval, take_turns
+from torch import Tensor
+
+SIDE = 2048  # of the square matrices that are multiplied
+NUMBERS = 2**15  # whose exponentials are taken by each thread, over and over: they stay in the cache
+ROTATED = 2**29  # bytes that a copy walks through, more than the caches of one process
+CACHED = 2**20  # bytes of inputs up to which a user finds them in the cache
+COPY, PRODUCT, EXPONENTIALS = "limit: copy", "limit: product", "limit: exponentials"
+
+
+@cache
+def _buffers(device: str) -> tuple[Tensor, Tensor]:
+    first, second = (torch.zeros(ROTATED, dtype=torch.uint8, device=device) for _ in range(2))
+    return first, second
+
+
+def _copy(moved: float, device: str) -> Call:
+    """Reads and writes `moved` bytes, or as many as there are."""
+    size = int(min(max(moved / 2, 64), ROTATED))
+    places = 1 if moved < CACHED else ROTATED // size
+    source, target = (
+        [buffer[size * i : size * (i + 1)] for i in range(min(places, 64))] for buffer in _buffers(device)
+    )
+    return lambda index: target[index % len(target)].copy_(source[index % len(source)])
+
+
+@cache
+def _product(device: str, dtype: torch.dtype) -> Call:
+    a, b, out = (torch.ones(SIDE, SIDE, dtype=dtype, device=device) for _ in range(3))
+    return lambda _: torch.mm(a, b, out=out)
+
+
+@cache
+def _exponentials(device: str) -> tuple[Call, int]:
+    count = NUMBERS * (torch.get_num_threads() if device == "cpu" else 1024)
+    x, out = (torch.zeros(count, device=device) for _ in range(2))
+    return (lambda _: torch.exp(x, out=out)), count
+
+
+def contestants(work: Work, device: str, dtype: torch.dtype) -> dict[str, Call]:
+    """What to time beside a row that must do `work`."""
+    found = {COPY: _copy(work.bytes, device)}
+    if work.flops:
+        found[PRODUCT] = _product(device, dtype)
+    if work.exponentials:
+        found[EXPONENTIALS] = _exponentials(device)[0]
+    return found
+
+
+def seconds(work: Work, times: dict[str, Sequence[float]], device: str) -> float:
+    """The time that the binding limit allows, by what was timed of `contestants`."""
+    medians = {name: interval(values)[0] for name, values in times.items()}
+    allowed = [medians[COPY] * max(1.0, work.bytes / 2 / ROTATED)]
+    if work.flops:
+        allowed.append(medians[PRODUCT] * work.flops / (2 * SIDE**3))
+    if work.exponentials:
+        allowed.append(medians[EXPONENTIALS] * work.exponentials / _exponentials(device)[1])
+    return max(allowed)
+
+
+def rows(device: str, dtypes: list[torch.dtype]) -> list[Row]:
+    """The limits of the run as rows of the results, under the op "limit"; the medians of a second each."""
+    exponentials, count = _exponentials(device)
+    work = {"copy": Work(bytes=ROTATED), "exponentials": Work(exponentials=count)}
+    calls = {"copy": _copy(ROTATED, device), "exponentials": exponentials}
+    for dtype in dtypes:
+        name = str(dtype).removeprefix("torch.")
+        calls[name], work[name] = _product(device, dtype), Work(flops=2 * SIDE**3)
+    found = []
+    for name, values in take_turns(calls, device, 1.0).items():
+        median, low, high = interval(values)
+        dtype_name = name if work[name].flops else "float32"
+        what = f"product of {SIDE}x{SIDE}" if work[name].flops else name
+        row = Row("limit", "machine", device, dtype_name, what, "forward", 1e6 * median, 1e6 * low, 1e6 * high)
+        found.append(row.rated(work[name]))
+    return found
+
+
+def sentence(found: list[Row]) -> str:
+    parts = []
+    for row in (row for row in found if row.op == "limit"):
+        if row.gbps:
+            parts.append(f"copy {row.gbps:.1f} GB/s")
+        elif row.tflops:
+            parts.append(f"{row.dtype} products {row.tflops:.3f} TFLOP/s")
+        else:
+            count = _exponentials(row.device)[1]
+            parts.append(f"{1e-3 * count / (row.median_us or 1):.2f} billion exponentials a second")
+    return "Limits at the start of this run: " + ", ".join(parts) + "."

@@ -1,0 +1,236 @@
+"""Every op beside its peers: checked, timed in turn, held against what the machine can do.
+
+    python benchmarks/ops.py [--op rms_norm ...] [--dtype float32 ...] [--shapes decode|train|all] [--presets nano ...]
+                             [--peers compile ...] [--json F] [--markdown F] [--plot DIR] [--compare OLD]
+
+First each result is checked against the reference. Then all contestants of a row are timed in turn on the same inputs,
+which are copied until they are larger than the caches; results are allocated as a user's call allocates them. In
+"training" the backward pass follows the forward one. `--memory reused` lets the process keep freed memory, for all
+contestants alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import limits
+import measure
+import rows
+import torch
+from measure import Row, progress
+from peers import Peer, peers
+from torch import Tensor
+
+from blip3o_kernels import OPS, keep_freed_memory, use
+from blip3o_kernels.dispatch import Op, choose, refusal
+from blip3o_kernels.samples import Draw
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Largest difference from the reference, relative to the largest value: a few roundings of the dtype.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
+
+
+def copied(x: object) -> object:
+    if not isinstance(x, Tensor):
+        return x
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def listed(result: object) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
+
+
+class Contest:
+    """One row of the table: the inputs in several copies, and what a contestant does with one of them."""
+
+    def __init__(self, op: Op, case: rows.Case, dtype: torch.dtype, device: str, training: bool) -> None:
+        self.training, self.tolerance = training, TOLERANCES[dtype]
+        args, kwargs = case.make(Draw(dtype, device))
+        arguments = dict(inspect.signature(op.function).bind(*args, **kwargs).arguments)
+        total = sum(rows.size(x) for x in arguments.values() if isinstance(x, Tensor))
+        copies = 1 if total < limits.CACHED else max(2, min(64, -(-limits.ROTATED // total)))
+        self.inputs = [(args, kwargs)]
+        for _ in range(copies - 1):
+            self.inputs.append((tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}))
+        self.leaves = [self._leaves(op, *each) for each in self.inputs]
+        results = listed(op.reference(*args, **kwargs))
+        self.upstream = [torch.randn_like(y) for y in results]
+        self.work = rows.work(case, arguments, results, op.differentiable)["training" if training else "forward"]
+        self.expected = self.run(op.reference, 0)
+
+    def _leaves(self, op: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
+        if not self.training:
+            return []
+        arguments = inspect.signature(op.function).bind(*args, **kwargs).arguments
+        return [
+            arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), Tensor)
+        ]
+
+    def run(self, function: Callable[..., object], index: int) -> list[Tensor]:
+        """The results, in training the gradients too."""
+        args, kwargs = self.inputs[index % len(self.inputs)]
+        results = listed(function(*args, **kwargs))
+        if not self.training:
+            return results
+        return [*results, *torch.autograd.grad(results, self.leaves[index % len(self.inputs)], self.upstream)]
+
+    def timed(self, function: Callable[..., object]) -> measure.Call:
+        """The same with as little as possible of our own around it."""
+        if self.training:
+            return lambda index: self.run(function, index)
+        inputs, copies = self.inputs, len(self.inputs)
+
+        def call(index: int) -> None:
+            args, kwargs = inputs[index % copies]
+            function(*args, **kwargs)
+
+        return call
+
+    def wrong(self, function: Callable[..., object], random: bool) -> str:
+        """What is wrong with a contestant's results; "" if nothing is."""
+        found = self.run(function, 0)
+        if len(found) != len(self.expected):
+            return f"{len(found)} results, expected {len(self.expected)}"
+        for i, (x, y) in enumerate(zip(found, self.expected, strict=True)):
+            if x.shape != y.shape:
+                return f"result {i} has shape {list(x.shape)}, expected {list(y.shape)}"
+            if random or not y.numel():
+                continue
+            off = (x.detach().double() - y.detach().double()).abs().max() / y.detach().abs().max().double()
+            if not off <= self.tolerance:
+                return f"result {i} is off by {off:.1g} of the largest value, allowed is {self.tolerance:g}"
+        return ""
+
+
+def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list[str]) -> Iterator[Peer]:
+    """Our backends, then the peers; those that are not wanted are left out."""
+    device = x.device.type
+    for backend in measure.OURS:
+        reason = refusal(op, backend, device, x.dtype)
+        if reason or backend == choose(op, x):  # chosen without being forced, as a user's call would be
+            yield Peer(backend, None if reason else op.function, reason)
+            continue
+
+        def on_backend(*args: object, backend: str = backend, **kwargs: object) -> object:
+            with use(backend):
+                return op.function(*args, **kwargs)
+
+        yield Peer(backend, on_backend)
+    for peer in peers(op.name, device, drawn="drawn" in case.shape or op.name == "flow_timesteps"):
+        if wanted and peer.name not in wanted:
+            continue
+        if training and peer.forward_only:
+            peer = replace(peer, function=None, reason="has no backward pass on a CPU")
+        yield peer
+
+
+def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, options: argparse.Namespace) -> list[Row]:
+    device = options.device
+    contest = Contest(op, case, dtype, device, training)
+    head = Row(
+        op.name, "", device, str(dtype).removeprefix("torch."), case.shape, "training" if training else "forward",
+        memory=options.memory,
+    )  # fmt: skip
+    found: dict[str, Row] = {}
+    calls: dict[str, measure.Call] = {}
+    leading = next(x for x in contest.inputs[0].values() if isinstance(x, Tensor))
+    for peer in contestants(op, case, leading, training, options.peers):
+        row = replace(head, provider=peer.name, reason=peer.reason)
+        if peer.function is not None:
+            function = peer.function
+            try:
+                row = replace(row, reason=contest.wrong(function, peer.random))
+            except FAILURES as error:
+                if peer.name in measure.OURS:
+                    raise
+                row = replace(row, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+            row = replace(row, checked=not row.reason)
+            if row.checked:
+                calls[peer.name] = contest.timed(function)
+            elif peer.name in measure.OURS:
+                raise AssertionError(f"{op.name} {case.shape} {head.dtype}: {peer.name} {row.reason}")
+        found[peer.name] = row
+    yardsticks = limits.contestants(contest.work, device, dtype)
+    times = measure.take_turns({**calls, **yardsticks}, device, options.seconds)
+    limit = limits.seconds(contest.work, {name: times[name] for name in yardsticks}, device)
+    for name in calls:
+        found[name] = measure.measured(found[name], times[name], contest.work, limit)
+    return measure.compared(found.values())
+
+
+def summary(found: list[Row], bound: set[tuple[str, str]]) -> str:
+    """The rows of ours in numbers; `bound`: the (op, shape) pairs that memory binds."""
+    ratios = [row.ratio_to_best_peer for row in found if row.ratio_to_best_peer]
+    memory = [row.ratio_to_best_peer for row in found if row.ratio_to_best_peer and (row.op, row.shape) in bound]
+    behind = sum(ratio < 1 for ratio in ratios)
+    return (
+        f"{len(ratios)} rows of ours, {behind} behind the best peer; geometric mean of the ratios "
+        f"{measure.geometric_mean(ratios):.2f}, over the {len(memory)} memory-bound rows "
+        f"{measure.geometric_mean(memory):.2f}"
+    )
+
+
+def arguments() -> argparse.Namespace:
+    known = [op.name for op in OPS]
+    parser = argparse.ArgumentParser(description="Every op beside its peers.")
+    parser.add_argument("--op", nargs="+", choices=known, default=known, metavar="OP")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
+    parser.add_argument("--shapes", choices=[*rows.PHASES, "all"], default="all")
+    parser.add_argument("--presets", nargs="+", choices=["nano", "4b", "8b"], default=["nano", "4b", "8b"])
+    parser.add_argument("--directions", nargs="+", choices=["forward", "training"], default=["forward", "training"])
+    parser.add_argument("--peers", nargs="+", default=[], help="names as in the table; all if not given")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=0.2, help="for each contestant of a row")
+    parser.add_argument("--memory", choices=["fresh", "reused"], default="fresh")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--plot", type=Path, metavar="DIR")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="a JSON file of an earlier run")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    old = measure.read(options.compare) if options.compare else []
+    if options.memory == "reused" and not keep_freed_memory():
+        raise SystemExit("--memory reused: this C library cannot keep freed memory")
+    phases = list(rows.PHASES) if options.shapes == "all" else [options.shapes]
+    dtypes = [DTYPES[name] for name in options.dtype]
+    found, bound = limits.rows(options.device, dtypes), set()
+    for case in rows.cases(options.op, options.presets, phases, options.device):
+        op = next(op for op in OPS if op.name == case.op)
+        if case.memory_bound:
+            bound.add((case.op, case.shape))
+        for dtype in dtypes[:1] if case.op == "flow_timesteps" else dtypes:  # which has no float among its inputs
+            for training in (False, True):
+                if ("training" if training else "forward") in options.directions and (case.trained or not training):
+                    torch._dynamo.reset()
+                    with torch.set_grad_enabled(training):
+                        found += measure_case(op, case, dtype, training, options)
+                    progress(measure.line([row for row in found if row.key == found[-1].key]))
+                    if options.json:
+                        measure.write(options.json, found)
+    ours = [row for row in found if row.op != "limit"]
+    head = f"`python benchmarks/ops.py`, {measure.machine(options.device)}, memory {options.memory}"
+    text = "\n\n".join((head, limits.sentence(found), summary(ours, bound), measure.table(ours)))
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n")
+    if options.plot:
+        from roofline import plot
+
+        progress(f"plot in {plot(options.plot, found)}")
+    if old:
+        worse = measure.slower(old, ours)
+        print("\n".join(["", f"{len(worse)} rows slower than in {options.compare}:", *worse]))
+
+
+if __name__ == "__main__":
+    main()
