@@ -138,7 +138,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
     )  # fmt: skip
     found: dict[str, Row] = {}
     calls: dict[str, measure.Call] = {}
-    leading = next(x for x in contest.inputs[0].values() if isinstance(x, Tensor))
+    leading = next(x for x in contest.inputs[0][0] if isinstance(x, Tensor))
     for peer in contestants(op, case, leading, training, options.peers):
         row = replace(head, provider=peer.name, reason=peer.reason)
         if peer.function is not None:
