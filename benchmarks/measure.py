@@ -43,7 +43,7 @@ class Row:
     low_us, high_us: the 95 % interval of the median.  gbps, tflops: the bytes and operations that the call cannot do
     without, over the median.  limit_share: the time the machine's binding limit allows, over the median.  memory:
     "fresh" if every result is newly mapped by the operating system, "reused" if freed memory is kept.  checked:
-    whether the result agreed with the reference.
+    whether the result agreed with the reference.  intensity: operations of any kind, by FLOP formulas, on a byte.
     """
 
     op: str
@@ -62,6 +62,7 @@ class Row:
     checked: bool = False
     memory: str = "fresh"
     peak_mib: float | None = None
+    intensity: float | None = None
     reason: str = ""
 
     @property

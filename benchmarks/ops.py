@@ -24,6 +24,7 @@ import torch
 from measure import Row, progress
 from peers import Peer, peers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_kernels import OPS, keep_freed_memory, use
 from blip3o_kernels.dispatch import Op, choose, refusal
@@ -62,6 +63,14 @@ class Contest:
         self.upstream = [torch.randn_like(y) for y in results]
         self.work = rows.work(case, arguments, results, op.differentiable)["training" if training else "forward"]
         self.expected = self.run(op.reference, 0)
+        self.intensity = self._operations(op) / self.work.bytes
+
+    def _operations(self, op: Op) -> int:
+        """By the FLOP formulas of the registered ops, which a body of ours must run for."""
+        x = next(x for x in self.inputs[0][0] if isinstance(x, Tensor))
+        with FlopCounterMode(display=False) as counter, use(choose(op, x)):
+            self.run(op.function, 0)
+        return counter.get_total_flops()
 
     def _leaves(self, op: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
         if not self.training:
@@ -134,7 +143,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
     contest = Contest(op, case, dtype, device, training)
     head = Row(
         op.name, "", device, str(dtype).removeprefix("torch."), case.shape, "training" if training else "forward",
-        memory=options.memory,
+        memory=options.memory, intensity=contest.intensity,
     )  # fmt: skip
     found: dict[str, Row] = {}
     calls: dict[str, measure.Call] = {}
@@ -226,7 +235,7 @@ def main() -> None:
     if options.plot:
         from roofline import plot
 
-        progress(f"plot in {plot(options.plot, found)}")
+        progress(f"plots: {', '.join(map(str, plot(options.plot, found)))}")
     if old:
         worse = measure.slower(old, ours)
         print("\n".join(["", f"{len(worse)} rows slower than in {options.compare}:", *worse]))
