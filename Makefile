@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz check-gpu-code lint clean
+.PHONY: demo test bench fuzz check-gpu-code lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# Every op, the model and training beside their peers; the tables are printed, and kept in build/bench.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/ops.py --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
 
 # Random calls of every op under AddressSanitizer and UndefinedBehaviorSanitizer; `make fuzz CALLS=20000` is a short run.
 CALLS ?= 1000000

@@ -71,8 +71,8 @@ def seconds(work: Work, times: dict[str, Sequence[float]], device: str) -> float
     return max(allowed)
 
 
-def rows(device: str, dtypes: list[torch.dtype]) -> list[Row]:
-    """The limits of the run as rows of the results, under the op "limit"; the medians of a second each."""
+def rows(device: str, dtypes: list[torch.dtype], longest: float) -> list[Row]:
+    """The limits of the run as rows of the results, under the op "limit". longest: seconds for each."""
     exponentials, count = _exponentials(device)
     work = {"copy": Work(bytes=ROTATED), "exponentials": Work(exponentials=count)}
     calls = {"copy": _copy(ROTATED, device), "exponentials": exponentials}
@@ -80,7 +80,7 @@ def rows(device: str, dtypes: list[torch.dtype]) -> list[Row]:
         name = str(dtype).removeprefix("torch.")
         calls[name], work[name] = _product(device, dtype), Work(flops=2 * SIDE**3)
     found = []
-    for name, values in take_turns(calls, device, 1.0).items():
+    for name, values in take_turns(calls, device, longest).items():
         median, low, high = interval(values)
         dtype_name = name if work[name].flops else "float32"
         what = f"product of {SIDE}x{SIDE}" if work[name].flops else name

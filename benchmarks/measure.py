@@ -90,7 +90,8 @@ def take_turns(
     A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
     not before `least` measurements of each, nor after `most`.
     """
-    repeats, counts = {}, dict.fromkeys(contestants, 0)
+    counts = dict.fromkeys(contestants, 0)
+    repeats: dict[str, int] = {}
 
     def once(name: str) -> float:
         call, first, number = contestants[name], counts[name], repeats.get(name, 1)

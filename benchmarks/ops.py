@@ -31,7 +31,8 @@ from blip3o_kernels.dispatch import Op, choose, refusal
 from blip3o_kernels.samples import Draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference from the reference, relative to the largest value: a few roundings of the dtype.
+# Largest difference from the reference, relative to the largest value: a few roundings of the dtype. Gradients may be
+# three times as far off: torch's own layer_norm adds the rows of a bfloat16 weight's gradient up to 4 % off.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 
@@ -110,9 +111,10 @@ class Contest:
                 return f"result {i} has shape {list(x.shape)}, expected {list(y.shape)}"
             if random or not y.numel():
                 continue
+            allowed = self.tolerance * (3 if i >= len(self.upstream) else 1)
             off = (x.detach().double() - y.detach().double()).abs().max() / y.detach().abs().max().double()
-            if not off <= self.tolerance:
-                return f"result {i} is off by {off:.1g} of the largest value, allowed is {self.tolerance:g}"
+            if not off <= allowed:
+                return f"result {i} is off by {off:.1g} of the largest value, allowed is {allowed:g}"
         return ""
 
 
@@ -184,6 +186,18 @@ def summary(found: list[Row], bound: set[tuple[str, str]]) -> str:
     )
 
 
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """For argparse: a number above 0."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    return parse
+
+
 def arguments() -> argparse.Namespace:
     known = [op.name for op in OPS]
     parser = argparse.ArgumentParser(description="Every op beside its peers.")
@@ -194,14 +208,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--directions", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--peers", nargs="+", default=[], help="names as in the table; all if not given")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.2, help="for each contestant of a row")
+    parser.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=positive(float), default=0.2, help="for each contestant of a row")
     parser.add_argument("--memory", choices=["fresh", "reused"], default="fresh")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, metavar="DIR")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="a JSON file of an earlier run")
-    return parser.parse_args()
+    options = parser.parse_args()
+    known = sorted({peer.name for op in options.op for peer in peers(op, options.device, drawn=False)})
+    unknown = set(options.peers) - set(known)
+    if unknown:
+        parser.error(f"argument --peers: of these ops they are {', '.join(known)}; got {', '.join(sorted(unknown))}")
+    return options
 
 
 def main() -> None:
@@ -212,7 +231,7 @@ def main() -> None:
         raise SystemExit("--memory reused: this C library cannot keep freed memory")
     phases = list(rows.PHASES) if options.shapes == "all" else [options.shapes]
     dtypes = [DTYPES[name] for name in options.dtype]
-    found, bound = limits.rows(options.device, dtypes), set()
+    found, bound = limits.rows(options.device, dtypes, 5 * options.seconds), set()
     for case in rows.cases(options.op, options.presets, phases, options.device):
         op = next(op for op in OPS if op.name == case.op)
         if case.memory_bound:

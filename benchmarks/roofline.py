@@ -81,10 +81,10 @@ def panel(dtype: str, rows: Sequence[Row], limits: Sequence[Row]) -> str:
     parts = [*axes.grid()]
     parts.append('<polyline class="roof" points="' + " ".join(f"{x:.1f},{y:.1f}" for x, y in roof) + '"/>')
     names = list(dict.fromkeys(row.op for row, _ in pairs))
-    for mine, peer in pairs:
-        colour = COLOURS[names.index(mine.op) % len(COLOURS)]
-        x, y = axes.place(*point(mine))
-        title = f"<title>{escape(' '.join(mine.key[:4]))}: {mine.median_us:.1f} µs</title>"
+    for best, peer in pairs:
+        colour = COLOURS[names.index(best.op) % len(COLOURS)]
+        x, y = axes.place(*point(best))
+        title = f"<title>{escape(' '.join(best.key[:4]))}: {best.median_us:.1f} µs</title>"
         if peer:
             px, py = axes.place(*point(peer))
             parts.append(

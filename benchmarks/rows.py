@@ -115,13 +115,19 @@ def rms_norm(b: Builder) -> Iterator[Case]:
 
 def add_rms_norm(b: Builder) -> Iterator[Case]:
     width = b.llm.width
-    make = lambda draw: ((draw(*b.tokens), draw(*b.tokens), draw(width), b.llm.eps), {})  # noqa: E731
+
+    def make(draw: Draw) -> Arguments:
+        return (draw(*b.tokens), draw(*b.tokens), draw(width), b.llm.eps), {}
+
     yield b.case(_text(b.tokens), make, unread=("x",), free=("x",))  # one sum, one gradient for both
 
 
 def layer_norm(b: Builder) -> Iterator[Case]:
     width = b.dit.width
-    make = lambda draw: ((draw(*b.features), draw(width), draw(width), 1e-5), {})  # noqa: E731
+
+    def make(draw: Draw) -> Arguments:
+        return (draw(*b.features), draw(width), draw(width), 1e-5), {}
+
     yield b.case(_text(b.features), make)
 
 
@@ -213,7 +219,10 @@ def flow_timesteps(b: Builder) -> Iterator[Case]:
     if b.training:
         rows = b.sizes.pictures
         options: dict[str, object] = {"distribution": b.config.flow.sigma}
-        make = lambda draw: ((torch.arange(rows, device=draw.device), 7), options)  # noqa: E731
+
+        def make(draw: Draw) -> Arguments:
+            return (torch.arange(rows, device=draw.device), 7), options
+
         yield b.case(f"{rows} {b.config.flow.sigma}", make, trained=False)
 
 

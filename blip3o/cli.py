@@ -1,4 +1,4 @@
-"""The command line: blip3o demo | train | generate | ask | evaluate | doctor.
+"""The command line: blip3o demo | train | generate | ask | evaluate | bench | doctor.
 
 What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
 Anything else is a mistake of this program and keeps its traceback. torch is imported by the commands that need it.
@@ -6,6 +6,7 @@ Anything else is a mistake of this program and keeps its traceback. torch is imp
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import NoReturn
 from blip3o.train.recipe import STAGES
 
 DEMO = Path("runs/demo")
+BENCHES = ("ops", "model", "training")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def demo(arguments: argparse.Namespace) -> None:
@@ -92,6 +95,18 @@ def evaluate(arguments: argparse.Namespace) -> None:
         scores.write_metrics(arguments.json, metrics)
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    named = arguments.options[:1] if arguments.options[:1] and arguments.options[0] in BENCHES else []
+    script = BENCHMARKS / f"{named[0] if named else BENCHES[0]}.py"
+    if not script.exists():
+        raise ValueError(
+            f"the benchmarks are files of the repository, expected at {script}; install from a clone of it"
+        )
+    status = subprocess.call([sys.executable, str(script), *arguments.options[len(named) :]])
+    if status:
+        raise SystemExit(status)
+
+
 def doctor(arguments: argparse.Namespace) -> None:
     from blip3o.doctor import check, examine
 
@@ -158,6 +173,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--questions", type=int, default=400, help="of each type (default: %(default)s)")
     command.add_argument("--json", type=Path, help="also write the scores here")
     command.set_defaults(run=evaluate)
+
+    # No option starts with a NUL: all of them are for the program that is called.
+    command = commands.add_parser(
+        "bench",
+        help="time the ops (or: bench model, bench training) beside their peers",
+        add_help=False,
+        prefix_chars="\0",
+    )
+    command.add_argument("options", nargs=argparse.REMAINDER)
+    command.set_defaults(run=bench)
 
     command = commands.add_parser("doctor", help="what this machine has, and which backend each op will use")
     command.add_argument("--json", action="store_true")

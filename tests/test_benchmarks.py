@@ -1,0 +1,164 @@
+"""The benchmark: that it measures what it says, tells a wrong contestant from a right one, and sees what got slower."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import limits
+import measure
+import ops
+import peers
+import pytest
+import roofline
+import rows
+import torch
+from measure import Row, Work
+
+from blip3o_kernels import OPS
+from blip3o_kernels.samples import Draw
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = list(rows.cases([op.name for op in OPS], ["nano", "4b", "8b"], list(rows.PHASES), "cpu"))
+NANO = [case for case in EVERYTHING if case.shape.startswith("nano")]
+
+
+def row(provider: str, median: float | None, **more: object) -> Row:
+    row = Row("rms_norm", provider, "cpu", "float32", "nano decode", "forward", median, median, median, checked=True)
+    return replace(row, **more)  # type: ignore[arg-type]
+
+
+def test_every_op_has_rows_at_every_preset_and_peers() -> None:
+    for preset in ("nano", "4b", "8b"):
+        assert {case.op for case in EVERYTHING if case.shape.startswith(preset)} == {op.name for op in OPS}
+    assert len({(case.op, case.shape) for case in EVERYTHING}) == len(EVERYTHING)
+    for op in OPS:
+        names = [peer.name for peer in peers.peers(op.name, "cpu", drawn=False)]
+        assert {"reference", "compile", "compile max-autotune"} <= set(names) and len(names) == len(set(names))
+        assert all(peer.function or peer.reason for peer in peers.peers(op.name, "cpu", drawn=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", NANO, ids=lambda case: f"{case.op} {case.shape}")
+def test_peers_compute_what_the_op_computes(case: rows.Case, dtype: torch.dtype) -> None:
+    op = next(op for op in OPS if op.name == case.op)
+    for training in {False, case.trained}:
+        with torch.set_grad_enabled(training):
+            contest = ops.Contest(op, case, dtype, "cpu", training)
+            wanted = [*peers.PEERS[op.name], "reference", "sdpa math", "sdpa flash"]
+            x = contest.inputs[0][0][0]
+            assert isinstance(x, torch.Tensor)
+            found = [peer for peer in ops.contestants(op, case, x, training, wanted) if peer.function]
+            assert {"native", "reference"} < {peer.name for peer in found}
+            assert not [peer.name for peer in found if contest.wrong(peer.function, peer.random)]  # type: ignore[arg-type]
+            assert "off by" in contest.wrong(lambda *a, **k: spoilt(op.function(*a, **k)), random=False)
+
+
+def spoilt(result: object) -> object:
+    results = [result] if isinstance(result, torch.Tensor) else list(result)  # type: ignore[call-overload]
+    return [results[0] * 1.25, *results[1:]]
+
+
+def test_work_counts_each_tensor_once() -> None:
+    case = next(case for case in NANO if case.op == "rms_norm" and case.trained)
+    args, kwargs = case.make(Draw(torch.float32, "cpu"))
+    x, weight = args[:2]
+    assert isinstance(x, torch.Tensor) and isinstance(weight, torch.Tensor)
+    work = rows.work(case, {"x": x, "weight": weight, **kwargs}, [x], ("x", "weight"))
+    assert work["forward"] == Work(bytes=4 * (2 * x.numel() + weight.numel()))
+    assert work["training"].bytes == 4 * (2 * x.numel() + weight.numel() + 3 * x.numel() + 2 * weight.numel())
+
+
+def test_turns_are_taken_in_turn() -> None:
+    order: list[str] = []
+    calls = {name: lambda _, name=name: (order.append(name), [i * i for i in range(2000)]) for name in "abc"}
+    times = measure.take_turns(calls, "cpu", seconds=0.01, least=6, most=6)  # type: ignore[arg-type]
+    assert all(len(values) == 6 and min(values) > 0 for values in times.values())
+    switches = sum(a != b for a, b in itertools.pairwise(order))
+    assert switches >= 6 * 3 - 1 and len(Counter(order)) == 3
+
+
+def test_intervals_hold_the_median() -> None:
+    assert measure.interval([5.0, 1.0, 3.0]) == (3.0, 1.0, 5.0)
+    median, low, high = measure.interval([float(i) for i in range(101)])
+    assert median == 50 and 38 <= low < 45 < 55 < high <= 62
+
+
+def test_ratio_is_to_the_best_peer_that_was_right() -> None:
+    found = measure.compared(
+        [row("native", 10), row("compile", 8), row("transformers", 30), row("wrong", 1, checked=False)]
+    )
+    assert [one.ratio_to_best_peer for one in found] == [0.8, None, None, None]
+    assert measure.line(found).startswith("| **rms_norm**")  # a peer wins: in bold
+    assert measure.line(measure.compared([row("native", 10), row("compile", 30)])).startswith("| rms_norm")
+    assert "- liger: not installed" in measure.table([*found, row("liger", None, reason="not installed")])
+
+
+def test_what_got_slower_is_told(tmp_path: Path) -> None:
+    before = measure.compared([row("native", 10), row("compile", 30)])
+    measure.write(tmp_path / "old.json", before)
+    assert measure.read(tmp_path / "old.json") == before
+    after = measure.compared([row("native", 20), row("compile", 30)])
+    assert len(measure.slower(before, after)) == 1 and "2.00 times slower" in measure.slower(before, after)[0]
+    busy = measure.compared([row("native", 20), row("compile", 60)])  # the machine was slower, not we
+    assert not measure.slower(before, busy) and not measure.slower(after, before)
+    for text in ("{", "[3]", '[{"op": 1, "colour": 2}]'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json"):
+            measure.read(tmp_path / "bad.json")
+    with pytest.raises(ValueError, match="none at"):
+        measure.read(tmp_path / "absent.json")
+
+
+def test_limits_bind_by_what_is_slowest() -> None:
+    times = {limits.COPY: [1e-3], limits.PRODUCT: [2e-3]}
+    assert limits.seconds(Work(bytes=2**20, flops=2 * 2 * limits.SIDE**3), times, "cpu") == 4e-3
+    assert limits.seconds(Work(bytes=2**20, flops=limits.SIDE**3 / 50), times, "cpu") == 1e-3
+
+
+def test_the_program(tmp_path: Path) -> None:
+    """One op, as a user would run it, twice: the second run is compared with the first."""
+    command = [sys.executable, "benchmarks/ops.py", "--op", "swiglu", "--presets", "nano", "--seconds", "0.01"]
+    command += ["--peers", "transformers", "reference", "--dtype", "float32", "--json", str(tmp_path / "b.json")]
+    first = subprocess.run(
+        [*command, "--plot", str(tmp_path), "--markdown", str(tmp_path / "b.md")],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = measure.read(tmp_path / "b.json")
+    assert {(one.shape.split()[1], one.direction) for one in found if one.op == "swiglu"} == {
+        ("decode", "forward"), ("train", "forward"), ("train", "training"),
+    }  # fmt: skip
+    ours = [one for one in found if one.provider == "native"]
+    assert len(ours) == 3 and all(one.ratio_to_best_peer and one.limit_share and one.checked for one in ours)
+    assert {
+        "op",
+        "provider",
+        "device",
+        "dtype",
+        "shape",
+        "direction",
+        "median_us",
+        "low_us",
+        "high_us",
+        "gbps",
+        "tflops",
+    } <= set(json.loads((tmp_path / "b.json").read_text())[0])
+    assert "| swiglu | float32 |" in first.stdout.replace("**", "")
+    assert "3 rows of ours" in first.stdout and first.stdout.strip() == (tmp_path / "b.md").read_text().strip()
+    assert (tmp_path / "roofline_float32.svg").read_text().count("<circle") > 3
+    again = subprocess.run(
+        [*command, "--compare", str(tmp_path / "b.json")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert f"rows slower than in {tmp_path / 'b.json'}" in again.stdout
+    wrong = subprocess.run([*command, "--peers", "apex"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2 and "transformers" in wrong.stderr and "apex" in wrong.stderr
+
+
+def test_a_plot_needs_the_limits() -> None:
+    with pytest.raises(ValueError, match="limits"):
+        roofline.plot(Path("unused"), [row("native", 1)])
