@@ -197,8 +197,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 # As torch knows it: torch.ops.blip3o.attention, which returns the log-sum-exp too; that carries no gradient.
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens = query.shape[:3]
-    y = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
-    return y, query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return strides.tokens_first(query, value.shape[3]), query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 def _fake_backward(dy: Tensor, y: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, ...]:

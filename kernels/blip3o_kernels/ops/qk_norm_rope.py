@@ -29,6 +29,7 @@ from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable_once, register, register_gradient
 from ..samples import Draw, Sample
+from ..strides import tokens_first
 from . import rope
 
 
@@ -177,17 +178,16 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 # As torch knows it: torch.ops.blip3o.qk_norm_rope.
-def rows_like(x: Tensor) -> Tensor:
-    """An empty tensor [B, H, T, K] that is dense in memory as [B, T, H, K]."""
-    _, heads, tokens, head_dim = x.shape
-    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)  # no view: autograd lets none be changed
-    return x.new_empty_strided(x.shape, strides)
+def readable(x: Tensor, heads_adjacent: bool = False) -> Tensor:
+    """x [B, H, T, K] with adjacent dims and, if asked for, adjacent heads; a copy only where they are not."""
+    adjacent = x.stride(3) == 1 and (not heads_adjacent or x.shape[1] < 2 or x.stride(1) == x.shape[3])
+    return x if adjacent else tokens_first(x).copy_(x)
 
 
 def gradients_like(query: Tensor, key: Tensor, parameters: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:
     """Where the gradients of query, key and their parameters go."""
     given = (query.new_empty(0) if p is None or not wanted else p.new_empty(p.shape) for p in parameters)
-    return [rows_like(query), rows_like(key), *given]
+    return [tokens_first(query), tokens_first(key), *given]
 
 
 def _fake_backward(query_dy: Tensor, key_dy: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -199,7 +199,7 @@ _options = "float eps, bool centred, bool across_width, bool interleaved, str ba
 _forward_op = register(
     f"qk_norm_rope({_tensors}, Tensor cos, Tensor sin, {_options}) -> (Tensor, Tensor)",
     _forward,
-    lambda query, key, *_: (rows_like(query), rows_like(key)),
+    lambda query, key, *_: (tokens_first(query), tokens_first(key)),
     lambda query, key, *_, **__: 8 * (torch.Size(query).numel() + torch.Size(key).numel()),
 )
 _backward_op = register(
