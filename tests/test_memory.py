@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conformance import bound, evaluate, expectation, floating, tensors_of, variants, violations
+from conformance import bound, evaluate, expectation, floating, outputs_of, tensors_of, variants, violations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_calls import CALLS, Draw
@@ -88,6 +88,19 @@ def test_every_time_the_same_bits(op: Op, backend: str) -> None:
     for sample in some(op):
         first = run(op, backend, bound(op, sample))
         equal(run(op, backend, bound(op, sample)), first, sample.name)
+
+
+@pytest.mark.parametrize(("op", "backend"), RUNS)
+def test_outputs_may_be_changed_in_place(op: Op, backend: str) -> None:
+    """Also where a gradient is wanted: autograd forbids it for a view."""
+    arguments = bound(op, variants(op)[0])
+    for name in op.differentiable:
+        if isinstance(leaf := arguments.get(name), Tensor):
+            leaf.requires_grad_()
+    with use(backend):
+        outputs = outputs_of(op.function(**arguments))
+    for y in outputs.values():
+        y.mul_(2)
 
 
 def large_calls() -> dict[str, tuple[tuple[tuple[object, ...], dict[str, object]], ...]]:

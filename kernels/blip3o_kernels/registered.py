@@ -7,11 +7,13 @@ itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
+
+from .bodies import body
+from .dispatch import direct
 
 LIBRARY = torch.library.Library("blip3o", "DEF")
 
@@ -31,33 +33,76 @@ def register(
     return overload
 
 
-def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give `blip3o::name` a gradient, and its own backward op `blip3o::name_backward` an error instead of one."""
+def differentiable(
+    schema: str,
+    backward_schema: str,
+    *,
+    fake: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    flops: Callable[..., int],
+    backward_flops: Callable[..., int],
+    setup: Callable[..., None],
+    gradients: Callable[..., tuple[torch.Tensor | None, ...]],
+    forward: Callable[..., Any] | None = None,
+    backward: Callable[..., Any] | None = None,
+    hidden: bool = False,
+) -> tuple[torch._ops.OpOverload, Callable[..., Any]]:
+    """An op and its backward op as torch knows them, and the same in eager mode: the `apply` of an autograd.Function.
 
-    def twice(context: Any, *gradients: torch.Tensor) -> Sequence[None]:
+    forward, backward: take what the schemas say, and if not given call the bodies with all but the last, the backend.
+    setup(context, inputs, results): keeps what the gradient needs.
+    gradients(context, backward, *dys): those of all inputs; `backward` is the backward op, or if it may be, the plain
+    function.  hidden: all results but the first are for the backward pass alone; `apply` returns the first.
+    """
+    name = schema[: schema.index("(")]
+    run_forward = forward or (lambda *inputs: body(name, inputs[-1]).forward(*inputs[:-1]))
+    run_backward = backward or (lambda *inputs: body(name, inputs[-1]).backward(*inputs[:-1]))
+    op = register(schema, run_forward, fake, flops)
+    backward_op = register(backward_schema, run_backward, fake_backward, backward_flops)
+
+    def setup_op(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup(ctx, inputs, output)
+        if hidden:
+            ctx.mark_non_differentiable(*output[1:])
+
+    def op_gradients(context: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return gradients(context, backward_op, *(dys[:1] if hidden else dys))
+
+    def twice(context: Any, *dys: torch.Tensor) -> Sequence[None]:
         raise RuntimeError(f"{name}: its gradient cannot be differentiated; use the reference backend for that")
 
-    torch.library.register_autograd(f"blip3o::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+    torch.library.register_autograd(f"blip3o::{name}", op_gradients, setup_context=setup_op, lib=LIBRARY)
     torch.library.register_autograd(f"blip3o::{name}_backward", twice, lib=LIBRARY)
 
+    def eager_forward(context: Any, *inputs: Any) -> Any:
+        results = run_forward(*inputs)
+        setup(context, inputs, results)
+        return results[0] if hidden else results
 
-def differentiable_once(backward: Callable[..., tuple[torch.Tensor | None, ...]]) -> Callable[..., Any]:
-    """For the backward method of an autograd.Function: its results raise when they are differentiated again.
+    def eager_backward(context: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        run = run_backward if direct(*dys) else backward_op  # type: ignore[arg-type]
+        if not torch.is_grad_enabled():  # no create_graph: nobody can differentiate the results
+            return gradients(context, run, *dys)
+        with torch.no_grad():
+            results = gradients(context, run, *dys)
+        return _once(results, (*dys, *context.saved_tensors))
+
+    methods = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
+    function: Any = type(name, (torch.autograd.Function,), methods)  # a class of its own: grad_fn says which op it is
+    # Function.apply itself only adds what functorch needs, 1.8 us; where that is active nobody comes here (`direct`).
+    return op, super(torch.autograd.Function, function).apply
+
+
+def _once(
+    results: tuple[torch.Tensor | None, ...], sources: tuple[torch.Tensor | None, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients, which raise when they are differentiated again.
 
     torch's own once_differentiable only notices that where the incoming gradient depends on something. Under a sum it
     does not, and the second derivative by way of the saved inputs would silently be missing.
     """
-
-    @wraps(backward)
-    def guarded(context: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        if not torch.is_grad_enabled():  # no create_graph: nobody can differentiate the results
-            return backward(context, *gradients)
-        with torch.no_grad():
-            results = backward(context, *gradients)
-        sources = [x for x in (*gradients, *context.saved_tensors) if x is not None]
-        return tuple(None if result is None else _Once.apply(result, *sources) for result in results)
-
-    return guarded
+    given = [x for x in sources if x is not None]
+    return tuple(None if result is None else _Once.apply(result, *given) for result in results)
 
 
 class _Once(torch.autograd.Function):

@@ -32,6 +32,15 @@ def last_adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
+    """An empty tensor like x [B, H, T, K], or of another width, that is dense in memory as [B, T, H, K].
+
+    It is no view, such as a transposed one is: autograd lets no view be changed in place that a Function returns.
+    """
+    batch, heads, tokens, width = *x.shape[:3], x.shape[3] if width is None else width
+    return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
+
+
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import native
 from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import address, contiguous, last_adjacent
+from ..strides import address, contiguous, last_adjacent, tokens_first
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
@@ -56,8 +56,7 @@ def forward(
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    strides = (tokens * heads * value_dim, value_dim, heads * value_dim, 1)  # no view: autograd lets none be changed
-    y = query.new_empty_strided((batch, heads, tokens, value_dim), strides)
+    y = tokens_first(query, value_dim)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1

@@ -12,7 +12,9 @@ from ..strides import address, contiguous, rows
 _FORWARD, _BACKWARD = native.cpu_call("layer_norm"), native.cpu_call("layer_norm_backward")
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool = True
+) -> tuple[Tensor, Tensor]:
     """y, and what the backward pass needs: 1/std of each row, then the mean of each row."""
     x, stride = rows(x)
     width = x.shape[-1]

@@ -20,7 +20,7 @@ def forward(
     bias: Tensor | None,
     eps: float,
     centred: bool,
-    saving: bool,
+    saving: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
     x, stride = rows(x)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import native
 from ..native import DTYPES
-from ..ops.qk_norm_rope import gradients_like, rows_like
-from ..strides import address, contiguous
+from ..ops.qk_norm_rope import gradients_like, readable
+from ..strides import address, contiguous, tokens_first
 
 _FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
 _ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
@@ -28,8 +28,8 @@ def forward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key = _readable(query, across_width), _readable(key, across_width)
-    query_y, key_y = rows_like(query), rows_like(key)
+    query, key = readable(query, across_width), readable(key, across_width)
+    query_y, key_y = tokens_first(query), tokens_first(key)
     parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     _FORWARD(
@@ -67,8 +67,8 @@ def backward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, ...]:
-    query, key = _readable(query, across_width), _readable(key, across_width)
-    query_dy, key_dy = _readable(query_dy, False), _readable(key_dy, False)
+    query, key = readable(query, across_width), readable(key, across_width)
+    query_dy, key_dy = readable(query_dy), readable(key_dy)
     gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
     query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
@@ -96,12 +96,6 @@ def backward(
         interleaved,
     )
     return tuple(gradients)
-
-
-def _readable(x: Tensor, across_width: bool) -> Tensor:
-    """x [B, H, T, K] with adjacent dims, and across the width adjacent heads; a copy only where they are not."""
-    adjacent = x.stride(3) == 1 and (not across_width or x.shape[1] < 2 or x.stride(1) == x.shape[3])
-    return x if adjacent else rows_like(x).copy_(x)
 
 
 def _sizes(query: Tensor, key: Tensor, cos: Tensor) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 from . import rms_norm
 
@@ -74,83 +74,41 @@ def add_rms_norm(
         result = _forward_op(x, residual, weight, *options)
         return result
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight)):
-        result = _AddRmsNorm.apply(x, residual, weight, *options)
+        result = _apply(x, residual, weight, *options)
         return result
-    return _forward(x, residual, weight, *options)
+    result = body("add_rms_norm", backend).forward(x, residual, weight, *options[:-1])
+    return result
 
 
-class _AddRmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, x: Tensor, residual: Tensor, weight: Tensor | None, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        y, added = _forward(x, residual, weight, *options)
-        context.save_for_backward(added, weight)
-        context.set_materialize_grads(False)
-        context.options = options
-        return y, added
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor | None, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _gradient(context, dy, dadded)
+# As torch knows it: torch.ops.blip3o.add_rms_norm.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    _, _, weight, *context.options = inputs
+    context.save_for_backward(results[1], weight)
+    context.set_materialize_grads(False)
 
 
-def _gradient(context: Any, dy: Tensor | None, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor | None, dadded: Tensor | None) -> tuple[Tensor | None, ...]:
     """Either gradient may be absent: what it belongs to was not used."""
     added, weight = context.saved_tensors
     wanted = weight is not None and context.needs_input_grad[2]
     if dy is None:
         return dadded, dadded, torch.zeros_like(weight) if wanted and dadded is not None else None, *[None] * 4
-    run = _backward if direct(dy, dadded) else _backward_op
-    total, dweight = run(dy, dadded, added, weight, wanted, *context.options)
+    total, dweight = backward(dy, dadded, added, weight, wanted, *context.options)
     return total, total, dweight if wanted else None, *[None] * 4
 
 
-def _forward(
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    weight_offset: float,
-    round_before_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = body("add_rms_norm", backend).forward(
-        x, residual, weight, eps, weight_offset, round_before_weight
-    )
-    return result
-
-
-def _backward(
-    dy: Tensor,
-    dadded: Tensor | None,
-    added: Tensor,
-    weight: Tensor | None,
-    wanted: bool,
-    eps: float,
-    weight_offset: float,
-    round_before_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The gradient of x and residual, and dweight if it is wanted (otherwise an empty tensor)."""
-    result: tuple[Tensor, Tensor] = body("add_rms_norm", backend).backward(
-        dy, dadded, added, weight, wanted, eps, weight_offset
-    )
-    return result
+    gradients: tuple[Tensor, Tensor]
+    gradients = body("add_rms_norm", arguments[-1]).backward(*arguments[:-2])  # rounding passes gradients through
+    return gradients
 
 
-# As torch knows it: torch.ops.blip3o.add_rms_norm.
 def _fake_backward(
     dy: Tensor, dadded: Tensor | None, added: Tensor, weight: Tensor | None, wanted: bool, *options: Any
 ) -> tuple[Tensor, Tensor]:
     dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
     return added.new_empty(added.shape), dweight
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, weight, *ctx.options = inputs
-    ctx.save_for_backward(output[1], weight)
 
 
 def _batched(
@@ -171,20 +129,18 @@ def _batched(
 
 
 _options = "float eps, float weight_offset, bool round_before_weight, str backend"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"add_rms_norm(Tensor x, Tensor residual, Tensor? weight, {_options}) -> (Tensor, Tensor)",
-    _forward,
-    lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
-    lambda x, *_, **__: 5 * torch.Size(x).numel(),
-)
-_backward_op = register(
     f"add_rms_norm_backward(Tensor dy, Tensor? dadded, Tensor added, Tensor? weight, bool wanted, {_options})"
     " -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 12 * torch.Size(dy).numel(),
+    fake=lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    fake_backward=_fake_backward,
+    flops=lambda x, *_, **__: 5 * torch.Size(x).numel(),
+    backward_flops=lambda dy, *_, **__: 12 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    backward=_backward,
 )
-register_gradient("add_rms_norm", _gradient, _setup)
 torch.library.register_vmap("blip3o::add_rms_norm", _batched, lib=LIBRARY)
 
 

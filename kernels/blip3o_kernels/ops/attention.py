@@ -36,7 +36,7 @@ from torch import Tensor
 from .. import checks, dispatch, masks, strides
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
 # T * S from which torch's fused kernel wins over matmul and softmax, forward and backward: measured on one core of a
@@ -153,29 +153,12 @@ def attention(
         y: Tensor = _forward_op(*inputs, *options)[0]
         return y
     if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
-        y = _Attention.apply(*inputs, *options)
+        y = _apply(*inputs, *options)
         return y
     return _forward(*inputs, *options)[0]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, *inputs: Any) -> Tensor:
-        y, log_sum = _forward(*inputs)
-        context.save_for_backward(y, log_sum, *inputs[:6])
-        context.options = inputs[6:]
-        return y
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        run = _backward if direct(dy) else _backward_op
-        return *run(dy, *context.saved_tensors, *context.options), *_NO_GRADIENTS
-
-
-_NO_GRADIENTS = (None,) * 9
-
-
+# As torch knows it: torch.ops.blip3o.attention, which returns the log-sum-exp too; that carries no gradient.
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The arguments of the registered op -> the output, [B, T, H, V] in memory, and the scores' log-sum-exp [B, H, T],
     float32."""
@@ -194,25 +177,22 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return gradients
 
 
-# As torch knows it: torch.ops.blip3o.attention, which returns the log-sum-exp too; that carries no gradient.
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens = query.shape[:3]
-    y = query.new_empty(batch, tokens, heads, value.shape[3]).transpose(1, 2)
-    return y, query.new_empty(batch, heads, tokens, dtype=torch.float32)
+    return strides.tokens_first(query, value.shape[3]), query.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 def _fake_backward(dy: Tensor, y: Tensor, log_sum: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(strides.last_adjacent(x)) for x in inputs[:3])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:6])
-    ctx.options = inputs[6:]
-    ctx.mark_non_differentiable(output[1])
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    context.save_for_backward(*results, *inputs[:6])
+    context.options = inputs[6:]
 
 
-def _gradient(context: Any, dy: Tensor, dlog_sum: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_backward_op(dy, *context.saved_tensors, *context.options), *_NO_GRADIENTS
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *backward(dy, *context.saved_tensors, *context.options), *[None] * 9
 
 
 def _batched(info: Any, dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -246,19 +226,19 @@ _arguments = (
     "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k,"
     " bool causal, int left, int right, float softcap, float scale, str backend"
 )
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"attention({_arguments}) -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-    lambda query, key, value, *_, **__: _flops(query, key, value),
-)
-_backward_op = register(
     f"attention_backward(Tensor dy, Tensor y, Tensor log_sum, {_arguments}) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, y, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
+    fake=_fake_forward,
+    fake_backward=_fake_backward,
+    flops=lambda query, key, value, *_, **__: _flops(query, key, value),
+    backward_flops=lambda dy, y, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
+    setup=_setup,
+    gradients=_gradients,
+    forward=_forward,
+    backward=_backward,
+    hidden=True,
 )
-register_gradient("attention", _gradient, _setup)
 torch.library.register_vmap("blip3o::attention", _batched, lib=LIBRARY)
 
 

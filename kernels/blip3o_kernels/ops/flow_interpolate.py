@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import checks, dispatch, philox
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -81,14 +81,16 @@ def flow_interpolate(
     if backend == "reference":
         return reference(x, noise, sigma, seed=seed, positions=positions, draw=draw)
     sigma = sigma.to(torch.float32)
+    pair: tuple[Tensor, Tensor]
     if compiling or not (direct(x, noise) and plain(sigma, positions)):
-        pair: tuple[Tensor, Tensor] = _forward_op(x, noise, sigma, positions, key, draw, backend)
+        pair = _forward_op(x, noise, sigma, positions, key, draw, backend)
         return pair
     differentiated = x.requires_grad or sigma.requires_grad or (noise is not None and noise.requires_grad)
     if differentiated and torch.is_grad_enabled():
-        pair = _FlowInterpolate.apply(x, noise, sigma, positions, key, draw, backend)
+        pair = _apply(x, noise, sigma, positions, key, draw, backend)
         return pair
-    return _forward(x, noise, sigma, positions, key, draw, backend)
+    pair = body("flow_interpolate", backend).forward(x, noise, sigma, positions, key, draw)
+    return pair
 
 
 def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None) -> int:
@@ -105,19 +107,11 @@ def _check_drawing(x: Tensor, seed: int | None, positions: Tensor | None) -> int
     return philox.check_seed(seed)
 
 
-class _FlowInterpolate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, x: Tensor, noise: Tensor | None, sigma: Tensor, positions: Tensor | None, *options: Any
-    ) -> tuple[Tensor, Tensor]:
-        context.save_for_backward(x, noise, sigma, positions)
-        context.options = options
-        return _forward(x, noise, sigma, positions, *options)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dx_sigma: Tensor, dvelocity: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(context, _backward if direct(dx_sigma, dvelocity) else _backward_op, dx_sigma, dvelocity)
+# As torch knows it: torch.ops.blip3o.flow_interpolate. Its backward op gives dx, and dnoise and dsigma if they are
+# wanted (otherwise empty tensors).
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    context.save_for_backward(*inputs[:4])
+    context.options = inputs[4:]
 
 
 def _gradients(context: Any, backward: Any, dx_sigma: Tensor, dvelocity: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,36 +123,6 @@ def _gradients(context: Any, backward: Any, dx_sigma: Tensor, dvelocity: Tensor)
     return *gradients, None, None, None, None
 
 
-def _forward(
-    x: Tensor, noise: Tensor | None, sigma: Tensor, positions: Tensor | None, seed: int, draw: int, backend: str
-) -> tuple[Tensor, Tensor]:
-    pair: tuple[Tensor, Tensor]
-    pair = body("flow_interpolate", backend).forward(x, noise, sigma, positions, seed, draw)
-    return pair
-
-
-def _backward(
-    dx_sigma: Tensor,
-    dvelocity: Tensor,
-    x: Tensor,
-    noise: Tensor | None,
-    sigma: Tensor,
-    positions: Tensor | None,
-    seed: int,
-    draw: int,
-    noise_wanted: bool,
-    sigma_wanted: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, and dnoise and dsigma if they are wanted (otherwise empty tensors)."""
-    gradients: tuple[Tensor, Tensor, Tensor]
-    gradients = body("flow_interpolate", backend).backward(
-        dx_sigma, dvelocity, x, noise, sigma, positions, seed, draw, noise_wanted, sigma_wanted
-    )
-    return gradients
-
-
-# As torch knows it: torch.ops.blip3o.flow_interpolate.
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
@@ -171,33 +135,18 @@ def _fake_backward(
     return x.new_empty(x.shape), dnoise, sigma.new_empty(sigma.shape if sigma_wanted else (0,))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _gradient(context: Any, dx_sigma: Tensor | None, dvelocity: Tensor | None) -> tuple[Tensor | None, ...]:
-    x = context.saved_tensors[0]
-    dx_sigma = torch.zeros_like(x) if dx_sigma is None else dx_sigma
-    dvelocity = torch.zeros_like(x) if dvelocity is None else dvelocity
-    return _gradients(context, _backward_op, dx_sigma, dvelocity)
-
-
 _arguments = "Tensor x, Tensor? noise, Tensor sigma, Tensor? positions, SymInt seed, SymInt draw"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"flow_interpolate({_arguments}, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    lambda x, *_, **__: 4 * torch.Size(x).numel(),
-)
-_backward_op = register(
     f"flow_interpolate_backward(Tensor dx_sigma, Tensor dvelocity, {_arguments}, bool noise_wanted, bool sigma_wanted,"
     " str backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dx_sigma, *_, **__: 7 * torch.Size(dx_sigma).numel(),
+    fake=_fake,
+    fake_backward=_fake_backward,
+    flops=lambda x, *_, **__: 4 * torch.Size(x).numel(),
+    backward_flops=lambda dx_sigma, *_, **__: 7 * torch.Size(dx_sigma).numel(),
+    setup=_setup,
+    gradients=_gradients,
 )
-register_gradient("flow_interpolate", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -47,30 +47,25 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
     if backend == "reference":
         return reference(prediction, target, weight)
     weight = None if weight is None else weight.to(torch.float32)
+    loss: Tensor
     if compiling or not (direct(prediction, target) and plain(weight)):
-        loss: Tensor = _forward_op(prediction, target, weight, backend)[0]
+        loss = _forward_op(prediction, target, weight, backend)[0]
         return loss
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (prediction, target, weight)):
-        loss = _FlowLoss.apply(prediction, target, weight, backend)
+        loss = _apply(prediction, target, weight, backend)
         return loss
-    return _forward(prediction, target, weight, backend)[0]
+    loss, _ = body("flow_loss", backend).forward(prediction, target, weight)
+    return loss
 
 
-class _FlowLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> Tensor:
-        loss, means = _forward(prediction, target, weight, backend)
-        context.save_for_backward(prediction, target, weight, means)
-        context.backend = backend
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(context, dloss, _backward if direct(dloss) else _backward_op)
+# As torch knows it: torch.ops.blip3o.flow_loss, which returns each sample's mean squared error [B] without its weight
+# too. Its backward op gives the gradient of the prediction; the target's is its negative.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    *tensors, context.backend = inputs
+    context.save_for_backward(*tensors, results[1])
 
 
-def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of prediction, target and weight that autograd asks for."""
     prediction, target, weight, means = context.saved_tensors
     to_prediction, to_target, to_weight = context.needs_input_grad[:3]
@@ -85,19 +80,6 @@ def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | Non
     )
 
 
-def _forward(prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """The loss, and each sample's mean squared error [B] without its weight."""
-    pair: tuple[Tensor, Tensor] = body("flow_loss", backend).forward(prediction, target, weight)
-    return pair
-
-
-def _backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None, backend: str) -> Tensor:
-    """The gradient of the prediction; the target's is its negative."""
-    dprediction: Tensor = body("flow_loss", backend).backward(dloss, prediction, target, weight)
-    return dprediction
-
-
-# As torch knows it: torch.ops.blip3o.flow_loss.
 def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return (
         prediction.new_empty((), dtype=torch.float32),
@@ -105,29 +87,17 @@ def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _gradient(context: Any, dloss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(context, dloss, _backward_op)
-
-
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "flow_loss(Tensor prediction, Tensor target, Tensor? weight, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    lambda prediction, *_, **__: 3 * torch.Size(prediction).numel(),
-)
-_backward_op = register(
     "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight, str backend) -> Tensor",
-    _backward,
-    lambda dloss, prediction, *_: prediction.new_empty(prediction.shape),
-    lambda dloss, prediction, *_, **__: 2 * torch.Size(prediction).numel(),
+    fake=_fake,
+    fake_backward=lambda dloss, prediction, *_: prediction.new_empty(prediction.shape),
+    flops=lambda prediction, *_, **__: 3 * torch.Size(prediction).numel(),
+    backward_flops=lambda dloss, prediction, *_, **__: 2 * torch.Size(prediction).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    hidden=True,
 )
-register_gradient("flow_loss", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -77,29 +77,27 @@ def flow_step(
         return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
     steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, step)
     arguments = (x, velocity, steps, length, unconditional, guidance, previous, backend)
+    y: Tensor
     if compiling or not (direct(x, velocity) and plain(steps, unconditional, previous)):
-        y: Tensor = _forward_op(*arguments)
+        y = _forward_op(*arguments)
         return y
     tensors = (x, velocity, steps, unconditional, previous)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        y = _FlowStep.apply(*arguments)
+        y = _apply(*arguments)
         return y
-    return _forward(*arguments)
+    y = body("flow_step", backend).forward(*arguments[:-1])
+    return y
 
 
-class _FlowStep(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, *inputs: Any) -> Tensor:
-        _setup(context, inputs, None)
-        return _forward(*inputs)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(context, dy, _backward if direct(dy) else _backward_op)
+# As torch knows it: torch.ops.blip3o.flow_step, with steps [B] float32, or None: `step` for all samples. Its backward
+# op gives the gradients of velocity, steps, unconditional and previous, an empty tensor if not wanted; that of x is dy.
+def _setup(context: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    _, velocity, steps, step, unconditional, guidance, previous, backend = inputs
+    context.save_for_backward(velocity, steps, unconditional, previous)
+    context.options = step, guidance, backend
 
 
-def _gradients(context: Any, dy: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients that autograd asks for, in the order of the arguments."""
     velocity, steps, unconditional, previous = context.saved_tensors
     step, guidance, backend = context.options
@@ -112,41 +110,6 @@ def _gradients(context: Any, dy: Tensor, backward: Any) -> tuple[Tensor | None, 
     return dy if needed[0] else None, found[0], found[1], None, found[2], None, found[3], None
 
 
-def _forward(
-    x: Tensor,
-    velocity: Tensor,
-    steps: Tensor | None,
-    step: float,
-    unconditional: Tensor | None,
-    guidance: float,
-    previous: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """steps [B] float32, or None: `step` for all samples."""
-    y: Tensor = body("flow_step", backend).forward(x, velocity, steps, step, unconditional, guidance, previous)
-    return y
-
-
-def _backward(
-    dy: Tensor,
-    velocity: Tensor,
-    steps: Tensor | None,
-    step: float,
-    unconditional: Tensor | None,
-    guidance: float,
-    previous: Tensor | None,
-    wanted: Sequence[bool],
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of velocity, steps, unconditional and previous, an empty tensor if not wanted; that of x is dy."""
-    module = body("flow_step", backend)
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = module.backward(
-        dy, velocity, steps, step, unconditional, guidance, previous, wanted
-    )
-    return gradients
-
-
-# As torch knows it: torch.ops.blip3o.flow_step.
 def _fake_backward(
     dy: Tensor,
     velocity: Tensor,
@@ -160,16 +123,6 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dvelocity, dunconditional, dprevious = (dy.new_empty(dy.shape if wanted[i] else (0,)) for i in (0, 2, 3))
     return dvelocity, dy.new_empty(dy.shape[:1] if wanted[1] else (0,), dtype=torch.float32), dunconditional, dprevious
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    _, velocity, steps, step, unconditional, guidance, previous, backend = inputs
-    ctx.save_for_backward(velocity, steps, unconditional, previous)
-    ctx.options = step, guidance, backend
-
-
-def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradients(context, dy, _backward_op)
 
 
 def _flops(
@@ -187,19 +140,16 @@ def _flops(
 
 
 _velocities = "Tensor velocity, Tensor? steps, float step, Tensor? unconditional, float guidance, Tensor? previous"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"flow_step(Tensor x, {_velocities}, str backend) -> Tensor",
-    _forward,
-    lambda x, *_: x.new_empty(x.shape),
-    _flops,
-)
-_backward_op = register(
     f"flow_step_backward(Tensor dy, {_velocities}, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 3 * torch.Size(dy).numel(),
+    fake=lambda x, *_: x.new_empty(x.shape),
+    fake_backward=_fake_backward,
+    flops=_flops,
+    backward_flops=lambda dy, *_, **__: 3 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
 )
-register_gradient("flow_step", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -76,23 +76,11 @@ def flow_timesteps(
     if backend == "reference":
         return reference(positions, seed, distribution=distribution, mean=mean, std=std, shift=shift, draw=draw)
     options = (key, distribution == "logit_normal", mean, std, shift, draw, backend)
+    sigma: Tensor
     if compiling or not direct(positions):
-        sigma: Tensor = _forward_op(positions, *options)
+        sigma = _forward_op(positions, *options)
         return sigma
-    return _forward(positions, *options)
-
-
-def _forward(
-    positions: Tensor,
-    seed: int,
-    logit_normal: bool,
-    mean: float,
-    std: float,
-    shift: float,
-    draw: int,
-    backend: str,
-) -> Tensor:
-    sigma: Tensor = body("flow_timesteps", backend).forward(positions, seed, logit_normal, mean, std, shift, draw)
+    sigma = body("flow_timesteps", backend).forward(positions, *options[:-1])
     return sigma
 
 
@@ -104,7 +92,7 @@ def _fake(positions: Tensor, *_: Any) -> Tensor:
 _forward_op = register(
     "flow_timesteps(Tensor positions, SymInt seed, bool logit_normal, float mean, float std, float shift, SymInt draw,"
     " str backend) -> Tensor",
-    _forward,
+    lambda *inputs: body("flow_timesteps", inputs[-1]).forward(*inputs[:-1]),
     _fake,
     lambda positions, *_, **__: 8 * torch.Size(positions).numel(),
 )

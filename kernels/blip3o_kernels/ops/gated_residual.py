@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -55,55 +55,31 @@ def gated_residual(
         return reference(residual, x, gate, weight=weight, eps=eps)
     if gate.dtype is not x.dtype or (weight is not None and weight.dtype is not x.dtype):  # one dtype for both
         gate, weight = gate.to(torch.float32), None if weight is None else weight.to(torch.float32)
+    y: Tensor
     if compiling or not (direct(residual, x) and plain(gate, weight)):
-        y: Tensor = _forward_op(residual, x, gate, weight, eps, backend)[0]
+        y = _forward_op(residual, x, gate, weight, eps, backend)[0]
         return y
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (residual, x, gate, weight)):
-        y = _GatedResidual.apply(residual, x, gate, weight, eps, backend)
+        y = _apply(residual, x, gate, weight, eps, backend)
         return y
-    return _forward(residual, x, gate, weight, eps, backend)[0]
+    y, _ = body("gated_residual", backend).forward(residual, x, gate, weight, eps)
+    return y
 
 
-class _GatedResidual(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, backend: str
-    ) -> Tensor:
-        y, saved = _forward(residual, x, gate, weight, eps, backend)
-        context.save_for_backward(x, gate, weight, saved)
-        context.options = (backend,)
-        return y
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward if direct(dy) else _backward_op
-        return _wanted(context, dy, backward(dy, *context.saved_tensors, *context.options))
+# As torch knows it: torch.ops.blip3o.gated_residual, which returns what the backward pass needs too: tanh(gate), and
+# with a weight 1/rms of each row.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    _, x, gate, weight, _, context.backend = inputs
+    context.save_for_backward(x, gate, weight, results[1])
 
 
-def _wanted(context: Any, dy: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of residual, x, gate and weight that autograd asks for. The residual's is dy itself."""
     needs = context.needs_input_grad
-    return *(gradient if needs[i] else None for i, gradient in enumerate((dy, *gradients))), None, None
+    gradients = (dy, *backward(dy, *context.saved_tensors, context.backend))
+    return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None
 
 
-def _forward(
-    residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row."""
-    results: tuple[Tensor, Tensor] = body("gated_residual", backend).forward(residual, x, gate, weight, eps)
-    return results
-
-
-def _backward(
-    dy: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, saved: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, gate and weight (without one an empty tensor)."""
-    gradients: tuple[Tensor, Tensor, Tensor] = body("gated_residual", backend).backward(dy, x, gate, weight, saved)
-    return gradients
-
-
-# As torch knows it: torch.ops.blip3o.gated_residual.
 def _fake(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
     batch, tokens, width = x.shape
     saved = batch * (width if weight is None else width + tokens)
@@ -117,32 +93,19 @@ def _fake_backward(
     return x.new_empty(x.shape), gate.new_empty(gate.shape), dweight
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, x, gate, weight, _, backend = inputs
-    ctx.save_for_backward(x, gate, weight, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = (backend,)
-
-
-def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _wanted(context, dy, _backward_op(dy, *context.saved_tensors, *context.options))
-
-
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "gated_residual(Tensor residual, Tensor x, Tensor gate, Tensor? weight, float eps, str backend)"
     " -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    lambda residual, *_, **__: 6 * torch.Size(residual).numel(),
-)
-_backward_op = register(
     "gated_residual_backward(Tensor dy, Tensor x, Tensor gate, Tensor? weight, Tensor saved, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 12 * torch.Size(dy).numel(),
+    fake=_fake,
+    fake_backward=_fake_backward,
+    flops=lambda residual, *_, **__: 6 * torch.Size(residual).numel(),
+    backward_flops=lambda dy, *_, **__: 12 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    hidden=True,
 )
-register_gradient("gated_residual", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -53,55 +53,31 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         return reference(x, weight, bias, eps)
     if any(p is not None and p.dtype is not x.dtype for p in (weight, bias)):  # one dtype for both
         weight, bias = (None if p is None else p.to(torch.float32) for p in (weight, bias))
+    y: Tensor
     if compiling or not (direct(x, weight) and plain(bias)):
-        y: Tensor = _forward_op(x, weight, bias, eps, backend)[0]
+        y = _forward_op(x, weight, bias, eps, backend)[0]
         return y
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias)):
-        y = _LayerNorm.apply(x, weight, bias, eps, backend)
+        y = _apply(x, weight, bias, eps, backend)
         return y
-    return _forward(x, weight, bias, eps, backend, saving=False)[0]
+    y, _ = body("layer_norm", backend).forward(x, weight, bias, eps, saving=False)
+    return y
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str
-    ) -> Tensor:
-        y, saved = _forward(x, weight, bias, eps, backend)
-        context.save_for_backward(x, weight, bias, saved)
-        context.options = (backend,)
-        return y
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward if direct(dy) else _backward_op
-        return _wanted(context, backward(dy, *context.saved_tensors, *context.options))
+# As torch knows it: torch.ops.blip3o.layer_norm, which returns what the backward pass needs too: 1/std of each row,
+# then the mean of each row. Its backward op gives empty tensors for parameters that were not given.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, _, context.backend = inputs
+    context.save_for_backward(x, weight, bias, results[1])
 
 
-def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, weight and bias that autograd asks for."""
     needs = context.needs_input_grad
+    gradients = backward(dy, *context.saved_tensors, context.backend)
     return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None
 
 
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, backend: str, saving: bool = True
-) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row, then the mean of each row (empty if not saving)."""
-    results: tuple[Tensor, Tensor] = body("layer_norm", backend).forward(x, weight, bias, eps, saving)
-    return results
-
-
-def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, saved: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias; empty tensors for those that were not given."""
-    gradients: tuple[Tensor, Tensor, Tensor] = body("layer_norm", backend).backward(dy, x, weight, bias, saved)
-    return gradients
-
-
-# As torch knows it: torch.ops.blip3o.layer_norm.
 def _fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(2 * (x.numel() // x.shape[-1]), dtype=torch.float32)
 
@@ -114,31 +90,18 @@ def _fake_backward(
     return x.new_empty(x.shape), dweight, dbias
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _, backend = inputs
-    ctx.save_for_backward(x, weight, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = (backend,)
-
-
-def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _wanted(context, _backward_op(dy, *context.saved_tensors, *context.options))
-
-
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, str backend) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    lambda x, *_, **__: 7 * torch.Size(x).numel(),
-)
-_backward_op = register(
     "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor saved, str backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 14 * torch.Size(dy).numel(),
+    fake=_fake,
+    fake_backward=_fake_backward,
+    flops=lambda x, *_, **__: 7 * torch.Size(x).numel(),
+    backward_flops=lambda dy, *_, **__: 14 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    hidden=True,
 )
-register_gradient("layer_norm", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -34,7 +34,7 @@ from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..logits import check_target
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -106,30 +106,24 @@ def linear_cross_entropy(
         loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
         return loss
     if any(wanted):
-        loss = _LinearCrossEntropy.apply(x, weight, target, *wanted, *options)
+        loss = _apply(x, weight, target, *wanted, *options)
         return loss
     return _forward(x, weight, target, *wanted, *options)[0]
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor, target: Tensor, *options: Any) -> Tensor:
-        loss, dx, dweight = _forward(x, weight, target, *options)
-        context.save_for_backward(x, weight, dx, dweight)
-        return loss
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradients(context, dloss, _backward_eager if direct(dloss) else _backward_op)
+# As torch knows it: torch.ops.blip3o.linear_cross_entropy.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
+    context.save_for_backward(*inputs[:2], *results[1:])
 
 
-def _gradients(context: Any, dloss: Tensor, backward: Any) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, dx, dweight = context.saved_tensors
     want_x, want_weight = context.needs_input_grad[:2]
     if (want_x and dx.shape != x.shape) or (want_weight and dweight.shape != weight.shape):
         raise RuntimeError("linear_cross_entropy: a gradient is asked for that the forward pass was told not to keep")
-    dx, dweight = backward(dloss, x, weight, dx, dweight)
+    # Times 1, as most losses are, it is the kept gradients themselves; an op must not return its inputs.
+    if backward is not _backward or x.dtype is not torch.float32 or not x.is_cpu or dloss.item() != 1.0:
+        dx, dweight = backward(dloss, x, weight, dx, dweight)
     return (dx if want_x else None, dweight if want_weight else None, *[None] * 9)
 
 
@@ -168,14 +162,6 @@ def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Ten
     return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
 
 
-def _backward_eager(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    """`_backward`, but times 1, as most losses are, it is the kept gradients themselves."""
-    if x.dtype is torch.float32 and x.is_cpu and dloss.item() == 1.0:
-        return dx, dweight
-    return _backward(dloss, x, weight, dx, dweight)
-
-
-# As torch knows it: torch.ops.blip3o.linear_cross_entropy.
 def _fake(
     x: Tensor, weight: Tensor, target: Tensor, want_x: bool, want_weight: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,35 +174,26 @@ def _fake_backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight
     return x.new_empty(dx.shape), x.new_empty(dweight.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-def _gradient(context: Any, dloss: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _gradients(context, dloss, _backward_op)
-
-
 def _flops(x: Any, weight: Any, target: Any, want_x: bool, want_weight: bool, *_: Any, **__: Any) -> int:
     return 2 * torch.Size(x).numel() * int(weight[0]) * (1 + want_x + want_weight)
 
 
 _options = "int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? autocast, str backend"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, bool want_x, bool want_weight, {_options})"
     " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _fake,
-    _flops,
-)
-_backward_op = register(
     "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor dx, Tensor dweight)"
     " -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dloss, x, weight, dx, dweight, **_: torch.Size(dx).numel() + torch.Size(dweight).numel(),
+    fake=_fake,
+    fake_backward=_fake_backward,
+    flops=_flops,
+    backward_flops=lambda dloss, x, weight, dx, dweight, **_: torch.Size(dx).numel() + torch.Size(dweight).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    forward=_forward,
+    backward=_backward,
+    hidden=True,
 )
-register_gradient("linear_cross_entropy", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

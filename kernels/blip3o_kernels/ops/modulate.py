@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 
@@ -89,81 +89,33 @@ def modulate(
         scale = scale.to(torch.float32)
         shift, weight, bias = (None if p is None else p.to(torch.float32) for p in (shift, weight, bias))
     options = (eps, norm == "layer", backend)
+    y: Tensor
     if compiling or not (direct(x, scale) and plain(shift, weight, bias)):
-        y: Tensor = _forward_op(x, scale, shift, weight, bias, *options)[0]
+        y = _forward_op(x, scale, shift, weight, bias, *options)[0]
         return y
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, scale, shift, weight, bias)):
-        y = _Modulate.apply(x, scale, shift, weight, bias, *options)
+        y = _apply(x, scale, shift, weight, bias, *options)
         return y
-    return _forward(x, scale, shift, weight, bias, *options, saving=False)[0]
+    y, _ = body("modulate", backend).forward(x, scale, shift, weight, bias, *options[:-1], saving=False)
+    return y
 
 
-class _Modulate(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        context: Any,
-        x: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        backend: str,
-    ) -> Tensor:
-        y, saved = _forward(x, scale, shift, weight, bias, eps, centred, backend)
-        context.save_for_backward(x, scale, weight, bias, saved)
-        context.options = (shift is not None, centred, backend)
-        return y
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward if direct(dy) else _backward_op
-        return _wanted(context, backward(dy, *context.saved_tensors, *context.options))
+# As torch knows it: torch.ops.blip3o.modulate, which returns what the backward pass needs too: 1/std of each row and,
+# if centred, its mean. Its backward op gives the gradients of x, scale, shift, weight and bias; empty tensors for those
+# that were not given.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    x, scale, shift, weight, bias, _, centred, backend = inputs
+    context.save_for_backward(x, scale, weight, bias, results[1])
+    context.options = (shift is not None, centred, backend)
 
 
-def _wanted(context: Any, gradients: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of x, scale, shift, weight and bias that autograd asks for; the options have none."""
     needs = context.needs_input_grad
+    gradients = backward(dy, *context.saved_tensors, *context.options)
     return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), None, None, None
 
 
-def _forward(
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool,
-    backend: str,
-    saving: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean (empty if not saving)."""
-    forward = body("modulate", backend).forward
-    results: tuple[Tensor, Tensor] = forward(x, scale, shift, weight, bias, eps, centred, saving)
-    return results
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    saved: Tensor,
-    shifted: bool,
-    centred: bool,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """The gradients of x, scale, shift, weight and bias; empty tensors for those that were not given."""
-    backward = body("modulate", backend).backward
-    gradients: tuple[Tensor, ...] = backward(dy, x, scale, weight, bias, saved, shifted, centred)
-    return gradients
-
-
-# As torch knows it: torch.ops.blip3o.modulate.
 def _fake(x: Tensor, *inputs: Any) -> tuple[Tensor, Tensor]:
     centred: bool = inputs[-2]
     saved = x.new_empty((1 + centred) * x.shape[0] * x.shape[1], dtype=torch.float32)
@@ -188,32 +140,19 @@ def _fake_backward(
     return x.new_empty(x.shape), dscale, dshift, empty(weight is not None, width), empty(bias is not None, width)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, scale, shift, weight, bias, _, centred, backend = inputs
-    ctx.save_for_backward(x, scale, weight, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.options = (shift is not None, centred, backend)
-
-
-def _gradient(context: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _wanted(context, _backward_op(dy, *context.saved_tensors, *context.options))
-
-
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "modulate(Tensor x, Tensor scale, Tensor? shift, Tensor? weight, Tensor? bias, float eps, bool centred,"
     " str backend) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    lambda x, *_, **__: 8 * torch.Size(x).numel(),
-)
-_backward_op = register(
     "modulate_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor? bias, Tensor saved, bool shifted,"
     " bool centred, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 16 * torch.Size(dy).numel(),
+    fake=_fake,
+    fake_backward=_fake_backward,
+    flops=lambda x, *_, **__: 8 * torch.Size(x).numel(),
+    backward_flops=lambda dy, *_, **__: 16 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    hidden=True,
 )
-register_gradient("modulate", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -27,8 +27,9 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..strides import tokens_first
 from . import rope
 
 
@@ -133,61 +134,35 @@ def qk_norm_rope(
         result = _forward_op(*arguments)
         return result
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, *parameters)):
-        result = _QkNormRope.apply(*arguments)
+        result = _apply(*arguments)
         return result
-    return _forward(*arguments)
+    result = body("qk_norm_rope", backend).forward(*arguments[:-1])
+    return result
 
 
-class _QkNormRope(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        _setup(context, arguments, None)
-        return _forward(*arguments)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, query_dy: Tensor, key_dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(context, query_dy, key_dy)
+# As torch knows it: torch.ops.blip3o.qk_norm_rope. Its backward op gives the gradients of query, key, their weights and
+# their biases; empty tensors for parameters not given or not wanted.
+def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    context.save_for_backward(*inputs[:8])
+    context.options = inputs[8:]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
-
-
-def _gradient(context: Any, query_dy: Tensor, key_dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, query_dy: Tensor, key_dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = context.needs_input_grad
-    run = _backward if direct(query_dy, key_dy) else _backward_op
-    gradients = run(query_dy, key_dy, *context.saved_tensors, any(needs[2:6]), *context.options)
+    gradients = backward(query_dy, key_dy, *context.saved_tensors, any(needs[2:6]), *context.options)
     return *(gradient if needs[i] else None for i, gradient in enumerate(gradients)), *[None] * 7
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The arguments are those of the registered op, below."""
-    *rest, backend = arguments
-    result: tuple[Tensor, Tensor] = body("qk_norm_rope", backend).forward(*rest)
-    return result
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of query, key, their weights and their biases; empty for parameters not given or not wanted."""
-    *rest, backend = arguments
-    result: tuple[Tensor, ...] = body("qk_norm_rope", backend).backward(*rest)
-    return result
-
-
-# As torch knows it: torch.ops.blip3o.qk_norm_rope.
-def rows_like(x: Tensor) -> Tensor:
-    """An empty tensor [B, H, T, K] that is dense in memory as [B, T, H, K]."""
-    _, heads, tokens, head_dim = x.shape
-    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)  # no view: autograd lets none be changed
-    return x.new_empty_strided(x.shape, strides)
+def readable(x: Tensor, heads_adjacent: bool = False) -> Tensor:
+    """x [B, H, T, K] with adjacent dims and, if asked for, adjacent heads; a copy only where they are not."""
+    adjacent = x.stride(3) == 1 and (not heads_adjacent or x.shape[1] < 2 or x.stride(1) == x.shape[3])
+    return x if adjacent else tokens_first(x).copy_(x)
 
 
 def gradients_like(query: Tensor, key: Tensor, parameters: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:
     """Where the gradients of query, key and their parameters go."""
     given = (query.new_empty(0) if p is None or not wanted else p.new_empty(p.shape) for p in parameters)
-    return [rows_like(query), rows_like(key), *given]
+    return [tokens_first(query), tokens_first(key), *given]
 
 
 def _fake_backward(query_dy: Tensor, key_dy: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -196,20 +171,17 @@ def _fake_backward(query_dy: Tensor, key_dy: Tensor, query: Tensor, key: Tensor,
 
 _tensors = "Tensor query, Tensor key, Tensor query_weight, Tensor key_weight, Tensor? query_bias, Tensor? key_bias"
 _options = "float eps, bool centred, bool across_width, bool interleaved, str backend"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"qk_norm_rope({_tensors}, Tensor cos, Tensor sin, {_options}) -> (Tensor, Tensor)",
-    _forward,
-    lambda query, key, *_: (rows_like(query), rows_like(key)),
-    lambda query, key, *_, **__: 8 * (torch.Size(query).numel() + torch.Size(key).numel()),
-)
-_backward_op = register(
     f"qk_norm_rope_backward(Tensor query_dy, Tensor key_dy, {_tensors}, Tensor cos, Tensor sin, bool wanted,"
     f" {_options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda query, key, *_, **__: 17 * (torch.Size(query).numel() + torch.Size(key).numel()),
+    fake=lambda query, key, *_: (tokens_first(query), tokens_first(key)),
+    fake_backward=_fake_backward,
+    flops=lambda query, key, *_, **__: 8 * (torch.Size(query).numel() + torch.Size(key).numel()),
+    backward_flops=lambda query, key, *_, **__: 17 * (torch.Size(query).numel() + torch.Size(key).numel()),
+    setup=_setup,
+    gradients=_gradients,
 )
-register_gradient("qk_norm_rope", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

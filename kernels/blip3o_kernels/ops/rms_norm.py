@@ -24,7 +24,7 @@ from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
 
@@ -83,72 +83,39 @@ def rms_norm(
         return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     if weight is not None and weight.dtype is not dtype and weight.dtype is not torch.float32:
         weight = weight.to(torch.float32)
+    y: Tensor
     if compiling or not direct(x, weight):
-        y: Tensor = _forward_op(x, weight, eps, weight_offset, round_before_weight, backend)
+        y = _forward_op(x, weight, eps, weight_offset, round_before_weight, backend)
         return y
     if (x.requires_grad or (weight is not None and weight.requires_grad)) and torch.is_grad_enabled():
-        y = _RmsNorm.apply(x, weight, eps, weight_offset, round_before_weight, backend)
+        y = _apply(x, weight, eps, weight_offset, round_before_weight, backend)
         return y
-    return _forward(x, weight, eps, weight_offset, round_before_weight, backend)
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        context.save_for_backward(x, weight)
-        context.options = options
-        return _forward(x, weight, *options)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = context.saved_tensors
-        wanted = weight is not None and context.needs_input_grad[1]
-        if direct(dy):
-            dx, dweight = _backward(dy, x, weight, wanted, *context.options)
-        else:
-            dx, dweight = _backward_op(dy, x, weight, wanted, *context.options)
-        return dx, dweight if wanted else None, None, None, None, None
-
-
-def _forward(
-    x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool, backend: str
-) -> Tensor:
-    y: Tensor = body("rms_norm", backend).forward(x, weight, eps, weight_offset, round_before_weight)
+    y = body("rms_norm", backend).forward(x, weight, eps, weight_offset, round_before_weight)
     return y
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    wanted: bool,
-    eps: float,
-    weight_offset: float,
-    round_before_weight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """dx, and dweight if it is wanted (otherwise an empty tensor)."""
-    gradients: tuple[Tensor, Tensor] = body("rms_norm", backend).backward(dy, x, weight, wanted, eps, weight_offset)
+# As torch knows it: torch.ops.blip3o.rms_norm.
+def _setup(context: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    x, weight, *context.options = inputs
+    context.save_for_backward(x, weight)
+
+
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = context.saved_tensors
+    wanted = weight is not None and context.needs_input_grad[1]
+    dx, dweight = backward(dy, x, weight, wanted, *context.options)
+    return dx, dweight if wanted else None, None, None, None, None
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """dx, and dweight if it is wanted (otherwise an empty tensor). Rounding passes gradients through."""
+    gradients: tuple[Tensor, Tensor] = body("rms_norm", arguments[-1]).backward(*arguments[:-2])
     return gradients
 
 
-# As torch knows it: torch.ops.blip3o.rms_norm.
 def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor | None, wanted: bool, *options: Any) -> tuple[Tensor, Tensor]:
     dweight = torch.empty_like(weight) if weight is not None and wanted else x.new_empty(0)
     return x.new_empty(x.shape), dweight
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = context.saved_tensors
-    wanted = weight is not None and context.needs_input_grad[1]
-    dx, dweight = _backward_op(dy, x, weight, wanted, *context.options)
-    return dx, dweight if wanted else None, None, None, None, None
 
 
 def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, weight: Tensor | None, *options: Any) -> Any:
@@ -163,19 +130,17 @@ def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, weight: Tensor 
 
 
 _options = "float eps, float weight_offset, bool round_before_weight, str backend"
-_forward_op = register(
+_forward_op, _apply = differentiable(
     f"rms_norm(Tensor x, Tensor? weight, {_options}) -> Tensor",
-    _forward,
-    lambda x, *_: x.new_empty(x.shape),
-    lambda x, *_, **__: 4 * x.numel() if isinstance(x, Tensor) else 4 * torch.Size(x).numel(),
-)
-_backward_op = register(
     f"rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, bool wanted, {_options}) -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-    lambda dy, *_, **__: 11 * torch.Size(dy).numel(),
+    fake=lambda x, *_: x.new_empty(x.shape),
+    fake_backward=_fake_backward,
+    flops=lambda x, *_, **__: 4 * x.numel() if isinstance(x, Tensor) else 4 * torch.Size(x).numel(),
+    backward_flops=lambda dy, *_, **__: 11 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
+    backward=_backward,
 )
-register_gradient("rms_norm", _gradient, _setup)
 torch.library.register_vmap("blip3o::rms_norm", _batched, lib=LIBRARY)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
-from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
 
@@ -57,13 +57,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, cos, sin, interleaved=interleaved)
+    y: Tensor
     if compiling or not (direct(x, cos) and plain(sin)):
-        y: Tensor = _forward_op(x, cos, sin, interleaved, backend)
+        y = _forward_op(x, cos, sin, interleaved, backend)
         return y
     if x.requires_grad and torch.is_grad_enabled():
-        y = _Rope.apply(x, cos, sin, interleaved, backend)
+        y = _apply(x, cos, sin, interleaved, backend)
         return y
-    return _forward(x, cos, sin, interleaved, backend)
+    y = body("rope", backend).forward(x, cos, sin, interleaved)
+    return y
 
 
 _TABLES = (torch.float32, torch.float64)
@@ -83,39 +85,22 @@ def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
     checks.like("sin", sin, "cos", cos)
 
 
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, x: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> Tensor:
-        context.save_for_backward(cos, sin)
-        context.options = options
-        return _forward(x, cos, sin, *options)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = context.saved_tensors
-        run = _backward if direct(dy) else _backward_op
-        return run(dy, cos, sin, *context.options), None, None, None, None
-
-
-def _forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
-    y: Tensor = body("rope", backend).forward(x, cos, sin, interleaved)
-    return y
-
-
-def _backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, backend: str) -> Tensor:
-    dx: Tensor = body("rope", backend).backward(dy, cos, sin, interleaved)
-    return dx
-
-
 # As torch knows it: torch.ops.blip3o.rope.
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, cos, sin, *ctx.options = inputs
-    ctx.save_for_backward(cos, sin)
+def _setup(context: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    _, cos, sin, *context.options = inputs
+    context.save_for_backward(cos, sin)
 
 
-def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(dy, *context.saved_tensors, *context.options), None, None, None, None
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return backward(dy, *context.saved_tensors, *context.options), None, None, None, None
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape)
+
+
+def _flops(x: Any, *_: Any, **__: Any) -> int:
+    return 3 * torch.Size(x).numel()
 
 
 def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, cos: Tensor, sin: Tensor, *options: Any) -> Any:
@@ -135,15 +120,16 @@ def _batched(info: Any, dims: tuple[int | None, ...], x: Tensor, cos: Tensor, si
     return _forward_op(x.flatten(0, 1), *tables, *options).unflatten(0, (count, batch)), 0
 
 
-for _name, _implementation in (("rope", _forward), ("rope_backward", _backward)):
-    register(
-        f"{_name}(Tensor x, Tensor cos, Tensor sin, bool interleaved, str backend) -> Tensor",
-        _implementation,
-        lambda x, *_: torch.empty_like(x) if x.stride(3) == 1 else x.new_empty(x.shape),
-        lambda x, *_, **__: 3 * torch.Size(x).numel(),
-    )
-_forward_op, _backward_op = torch.ops.blip3o.rope.default, torch.ops.blip3o.rope_backward.default
-register_gradient("rope", _gradient, _setup)
+_forward_op, _apply = differentiable(
+    "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved, str backend) -> Tensor",
+    "rope_backward(Tensor x, Tensor cos, Tensor sin, bool interleaved, str backend) -> Tensor",
+    fake=_fake,
+    fake_backward=_fake,
+    flops=_flops,
+    backward_flops=_flops,
+    setup=_setup,
+    gradients=_gradients,
+)
 torch.library.register_vmap("blip3o::rope", _batched, lib=LIBRARY)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import LIBRARY, differentiable_once, register, register_gradient
+from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
 
@@ -42,51 +42,27 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, gate)
     if backend == "reference":
         return reference(gate, up)
+    y: Tensor
     if compiling or not direct(gate, up):
-        y: Tensor = _forward_op(gate, up, backend)
+        y = _forward_op(gate, up, backend)
         return y
     if (gate.requires_grad or (up is not None and up.requires_grad)) and torch.is_grad_enabled():
-        y = _Swiglu.apply(gate, up, backend)
+        y = _apply(gate, up, backend)
         return y
-    return _forward(gate, up, backend)
-
-
-class _Swiglu(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-        context.save_for_backward(gate, up)
-        context.backend = backend
-        return _forward(gate, up, backend)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = context.saved_tensors
-        run = _backward if direct(dy) else _backward_op
-        dgate, dup = run(dy, gate, up, context.backend)
-        return dgate, None if up is None else dup, None
-
-
-def _forward(gate: Tensor, up: Tensor | None, backend: str) -> Tensor:
-    y: Tensor = body("swiglu", backend).forward(gate, up)
+    y = body("swiglu", backend).forward(gate, up)
     return y
 
 
-def _backward(dy: Tensor, gate: Tensor, up: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """dgate and dup; without up the gradient of both and an empty tensor."""
-    gradients: tuple[Tensor, Tensor] = body("swiglu", backend).backward(dy, gate, up)
-    return gradients
+# As torch knows it: torch.ops.blip3o.swiglu. Its backward op gives dgate and dup; without up the gradient of both and
+# an empty tensor.
+def _setup(context: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    gate, up, context.backend = inputs
+    context.save_for_backward(gate, up)
 
 
-# As torch knows it: torch.ops.blip3o.swiglu.
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, ctx.backend = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate, up = context.saved_tensors
-    dgate, dup = _backward_op(dy, gate, up, context.backend)
+    dgate, dup = backward(dy, gate, up, context.backend)
     return dgate, None if up is None else dup, None
 
 
@@ -99,19 +75,16 @@ def _batched(info: Any, dims: tuple[int | None, ...], gate: Tensor, up: Tensor |
     return _forward_op(*moved, backend), 0
 
 
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "swiglu(Tensor gate, Tensor? up, str backend) -> Tensor",
-    _forward,
-    lambda gate, up, *_: gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)),
-    lambda gate, up, *_, **__: 5 * torch.Size(gate).numel() // (1 if up is not None else 2),
-)
-_backward_op = register(
     "swiglu_backward(Tensor dy, Tensor gate, Tensor? up, str backend) -> (Tensor, Tensor)",
-    _backward,
-    lambda dy, gate, up, *_: (gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)),
-    lambda dy, *_, **__: 11 * torch.Size(dy).numel(),
+    fake=lambda gate, up, *_: gate.new_empty(gate.shape if up is not None else (*gate.shape[:-1], gate.shape[-1] // 2)),
+    fake_backward=lambda dy, gate, up, *_: (gate.new_empty(gate.shape), gate.new_empty(0 if up is None else up.shape)),
+    flops=lambda gate, up, *_, **__: 5 * torch.Size(gate).numel() // (1 if up is not None else 2),
+    backward_flops=lambda dy, *_, **__: 11 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
 )
-register_gradient("swiglu", _gradient, _setup)
 torch.library.register_vmap("blip3o::swiglu", _batched, lib=LIBRARY)
 
 

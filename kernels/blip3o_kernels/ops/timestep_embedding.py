@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import differentiable_once, register, register_gradient
+from ..registered import differentiable
 from ..samples import Draw, Sample
 
 _DTYPES = checks.FLOATING | checks.INTEGERS
@@ -51,61 +51,37 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, timestep)
     if backend == "reference":
         return reference(timestep, dim, max_period)
+    y: Tensor
     if compiling or not direct(timestep):
-        y: Tensor = _forward_op(timestep, dim, max_period, backend)
+        y = _forward_op(timestep, dim, max_period, backend)
         return y
     if timestep.requires_grad and torch.is_grad_enabled():
-        y = _TimestepEmbedding.apply(timestep, dim, max_period, backend)
+        y = _apply(timestep, dim, max_period, backend)
         return y
-    return _forward(timestep, dim, max_period, backend)
-
-
-class _TimestepEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, *inputs: Any) -> Tensor:
-        _setup(context, inputs, None)
-        return _forward(*inputs)
-
-    @staticmethod
-    @differentiable_once
-    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _backward if direct(dy) else _backward_op
-        return backward(dy, *context.saved_tensors, *context.options), None, None, None
-
-
-def _forward(timestep: Tensor, dim: int, max_period: float, backend: str) -> Tensor:
-    y: Tensor = body("timestep_embedding", backend).forward(timestep, dim, max_period)
+    y = body("timestep_embedding", backend).forward(timestep, dim, max_period)
     return y
 
 
-def _backward(dy: Tensor, timestep: Tensor, max_period: float, backend: str) -> Tensor:
-    dtimestep: Tensor = body("timestep_embedding", backend).backward(dy, timestep, max_period)
-    return dtimestep
-
-
 # As torch knows it: torch.ops.blip3o.timestep_embedding.
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | None) -> None:
-    timestep, _, *ctx.options = inputs
-    ctx.save_for_backward(timestep)
+def _setup(context: Any, inputs: tuple[Any, ...], y: Tensor) -> None:
+    timestep, _, *context.options = inputs
+    context.save_for_backward(timestep)
 
 
-def _gradient(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return _backward_op(dy, *context.saved_tensors, *context.options), None, None, None
+def _gradients(context: Any, backward: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return backward(dy, *context.saved_tensors, *context.options), None, None, None
 
 
-_forward_op = register(
+_forward_op, _apply = differentiable(
     "timestep_embedding(Tensor timestep, int dim, float max_period, str backend) -> Tensor",
-    _forward,
-    lambda timestep, dim, *_: timestep.new_empty(timestep.shape[0], dim),
-    lambda timestep, dim, *_, **__: torch.Size(timestep).numel() * dim,
-)
-_backward_op = register(
     "timestep_embedding_backward(Tensor dy, Tensor timestep, float max_period, str backend) -> Tensor",
-    _backward,
-    lambda dy, timestep, *_: timestep.new_empty(timestep.shape),
-    lambda dy, *_, **__: 3 * torch.Size(dy).numel(),
+    fake=lambda timestep, dim, *_: timestep.new_empty(timestep.shape[0], dim),
+    fake_backward=lambda dy, timestep, *_: timestep.new_empty(timestep.shape),
+    flops=lambda timestep, dim, *_, **__: torch.Size(timestep).numel() * dim,
+    backward_flops=lambda dy, *_, **__: 3 * torch.Size(dy).numel(),
+    setup=_setup,
+    gradients=_gradients,
 )
-register_gradient("timestep_embedding", _gradient, _setup)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..strides import last_adjacent
+from ..strides import last_adjacent, tokens_first
 from . import INTERPRETED
 from .attention_forward import combine_kernel, forward_kernel
 from .attention_keys import key_value_kernel
@@ -176,7 +176,7 @@ def forward(
     query, scale = _positive(query, scale)
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
-    y = query.new_empty(batch, tokens, heads, value_dim).transpose(1, 2)
+    y = tokens_first(query, value_dim)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     if not log_sum.numel():
         return y, log_sum

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import scored, sequence, span, tile
+from .attention_scores import place, scored, sequence, span, tile
 from .numbers import product, rounded
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -26,7 +26,8 @@ def _attend(
     t,
     start,
     stop,
-    gap_at,
+    all_start,
+    all_stop,
     gap,
     key_ptr,
     value_ptr,
@@ -52,13 +53,14 @@ def _attend(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Add the keys start..stop to the sums [R, V], the totals of probabilities [R] and the largest scores [R]."""
+    """Add keys to the sums [R, V], the totals of probabilities [R] and the largest scores [R]: see `span`.
+
+    BOUNDED: those that only some rows see, otherwise those that all do.
+    """
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for step in range(start, stop - gap, BLOCK_S):
-        first = step
-        if BOUNDED:
-            first += tl.where(step < gap_at, 0, gap)
+    for step in range(start if BOUNDED else all_start, stop - gap if BOUNDED else all_stop, BLOCK_S):
+        first = step + tl.where(step < all_start, 0, gap) if BOUNDED else step
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         s = (first + rows)[None, :]
@@ -136,20 +138,9 @@ def forward_kernel(
     if SPLIT:
         split = program % splits
         program = program // splits
-    place = program % tiles
-    if RIGHT:  # the longest rows first: short ones then fill the gaps at the end
-        place = tiles - 1 - place
-    head = (program // tiles % (heads // FOLD) * FOLD).to(tl.int64)
-    batch = (program // tiles // (heads // FOLD)).to(tl.int64)
+    number, head, batch = place(program, tiles, heads, FOLD, RIGHT)
     all_tokens = tokens
-    row = tl.cast(0, tl.int64)
-    column = tl.cast(0, tl.int64)
-    if PACKED:
-        row, tokens, column, keys, first = sequence(place, queries_ptr, keys_ptr, sequences, tokens, TOKENS)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-    else:
-        first = place * TOKENS
+    row, tokens, column, keys, first = sequence(number, queries_ptr, keys_ptr, sequences, tokens, keys, PACKED, TOKENS)
     lane = tl.arange(0, BLOCK_T)
     of_fold = (lane % FOLD).to(tl.int64)
     t = first + lane // FOLD
@@ -179,16 +170,12 @@ def forward_kernel(
     sums = tl.zeros([BLOCK_T, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_T], tl.float32)
     top = tl.full([BLOCK_T], -float("inf"), tl.float32)
-    sums, total, top = _attend(
-        sums, total, top, query, t, all_start, all_stop, 0, 0, key_ptr, value_ptr, mask_ptr, tokens, keys,
-        key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-        HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
-    sums, total, top = _attend(
-        sums, total, top, query, t, start, stop, all_start, gap, key_ptr, value_ptr, mask_ptr, tokens, keys,
-        key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-        HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
+    for BOUNDED in tl.static_range(2):
+        sums, total, top = _attend(
+            sums, total, top, query, t, start, stop, all_start, all_stop, gap, key_ptr, value_ptr, mask_ptr, tokens,
+            keys, key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
+            HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, BOUNDED, BLOCK_S, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
 
     filled = tl.where(total == 0.0, 1.0, total)
     y = sums / filled[:, None]

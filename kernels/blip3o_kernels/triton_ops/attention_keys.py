@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import log_sums, scored, sequence, span, tile
+from .attention_scores import log_sums, place, scored, sequence, span, tile
 from .numbers import product, rounded
 
 
@@ -26,7 +26,8 @@ def _from_queries(
     s,
     start,
     stop,
-    gap_at,
+    all_start,
+    all_stop,
     gap,
     query_ptr,
     dy_ptr,
@@ -54,13 +55,14 @@ def _from_queries(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Add what queries start..stop give to dkey [S, K] and dvalue [S, V]. Scores are held transposed, [S, T]."""
+    """Add what queries give to dkey [S, K] and dvalue [S, V]. Scores are held transposed, [S, T].
+
+    BOUNDED: the queries that see some of the keys, otherwise those that see all; see `span`.
+    """
     rows = tl.arange(0, BLOCK_T)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for step in range(start, stop - gap, BLOCK_T):
-        first = step
-        if BOUNDED:
-            first += tl.where(step < gap_at, 0, gap)
+    for step in range(start if BOUNDED else all_start, stop - gap if BOUNDED else all_stop, BLOCK_T):
+        first = step + tl.where(step < all_start, 0, gap) if BOUNDED else step
         query = tile(query_ptr, first, rows, query_token, tokens, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(key, tl.trans(query), tl.zeros([key.shape[0], BLOCK_T], tl.float32))
         t = first + rows
@@ -140,18 +142,9 @@ def key_value_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dkey and dvalue of BLOCK_S keys of one key head. Strides are in units of ALIGNED elements."""
-    place = tl.program_id(0) % tiles
-    group = (tl.program_id(0) // tiles % (heads // share)).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // (heads // share)).to(tl.int64)
+    number, group, batch = place(tl.program_id(0), tiles, heads // share, 1, False)
     all_tokens = tokens
-    row = tl.cast(0, tl.int64)
-    column = tl.cast(0, tl.int64)
-    if PACKED:
-        column, keys, row, tokens, first = sequence(place, keys_ptr, queries_ptr, sequences, keys, BLOCK_S)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-    else:
-        first = place * BLOCK_S
+    column, keys, row, tokens, first = sequence(number, keys_ptr, queries_ptr, sequences, keys, tokens, PACKED, BLOCK_S)
     lane = tl.arange(0, BLOCK_S)
     s = first + lane
     key_ptr += (batch * key_batch + group * key_head + column * key_token) * ALIGNED
@@ -170,16 +163,13 @@ def key_value_kernel(
         dy = dy_ptr + head * dy_head * ALIGNED
         rows = (batch * heads + head) * all_tokens + row
         mask = mask_ptr + batch * mask_batch + head * mask_head
-        dkey, dvalue = _from_queries(
-            dkey, dvalue, key, value, s, all_start, all_stop, 0, 0, query, dy, log_sum_ptr + rows, delta_ptr + rows,
-            mask, tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left,
-            right, HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_T, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
-        dkey, dvalue = _from_queries(
-            dkey, dvalue, key, value, s, start, stop, all_start, gap, query, dy, log_sum_ptr + rows, delta_ptr + rows,
-            mask, tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key, scale, cap, left,
-            right, HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_T, BLOCK_K, BLOCK_V,
-        )  # fmt: skip
+        for BOUNDED in tl.static_range(2):
+            dkey, dvalue = _from_queries(
+                dkey, dvalue, key, value, s, start, stop, all_start, all_stop, gap, query, dy, log_sum_ptr + rows,
+                delta_ptr + rows, mask, tokens, keys, query_token * ALIGNED, dy_token * ALIGNED, mask_token, mask_key,
+                scale, cap, left, right, HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, BOUNDED,
+                BLOCK_T, BLOCK_K, BLOCK_V,
+            )  # fmt: skip
     column = column + s
     columns = tl.arange(0, BLOCK_K)
     dkey_ptr += (batch * dkey_batch + group * dkey_head) * ALIGNED

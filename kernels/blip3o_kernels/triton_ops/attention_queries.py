@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_scores import log_sums, scored, sequence, span, tile
+from .attention_scores import log_sums, place, scored, sequence, span, tile
 from .numbers import product, rounded, wide
 
 
@@ -35,10 +35,8 @@ def delta_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """delta [B, H, T] = dy . y."""
-    place = tl.program_id(0) % tiles
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
-    t = place * BLOCK_T + tl.arange(0, BLOCK_T)
+    number, head, batch = place(tl.program_id(0), tiles, heads, 1, False)
+    t = number * BLOCK_T + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_V)
     mask = (t < tokens)[:, None] & (columns < VALUE_DIM)[None, :]
     dy_ptr += (batch * dy_batch + head * dy_head) * ALIGNED
@@ -58,7 +56,8 @@ def _from_keys(
     t,
     start,
     stop,
-    gap_at,
+    all_start,
+    all_stop,
     gap,
     key_ptr,
     value_ptr,
@@ -84,13 +83,11 @@ def _from_keys(
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Add what keys start..stop give to dquery [T, K]."""
+    """Add what keys give to dquery [T, K]. BOUNDED: those that only some rows see, otherwise those that all do."""
     rows = tl.arange(0, BLOCK_S)
     factor = 1.0 if CAPPED or MASK == 2 else scale
-    for step in range(start, stop - gap, BLOCK_S):
-        first = step
-        if BOUNDED:
-            first += tl.where(step < gap_at, 0, gap)
+    for step in range(start if BOUNDED else all_start, stop - gap if BOUNDED else all_stop, BLOCK_S):
+        first = step + tl.where(step < all_start, 0, gap) if BOUNDED else step
         key = tile(key_ptr, first, rows, key_token, keys, HEAD_DIM, BLOCK_K, BOUNDED)
         products = product(query, tl.trans(key), tl.zeros([query.shape[0], BLOCK_S], tl.float32))
         scores, bend = scored(
@@ -163,20 +160,9 @@ def query_kernel(
     BLOCK_V: tl.constexpr,
 ):
     """dquery of BLOCK_T queries of one head. Strides are in units of ALIGNED elements."""
-    place = tl.program_id(0) % tiles
-    if RIGHT:  # the longest rows first: short ones then fill the gaps at the end
-        place = tiles - 1 - place
-    head = (tl.program_id(0) // tiles % heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // heads).to(tl.int64)
+    number, head, batch = place(tl.program_id(0), tiles, heads, 1, RIGHT)
     all_tokens = tokens
-    row = tl.cast(0, tl.int64)
-    column = tl.cast(0, tl.int64)
-    if PACKED:
-        row, tokens, column, keys, first = sequence(place, queries_ptr, keys_ptr, sequences, tokens, BLOCK_T)
-        row = row.to(tl.int64)
-        column = column.to(tl.int64)
-    else:
-        first = place * BLOCK_T
+    row, tokens, column, keys, first = sequence(number, queries_ptr, keys_ptr, sequences, tokens, keys, PACKED, BLOCK_T)
     lane = tl.arange(0, BLOCK_T)
     t = first + lane
     query_ptr += (batch * query_batch + head * query_head + row * query_token) * ALIGNED
@@ -192,16 +178,12 @@ def query_kernel(
     start, stop, all_start, all_stop = span(first, BLOCK_T, tokens, keys, left, right, LEFT, RIGHT, BLOCK_S)
     gap = all_stop - all_start
     dquery = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
-    dquery = _from_keys(
-        dquery, query, dy, log_sum, delta, t, all_start, all_stop, 0, 0, key_ptr, value_ptr, mask_ptr, tokens, keys,
-        key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-        HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, False, BLOCK_S, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
-    dquery = _from_keys(
-        dquery, query, dy, log_sum, delta, t, start, stop, all_start, gap, key_ptr, value_ptr, mask_ptr, tokens, keys,
-        key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
-        HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, True, BLOCK_S, BLOCK_K, BLOCK_V,
-    )  # fmt: skip
+    for BOUNDED in tl.static_range(2):
+        dquery = _from_keys(
+            dquery, query, dy, log_sum, delta, t, start, stop, all_start, all_stop, gap, key_ptr, value_ptr, mask_ptr,
+            tokens, keys, key_token * ALIGNED, value_token * ALIGNED, mask_token, mask_key, scale, cap, left, right,
+            HEAD_DIM, VALUE_DIM, MASK, CAPPED, LEFT, RIGHT, BOUNDED, BLOCK_S, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
     columns = tl.arange(0, BLOCK_K)
     dquery_ptr += (batch * dquery_batch + head * dquery_head) * ALIGNED
     pointers = dquery_ptr + ((row + t) * dquery_token * ALIGNED)[:, None] + columns[None, :]

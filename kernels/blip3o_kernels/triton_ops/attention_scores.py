@@ -1,4 +1,4 @@
-"""What the kernels of attention share: which packed sequence a tile belongs to, what it sees, and its scores.
+"""What the kernels of attention share: which tile a program has, what that sees, and its scores.
 
 Scores are in units of log 2, so that a probability is one exp2.
 """
@@ -15,24 +15,40 @@ SEQUENCES = tl.constexpr(128)  # boundaries of packed sequences read at a time
 
 
 @triton.jit
-def sequence(tile, rows_ptr, columns_ptr, sequences, rows, BLOCK: tl.constexpr):
-    """The packed sequence of a tile: its first row and how many rows, its first column and how many, the tile's row.
-
-    rows_ptr holds the boundaries of the sequences along the tiled side, columns_ptr along the other. The tiles of
-    sequence i start at rows_ptr[i] // BLOCK + i: that leaves each enough of them whatever the lengths are, so that a
-    grid of rows // BLOCK + sequences + 1 tiles is known without reading the lengths on the host; at most sequences + 1
-    tiles are empty. Rows after the last sequence are one more sequence, of no columns.
+def place(program, tiles, heads, FOLD: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """A program's tile, the first of its FOLD heads, and its batch. LAST_FIRST: short tiles are for the gaps at the
+    end, where the last ones see most.
     """
-    index = -1
-    for first in range(0, sequences + 1, SEQUENCES):
-        i = first + tl.arange(0, SEQUENCES)
-        start = tl.load(rows_ptr + i, mask=i <= sequences, other=0)
-        index += tl.sum(((start // BLOCK + i <= tile) & (i <= sequences)).to(tl.int32), axis=0)
-    row = tl.load(rows_ptr + index)
-    row_stop = tl.load(rows_ptr + index + 1, mask=index < sequences, other=rows)
-    column = tl.load(columns_ptr + index)
-    column_stop = tl.load(columns_ptr + index + 1, mask=index < sequences, other=column)
-    return row, row_stop - row, column, column_stop - column, (tile - row // BLOCK - index) * BLOCK
+    tile = program % tiles
+    if LAST_FIRST:
+        tile = tiles - 1 - tile
+    head = (program // tiles % (heads // FOLD) * FOLD).to(tl.int64)
+    return tile, head, (program // tiles // (heads // FOLD)).to(tl.int64)
+
+
+@triton.jit
+def sequence(tile, rows_ptr, columns_ptr, sequences, rows, columns, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The sequence of a tile: its first row and how many rows, its first column and how many, the tile's row in it.
+
+    If PACKED, rows_ptr holds the boundaries of the sequences along the tiled side, columns_ptr along the other. The
+    tiles of sequence i start at rows_ptr[i] // BLOCK + i: that leaves each enough of them whatever the lengths are, so
+    that a grid of rows // BLOCK + sequences + 1 tiles is known without reading the lengths on the host; at most
+    sequences + 1 tiles are empty. Rows after the last sequence are one more sequence, of no columns.
+    """
+    if PACKED:
+        index = -1
+        for first in range(0, sequences + 1, SEQUENCES):
+            i = first + tl.arange(0, SEQUENCES)
+            start = tl.load(rows_ptr + i, mask=i <= sequences, other=0)
+            index += tl.sum(((start // BLOCK + i <= tile) & (i <= sequences)).to(tl.int32), axis=0)
+        row = tl.load(rows_ptr + index)
+        row_stop = tl.load(rows_ptr + index + 1, mask=index < sequences, other=rows)
+        column = tl.load(columns_ptr + index)
+        column_stop = tl.load(columns_ptr + index + 1, mask=index < sequences, other=column)
+        first = (tile - row // BLOCK - index) * BLOCK
+        return row.to(tl.int64), row_stop - row, column.to(tl.int64), column_stop - column, first
+    else:
+        return tl.cast(0, tl.int64), rows, tl.cast(0, tl.int64), columns, tile * BLOCK
 
 
 @triton.jit

@@ -50,7 +50,9 @@ def _forward_kernel(
         tl.store(saved_ptr + rows + row, mean, mask=exists)
 
 
-def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool = True
+) -> tuple[Tensor, Tensor]:
     """y, and what the backward pass needs: 1/std of each row, then the mean of each row."""
     x, stride = strides.rows(x)
     y = x.new_empty(x.shape)

@@ -6,7 +6,7 @@ A tile is [TOKENS, HEADS, PAIRS] twice, as in rotation.py. Across the WIDTH it h
 import triton
 import triton.language as tl
 
-from .rotation import load_angles, load_pairs, pair_columns, store_pairs, turned
+from .rotation import load_pairs, pair_columns, store_pairs, tokens_at, turned
 
 
 @triton.jit
@@ -27,6 +27,17 @@ def moments(first, second, has_first, has_second, count, eps, CENTRED: tl.conste
         second = tl.where(has_second, second - mean, 0.0)
     rstd = 1.0 / tl.sqrt(total(first * first + second * second, WIDTH) / count + eps)
     return mean, rstd
+
+
+@triton.jit
+def parameter_rows(head, heads, head_dim, WIDTH: tl.constexpr):
+    """Where the parameters of the heads [1, HEADS, 1] begin, and whether there are any. One row serves all heads, but
+    across the width each has its own.
+    """
+    if WIDTH:
+        return head * head_dim, head < heads
+    else:
+        return tl.zeros([1, 1, 1], dtype=tl.int64), tl.full([1, 1, 1], True, dtype=tl.int1)
 
 
 @triton.jit
@@ -57,11 +68,7 @@ def _forward_side(
     PARTIAL: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    tiles = tl.cdiv(tokens, TOKENS)
-    sample = (tile_number // tiles).to(tl.int64)
-    token = (tile_number % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    angles = sample * table_stride + token * half
-    cos, sin = load_angles(cos_ptr, sin_ptr, angles, token < tokens, half, False, PAIRS)
+    sample, token, cos, sin = tokens_at(tile_number, tokens, half, table_stride, cos_ptr, sin_ptr, False, TOKENS, PAIRS)
     _, _, has_first, has_second = pair_columns(half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
     x_rows = sample * x_batch + token * x_token
     y_rows = (sample * tokens + token) * heads * head_dim
@@ -76,8 +83,7 @@ def _forward_side(
         if CENTRED:
             first -= mean
             second -= mean
-        parameters = head * head_dim if WIDTH else tl.zeros([1, 1, 1], dtype=tl.int64)
-        given = head < heads if WIDTH else tl.full([1, 1, 1], True, dtype=tl.int1)
+        parameters, given = parameter_rows(head, heads, head_dim, WIDTH)
         left, right = load_pairs(weight_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS)
         first = first * rstd * left
         second = second * rstd * right
@@ -143,57 +149,13 @@ def forward_kernel(
     program = tl.program_id(0)
     if program < query_tiles:
         _forward_side(
-            program,
-            query_y_ptr,
-            query_ptr,
-            query_weight_ptr,
-            query_bias_ptr,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            query_batch,
-            query_head,
-            query_token,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            QUERY_BIASED,
-            QUERY_TOKENS,
-            QUERY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
+            program, query_y_ptr, query_ptr, query_weight_ptr, query_bias_ptr, cos_ptr, sin_ptr, heads, query_batch,
+            query_head, query_token, tokens, head_dim, half, rest, table_stride, eps, QUERY_BIASED, QUERY_TOKENS,
+            QUERY_HEADS, CENTRED, WIDTH, INTERLEAVED, PARTIAL, PAIRS,
+        )  # fmt: skip
     else:
         _forward_side(
-            program - query_tiles,
-            key_y_ptr,
-            key_ptr,
-            key_weight_ptr,
-            key_bias_ptr,
-            cos_ptr,
-            sin_ptr,
-            groups,
-            key_batch,
-            key_head,
-            key_token,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            KEY_BIASED,
-            KEY_TOKENS,
-            KEY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
+            program - query_tiles, key_y_ptr, key_ptr, key_weight_ptr, key_bias_ptr, cos_ptr, sin_ptr, groups,
+            key_batch, key_head, key_token, tokens, head_dim, half, rest, table_stride, eps, KEY_BIASED, KEY_TOKENS,
+            KEY_HEADS, CENTRED, WIDTH, INTERLEAVED, PARTIAL, PAIRS,
+        )  # fmt: skip

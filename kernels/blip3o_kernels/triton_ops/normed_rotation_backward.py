@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .normed_rotation import moments, total
-from .rotation import load_angles, load_pairs, pair_columns, store_pairs, turned
+from .normed_rotation import moments, parameter_rows, total
+from .rotation import load_pairs, pair_columns, store_pairs, tokens_at, turned
 
 
 @triton.jit
@@ -52,10 +52,7 @@ def _backward_side(
     plain_first = tl.zeros([TOKENS, HEADS, PAIRS], dtype=tl.float32)
     plain_second = tl.zeros([TOKENS, HEADS, PAIRS], dtype=tl.float32)
     for i in range(batch * tiles * block // blocks, batch * tiles * (block + 1) // blocks):
-        sample = (i // tiles).to(tl.int64)
-        token = (i % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-        angles = sample * table_stride + token * half
-        cos, sin = load_angles(cos_ptr, sin_ptr, angles, token < tokens, half, True, PAIRS)
+        sample, token, cos, sin = tokens_at(i, tokens, half, table_stride, cos_ptr, sin_ptr, True, TOKENS, PAIRS)
         x_rows = sample * x_batch + token * x_token
         dy_rows = sample * dy_batch + token * dy_token
         dx_rows = (sample * tokens + token) * heads * head_dim
@@ -69,8 +66,7 @@ def _backward_side(
                 dy_ptr, dy_rows + head * dy_head, inside, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
             )
             left, right = turned(left, right, cos, sin, half, PARTIAL, PAIRS)
-            parameters = head * head_dim if WIDTH else tl.zeros([1, 1, 1], dtype=tl.int64)
-            given = head < heads if WIDTH else tl.full([1, 1, 1], True, dtype=tl.int1)
+            parameters, given = parameter_rows(head, heads, head_dim, WIDTH)
             gain_first, gain_second = load_pairs(
                 weight_ptr, parameters, given, half, rest, head_dim, INTERLEAVED, PARTIAL, PAIRS
             )
@@ -117,8 +113,7 @@ def _backward_side(
             scaled_second = tl.sum(scaled_second, axis=1, keep_dims=True)
             plain_first = tl.sum(plain_first, axis=1, keep_dims=True)
             plain_second = tl.sum(plain_second, axis=1, keep_dims=True)
-        parameters = head * head_dim if WIDTH else tl.zeros([1, 1, 1], dtype=tl.int64)
-        given = head < heads if WIDTH else tl.full([1, 1, 1], True, dtype=tl.int1)
+        parameters, given = parameter_rows(head, heads, head_dim, WIDTH)
         store_pairs(
             partial_ptr,
             parameters,
@@ -198,69 +193,15 @@ def backward_kernel(
     program = tl.program_id(0)
     if program < query_blocks:
         _backward_side(
-            program,
-            query_blocks,
-            dquery_ptr,
-            query_partial_ptr,
-            query_dy_ptr,
-            query_ptr,
-            query_weight_ptr,
-            cos_ptr,
-            sin_ptr,
-            heads,
-            query_dy_batch,
-            query_dy_head,
-            query_dy_token,
-            query_batch,
-            query_head,
-            query_token,
-            batch,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            WANTED,
-            QUERY_TOKENS,
-            QUERY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
+            program, query_blocks, dquery_ptr, query_partial_ptr, query_dy_ptr, query_ptr, query_weight_ptr, cos_ptr,
+            sin_ptr, heads, query_dy_batch, query_dy_head, query_dy_token, query_batch, query_head, query_token,
+            batch, tokens, head_dim, half, rest, table_stride, eps, WANTED, QUERY_TOKENS, QUERY_HEADS, CENTRED, WIDTH,
+            INTERLEAVED, PARTIAL, PAIRS,
+        )  # fmt: skip
     else:
         _backward_side(
-            program - query_blocks,
-            key_blocks,
-            dkey_ptr,
-            key_partial_ptr,
-            key_dy_ptr,
-            key_ptr,
-            key_weight_ptr,
-            cos_ptr,
-            sin_ptr,
-            groups,
-            key_dy_batch,
-            key_dy_head,
-            key_dy_token,
-            key_batch,
-            key_head,
-            key_token,
-            batch,
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
-            WANTED,
-            KEY_TOKENS,
-            KEY_HEADS,
-            CENTRED,
-            WIDTH,
-            INTERLEAVED,
-            PARTIAL,
-            PAIRS,
-        )
+            program - query_blocks, key_blocks, dkey_ptr, key_partial_ptr, key_dy_ptr, key_ptr, key_weight_ptr,
+            cos_ptr, sin_ptr, groups, key_dy_batch, key_dy_head, key_dy_token, key_batch, key_head, key_token, batch,
+            tokens, head_dim, half, rest, table_stride, eps, WANTED, KEY_TOKENS, KEY_HEADS, CENTRED, WIDTH,
+            INTERLEAVED, PARTIAL, PAIRS,
+        )  # fmt: skip

@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..ops.qk_norm_rope import gradients_like, rows_like
+from ..ops.qk_norm_rope import gradients_like, readable
+from ..strides import tokens_first
 from .normed_rotation import forward_kernel
 from .normed_rotation_backward import backward_kernel
 from .rotation import pairs, table, tile
@@ -31,9 +32,39 @@ def _tile(x: Tensor, width: int, across_width: bool, elements: int) -> tuple[int
     return block_tokens, block_heads, batch * triton.cdiv(tokens, block_tokens) if heads else 0
 
 
-def _warps(*elements: int) -> int:
-    """Of forward tiles: 16 pairs a thread, so that a warp of 64 threads too loads 16 bytes of bfloat16 at a time."""
-    return min(max(max(elements) // 1024, 1), 16)
+def _common(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    centred: bool,
+    across_width: bool,
+    interleaved: bool,
+    elements: int,
+    pairs_of_thread: int,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int], tuple[float, ...], dict[str, int]]:
+    """What both kernels are called with: the tables, the numbers of tiles, the last scalars, the constants."""
+    _, _, tokens, head_dim = query.shape
+    cos, sin, table_stride = table(cos, sin, tokens)
+    half = cos.shape[-1]
+    rest, width = pairs(head_dim, half)
+    query_tokens, query_heads, query_tiles = _tile(query, width, across_width, elements)
+    key_tokens, key_heads, key_tiles = _tile(key, width, across_width, elements)
+    most = width * max(query_tokens * query_heads, key_tokens * key_heads)
+    constants = {
+        "QUERY_TOKENS": query_tokens,
+        "QUERY_HEADS": query_heads,
+        "KEY_TOKENS": key_tokens,
+        "KEY_HEADS": key_heads,
+        "CENTRED": centred,
+        "WIDTH": across_width,
+        "INTERLEAVED": interleaved,
+        "PARTIAL": 2 * half < head_dim,
+        "PAIRS": width,
+        "num_warps": min(max(most // (32 * pairs_of_thread), 1), 16),
+    }
+    return (cos, sin), (query_tiles, key_tiles), (tokens, head_dim, half, rest, table_stride, eps), constants
 
 
 def forward(
@@ -50,14 +81,12 @@ def forward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key = _readable(query), _readable(key)
-    query_y, key_y = rows_like(query), rows_like(key)
-    _, heads, tokens, head_dim = query.shape
-    cos, sin, table_stride = table(cos, sin, tokens)
-    half = cos.shape[-1]
-    rest, width = pairs(head_dim, half)
-    query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS)
-    key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS)
+    query, key = readable(query), readable(key)
+    query_y, key_y = tokens_first(query), tokens_first(key)
+    # 16 pairs a thread, so that a warp of 64 threads too loads 16 bytes of bfloat16 at a time.
+    tables, (query_tiles, key_tiles), scalars, constants = _common(
+        query, key, cos, sin, eps, centred, across_width, interleaved, ELEMENTS, 16
+    )
     if not query_tiles + key_tiles:
         return query_y, key_y
     with torch.cuda.device_of(query):
@@ -70,31 +99,16 @@ def forward(
             key_weight.contiguous(),
             query_weight if query_bias is None else query_bias.contiguous(),
             key_weight if key_bias is None else key_bias.contiguous(),
-            cos,
-            sin,
+            *tables,
             query_tiles,
-            heads,
+            query.shape[1],
             *query.stride()[:3],
             key.shape[1],
             *key.stride()[:3],
-            tokens,
-            head_dim,
-            half,
-            rest,
-            table_stride,
-            eps,
+            *scalars,
             QUERY_BIASED=query_bias is not None,
-            QUERY_TOKENS=query_tokens,
-            QUERY_HEADS=query_heads,
             KEY_BIASED=key_bias is not None,
-            KEY_TOKENS=key_tokens,
-            KEY_HEADS=key_heads,
-            CENTRED=centred,
-            WIDTH=across_width,
-            INTERLEAVED=interleaved,
-            PARTIAL=2 * half < head_dim,
-            PAIRS=width,
-            num_warps=_warps(2 * width * query_tokens * query_heads, 2 * width * key_tokens * key_heads),
+            **constants,
         )
     return query_y, key_y
 
@@ -116,16 +130,13 @@ def backward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, ...]:
-    query_dy, key_dy, query, key = (_readable(x) for x in (query_dy, key_dy, query, key))
+    query_dy, key_dy, query, key = (readable(x) for x in (query_dy, key_dy, query, key))
     gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
-    batch, heads, tokens, head_dim = query.shape
-    cos, sin, table_stride = table(cos, sin, tokens)
-    half = cos.shape[-1]
-    rest, width = pairs(head_dim, half)
-    query_tokens, query_heads, query_tiles = _tile(query, width, across_width, ELEMENTS // 2)
-    key_tokens, key_heads, key_tiles = _tile(key, width, across_width, ELEMENTS // 2)
-    share = 8 if across_width else 4  # the sums take registers, and a tile with all heads is large: more warps
-    query_blocks, key_blocks = (min(MAX_BLOCKS, (tiles + 3) // 4) for tiles in (query_tiles, key_tiles))
+    # The sums take registers, and a tile with all heads is large: fewer pairs a thread.
+    tables, tiles, scalars, constants = _common(
+        query, key, cos, sin, eps, centred, across_width, interleaved, ELEMENTS // 2, 4 if across_width else 8
+    )
+    query_blocks, key_blocks = (min(MAX_BLOCKS, (count + 3) // 4) for count in tiles)
     query_partial, key_partial = (  # sums of the weight's gradient, then of the bias's
         torch.empty(blocks, 2, len(weight), dtype=torch.float32, device=query.device)
         for blocks, weight in ((query_blocks, query_weight), (key_blocks, key_weight))
@@ -143,41 +154,21 @@ def backward(
                 key,
                 query_weight.contiguous(),
                 key_weight.contiguous(),
-                cos,
-                sin,
+                *tables,
                 query_blocks,
                 key_blocks,
-                heads,
+                query.shape[1],
                 *query_dy.stride()[:3],
                 *query.stride()[:3],
                 key.shape[1],
                 *key_dy.stride()[:3],
                 *key.stride()[:3],
-                batch,
-                tokens,
-                head_dim,
-                half,
-                rest,
-                table_stride,
-                eps,
+                query.shape[0],
+                *scalars,
                 WANTED=wanted,
-                QUERY_TOKENS=query_tokens,
-                QUERY_HEADS=query_heads,
-                KEY_TOKENS=key_tokens,
-                KEY_HEADS=key_heads,
-                CENTRED=centred,
-                WIDTH=across_width,
-                INTERLEAVED=interleaved,
-                PARTIAL=2 * half < head_dim,
-                PAIRS=width,
-                num_warps=_warps(share * width * query_tokens * query_heads, share * width * key_tokens * key_heads),
+                **constants,
             )
     dquery_weight, dkey_weight, dquery_bias, dkey_bias = gradients[2:]
     add_up(query_partial, dquery_weight, dquery_bias)
     add_up(key_partial, dkey_weight, dkey_bias)
     return tuple(gradients)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x [B, H, T, K] with adjacent dims; a copy only where they are not."""
-    return x if x.stride(3) == 1 else rows_like(x).copy_(x)

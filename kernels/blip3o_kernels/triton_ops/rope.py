@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rotation import load_angles, load_pairs, pairs, store_pairs, table, tile, turned
+from .rotation import load_pairs, pairs, store_pairs, table, tile, tokens_at, turned
 
 ELEMENTS = 4096  # of a tile: 4 warps with 32 floats a thread
 
@@ -40,10 +40,9 @@ def _kernel(
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    tiles = tl.cdiv(tokens, TOKENS)
-    sample = (tl.program_id(0) // tiles).to(tl.int64)
-    token = (tl.program_id(0) % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
-    cos, sin = load_angles(cos_ptr, sin_ptr, sample * table_stride + token * HALF, token < tokens, HALF, INVERSE, PAIRS)
+    sample, token, cos, sin = tokens_at(
+        tl.program_id(0), tokens, HALF, table_stride, cos_ptr, sin_ptr, INVERSE, TOKENS, PAIRS
+    )
     y_ptr += sample * y_batch
     x_ptr += sample * x_batch
     for start in range(0, heads, HEADS):

@@ -81,6 +81,27 @@ def load_angles(cos_ptr, sin_ptr, rows, inside, half, INVERSE: tl.constexpr, PAI
 
 
 @triton.jit
+def tokens_at(
+    number,
+    tokens,
+    half,
+    table_stride,
+    cos_ptr,
+    sin_ptr,
+    INVERSE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """Of a tile's number: the sample, the tokens [TOKENS, 1, 1], and their cos and sin."""
+    tiles = tl.cdiv(tokens, TOKENS)
+    sample = (number // tiles).to(tl.int64)
+    token = (number % tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    angles = sample * table_stride + token * half
+    cos, sin = load_angles(cos_ptr, sin_ptr, angles, token < tokens, half, INVERSE, PAIRS)
+    return sample, token, cos, sin
+
+
+@triton.jit
 def turned(first, second, cos, sin, half, PARTIAL: tl.constexpr, PAIRS: tl.constexpr):
     left = first * cos - second * sin
     right = second * cos + first * sin
