@@ -189,9 +189,12 @@ static inline float sum(Floats v) {
 }
 
 static inline double sum(Doubles v) {
-  double total = 0.0;
-  for (int i = 0; i < BLIP3O_LANES; ++i) total += v[i];
-  return total;
+  double lanes[BLIP3O_LANES];
+  std::memcpy(lanes, &v, sizeof lanes);
+#pragma GCC unroll 4
+  for (int half = BLIP3O_LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // The larger and the smaller of the two; `v` where it is NaN.
