@@ -88,8 +88,8 @@ def take_turns(
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
-    not before `least` measurements of each, nor after `most`. Nobody gets what a certain other one leaves in the caches:
-    the order is shuffled, and one count of calls serves all, so that no call finds the inputs of the one before it.
+    not before `least` measurements of each, nor after `most`. The order is shuffled, and one count of calls serves all:
+    what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one.
     """
     repeats: dict[str, int] = {}
     order, shuffled, calls = list(contestants), random.Random(0), 0
