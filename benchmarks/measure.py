@@ -14,6 +14,7 @@ import gc
 import json
 import math
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -88,14 +89,16 @@ def take_turns(
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
-    not before `least` measurements of each, nor after `most`.
+    not before `least` measurements of each, nor after `most`. The order is shuffled, and one count of calls serves all:
+    what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one.
     """
-    counts = dict.fromkeys(contestants, 0)
     repeats: dict[str, int] = {}
+    order, shuffled, calls = list(contestants), random.Random(0), 0
 
     def once(name: str) -> float:
-        call, first, number = contestants[name], counts[name], repeats.get(name, 1)
-        counts[name] += number
+        nonlocal calls
+        call, first, number = contestants[name], calls, repeats.get(name, 1)
+        calls += number
         synchronise(device)
         start = time.perf_counter()
         for i in range(first, first + number):
@@ -115,7 +118,8 @@ def take_turns(
         for taken in range(most):
             if taken >= least and time.perf_counter() > end:
                 break
-            for name in contestants:
+            shuffled.shuffle(order)
+            for name in order:
                 times[name].append(once(name))
     finally:
         if collecting:

@@ -17,7 +17,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 2
+#define BLIP3O_VERSION 3
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -362,16 +362,17 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_flow_step(const blip3o_flow_step_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arguments* arguments);
-/* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: logits
- * [rows, vocab], contiguous. The sum of the rows' losses is added to *total. With `wanted`, the logits are overwritten by the
- * gradient of `share` times that sum. */
+/* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: the
+ * logits [rows, vocab], contiguous, of rows start, start + 1, ... of `targets` ones, chunk after chunk. *loss is the mean so far:
+ * the losses up to here over the number of kept rows among all, so the last chunk's is the result. With `wanted`, the logits are
+ * overwritten by its gradient. */
 typedef struct {
   void* logits;
-  double* losses; /* [rows], workspace */
-  double* total;
-  const int64_t* target; /* [rows], in [0, vocab) or ignore_index */
-  int64_t rows, vocab, ignore_index;
-  float share, label_smoothing, z_loss, softcap; /* softcap 0: none */
+  double* losses; /* [targets], workspace */
+  float* loss;
+  const int64_t* target; /* [targets], in [0, vocab) or ignore_index */
+  int64_t targets, start, rows, vocab, ignore_index;
+  float label_smoothing, z_loss, softcap; /* softcap 0: none */
   int dtype, wanted;
   int instruction_set, threads;
   void* stream;

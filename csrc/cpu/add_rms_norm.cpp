@@ -20,9 +20,11 @@ extern "C" int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backwa
 
 template <class T, class W>
 static int run(const blip3o_add_rms_norm_arguments& a) {
-  const int64_t width = a.width, runs = (a.rows + GROUP - 1) / GROUP;
+  const int64_t width = a.width, stride = a.stride, residual_stride = a.residual_stride;
+  const int64_t runs = (a.rows + GROUP - 1) / GROUP;
   const W* weight = static_cast<const W*>(a.weight);
   const bool round_before_weight = a.round_before_weight && weight;
+  const Floats offset = all(a.offset);
   const int threads = blip3o_threads(a.threads, a.rows * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t run = 0; run < runs; ++run) {
@@ -30,23 +32,24 @@ static int run(const blip3o_add_rms_norm_arguments& a) {
     groups(a.rows - start < GROUP ? a.rows - start : GROUP, [&](int64_t offset_row, auto number) {
       constexpr int R = decltype(number)::value;
       const int64_t row = start + offset_row;
-      const T* x = static_cast<const T*>(a.x) + row * a.stride;
-      const T* residual = static_cast<const T*>(a.residual) + row * a.residual_stride;
+      const T* x = static_cast<const T*>(a.x) + row * stride;
+      const T* residual = static_cast<const T*>(a.residual) + row * residual_stride;
       T* added = static_cast<T*>(a.added) + row * width;
       T* y = static_cast<T*>(a.y) + row * width;
-      RowSum squares[R];
+      RowSums<R> squares;
       Floats rstd[R];
       columns(width, [&](int64_t i, auto n) {
         for (int r = 0; r < R; ++r) {
-          const Floats v = load(residual + r * a.residual_stride + i, n) + load(x + r * a.stride + i, n);
+          const Floats v = rounded<T>(load(residual + r * residual_stride + i, n) + load(x + r * stride + i, n));
           store(added + r * width + i, v, n);
-          squares[r].add(i, rounded<T>(v) * rounded<T>(v));
+          squares.add(r, i, v * v);
         }
       });
-      for (int r = 0; r < R; ++r) rstd[r] = all(reciprocal_rms(squares[r], width, a.eps));
+      for (int r = 0; r < R; ++r) rstd[r] = all(reciprocal_rms(squares.value(r), width, a.eps));
       columns(width, [&](int64_t i, auto n) {
-        const Floats gain = weight ? a.offset + load(weight + i, n) : all(1.0f);
+        const Floats gain = weight ? offset + load(weight + i, n) : all(1.0f);
         for (int r = 0; r < R; ++r) {
+          ahead(x + (R + r) * stride + i), ahead(residual + (R + r) * residual_stride + i);
           const Floats normed = load(added + r * width + i, n) * rstd[r];
           store(y + r * width + i, (round_before_weight ? rounded<T>(normed) : normed) * gain, n);
         }
@@ -56,58 +59,24 @@ static int run(const blip3o_add_rms_norm_arguments& a) {
   return BLIP3O_OK;
 }
 
-// With u = dy * gain and c = rstd^3 / width * sum(u * added):
-//   dx = dadded + u * rstd - added * c,   dweight = sum over rows of dy * added * rstd.
-template <int R, class T, class W>
-static inline void backward_group(int64_t row, float* sums, const blip3o_add_rms_norm_backward_arguments& a) {
-  const int64_t width = a.width, from = row * width;
-  const T* dy = static_cast<const T*>(a.dy) + from;
-  const T* dadded = a.dadded ? static_cast<const T*>(a.dadded) + from : nullptr;
-  const T* added = static_cast<const T*>(a.added) + from;
-  const W* weight = static_cast<const W*>(a.weight);
-  T* dx = static_cast<T*>(a.dx) + from;
-  RowSum squares[R], dots[R];
-  Floats rstd[R], c[R];
-  columns(width, [&](int64_t i, auto n) {
-    const Floats gain = weight ? a.offset + load(weight + i, n) : all(1.0f);
-    for (int r = 0; r < R; ++r) {
-      const Floats v = load(added + r * width + i, n);
-      squares[r].add(i, v * v);
-      dots[r].add(i, load(dy + r * width + i, n) * gain * v);
-    }
-  });
-  for (int r = 0; r < R; ++r) {
-    const float reciprocal = reciprocal_rms(squares[r], width, a.eps);
-    rstd[r] = all(reciprocal);
-    c[r] = all(dots[r].value() * reciprocal * reciprocal * reciprocal / static_cast<float>(width));
-  }
-  columns(width, [&](int64_t i, auto n) {
-    const Floats gain = weight ? a.offset + load(weight + i, n) : all(1.0f);
-    Floats total = sums ? load(sums + i, n) : Floats{};
-    for (int r = 0; r < R; ++r) {
-      const Floats d = load(dy + r * width + i, n), v = load(added + r * width + i, n);
-      Floats gradient = d * gain * rstd[r] - v * c[r];
-      if (dadded) gradient += load(dadded + r * width + i, n);
-      store(dx + r * width + i, gradient, n);
-      total += d * (v * rstd[r]);
-    }
-    if (sums) store(sums + i, total, n);
-  });
-}
-
 template <class T, class W>
 static int run(const blip3o_add_rms_norm_backward_arguments& a) {
-  const int threads = blip3o_threads(a.threads, a.rows * a.width);
+  const int64_t width = a.width;
+  const int threads = blip3o_threads(a.threads, a.rows * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t block = 0; block < a.blocks; ++block) {
-    float* sums = a.dweight ? a.partial + block * a.width : nullptr;
-    if (sums) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(a.width));
+    float* sums = a.dweight ? a.partial + block * width : nullptr;
+    if (sums) std::memset(sums, 0, sizeof(float) * static_cast<size_t>(width));
     const int64_t start = a.rows * block / a.blocks;
     groups(a.rows * (block + 1) / a.blocks - start, [&](int64_t offset_row, auto number) {
-      backward_group<decltype(number)::value, T, W>(start + offset_row, sums, a);
+      const int64_t from = (start + offset_row) * width;
+      rms_backward_rows<decltype(number)::value>(
+          static_cast<T*>(a.dx) + from, sums, static_cast<const T*>(a.dy) + from,
+          a.dadded ? static_cast<const T*>(a.dadded) + from : nullptr, static_cast<const T*>(a.added) + from, width,
+          static_cast<const W*>(a.weight), a.offset, a.eps, width);
     });
   }
-  if (a.dweight) add_up(static_cast<W*>(a.dweight), a.partial, a.blocks, a.width, a.width);
+  if (a.dweight) add_up(static_cast<W*>(a.dweight), a.partial, a.blocks, width, width);
   return BLIP3O_OK;
 }
 

@@ -3,11 +3,16 @@
 
 #include "columns.h"
 
-// A sum of floats in double: thousands of terms would otherwise cost more digits than the reference loses.
+// A sum of floats in runs of 8 vectors, and of the runs in double: thousands of terms would otherwise cost more digits than the
+// reference loses.
 struct Total {
   Doubles lanes{};
-  void add(Floats v) { lanes += __builtin_convertvector(v, Doubles); }
-  double value() const { return sum(lanes); }
+  Floats run{};
+  void add(int64_t i, Floats v) {
+    run += v;
+    if ((i / BLIP3O_LANES & 7) == 7) lanes += __builtin_convertvector(run, Doubles), run = Floats{};
+  }
+  double value() const { return sum(lanes + __builtin_convertvector(run, Doubles)); }
 };
 
 // f(sample, start, length, chunk) for every chunk of every sample; start counts elements from the first sample's first.

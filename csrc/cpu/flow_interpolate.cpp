@@ -65,7 +65,7 @@ static int run(const blip3o_flow_interpolate_backward_arguments& a) {
     with_noise<T>(a, sample, start, length, [&](auto* noise) {
       Total total;
       columns(length, [&](int64_t i, auto n) {
-        total.add(load(dx_sigma + i, n) * (load(noise + i, n) - load(x + i, n)));
+        total.add(i, load(dx_sigma + i, n) * (load(noise + i, n) - load(x + i, n)));
       });
       a.sums[chunk] = total.value();
     });

@@ -23,8 +23,9 @@ static int run(const blip3o_flow_loss_arguments& a) {
     const T* target = static_cast<const T*>(a.target) + start;
     Total total;
     columns(length, [&](int64_t i, auto n) {
+      ahead(prediction + i + BLIP3O_CHUNK), ahead(target + i + BLIP3O_CHUNK);
       const Floats error = load(prediction + i, n) - load(target + i, n);
-      total.add(error * error);
+      total.add(i, error * error);
     });
     a.sums[chunk] = total.value();
   });

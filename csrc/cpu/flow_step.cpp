@@ -69,7 +69,7 @@ static int run(const blip3o_flow_step_backward_arguments& a) {
     if (a.dsteps) {
       const Velocity<T> velocity(a, start);
       Total total;
-      columns(length, [&](int64_t i, auto n) { total.add(load(dy + i, n) * velocity(i, n)); });
+      columns(length, [&](int64_t i, auto n) { total.add(i, load(dy + i, n) * velocity(i, n)); });
       a.sums[chunk] = total.value();
     }
   });

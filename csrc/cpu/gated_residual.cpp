@@ -48,6 +48,7 @@ static int run(const blip3o_gated_residual_arguments& a) {
         Floats gain = load(opened + i, n);
         if (NORMED) gain *= load(weight + i, n);
         for (int r = 0; r < R; ++r) {
+          ahead(x + (R + r) * stride + i), ahead(residual + (R + r) * residual_stride + i);
           const Floats v = load(x + r * stride + i, n), base = load(residual + r * residual_stride + i, n);
           store(y + r * width + i, base + gain * (NORMED ? v * rstd[r] : v), n);
         }

@@ -15,6 +15,16 @@ static int best() {
 
 static const int BEST = best();
 
+static int lacks_bfloat16() {
+#if defined(__x86_64__)
+  return !__builtin_cpu_supports("avx512bf16");
+#else
+  return 1;
+#endif
+}
+
+extern const int blip3o_lacks_bfloat16 = lacks_bfloat16();
+
 int blip3o_instruction_set(int asked) {
   if (asked == BLIP3O_BEST) return BEST;
   return asked >= BLIP3O_PORTABLE && asked <= BEST ? asked : 0;

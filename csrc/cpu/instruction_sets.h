@@ -27,6 +27,7 @@ struct float16 {
   uint16_t bits;
 };
 
+extern const int blip3o_lacks_bfloat16;  // whether the chip lacks AVX-512's rounding to bfloat16: 0 or 1
 int blip3o_instruction_set(int asked);  // resolves BLIP3O_BEST; 0 if the chip or the build lacks it
 
 // Threads worth starting for `elements` of work: a fork and join costs about 3 us, the time of some 16384 elements.

@@ -42,6 +42,7 @@ static int run(const blip3o_layer_norm_arguments& a) {
         const Floats gain = weight ? load(weight + i, n) : all(1.0f);
         const Floats offset = bias ? load(bias + i, n) : Floats{};
         for (int r = 0; r < R; ++r) {
+          ahead(x + (R + r) * stride + i);
           const Floats v = load(x + r * stride + i, n);
           store(y + r * width + i, (v - mean[r]) * rstd[r] * gain + offset, n);
         }

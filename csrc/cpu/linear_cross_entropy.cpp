@@ -1,7 +1,7 @@
 // Cross entropy of a chunk of logits on a CPU; the contract is kernels/blip3o_kernels/ops/linear_cross_entropy.py.
 //
 // Three passes over a row, which stays in cache: the maximum, the sum of exponentials, the gradient in place of the logits. Label
-// smoothing takes one more.
+// smoothing takes one more. Without a gradient the last one is not taken.
 #ifndef BLIP3O_LANES
 #define BLIP3O_BODY "linear_cross_entropy.cpp"
 #include "instruction_sets.h"
@@ -52,40 +52,62 @@ static inline double column_sum(int64_t width, F f) {
   return total;
 }
 
-// The loss of one row; with `wanted`, its logits become their gradient.
+// Of one row, between the passes. `spread`: the sum of its logits, which label smoothing wants.
+struct Row {
+  float maximum, raw;
+  double spread, total;
+};
+
+// Whether the exponentials of the second pass take the place of the logits: in a narrower type they would be rounded.
 template <class T, bool CAPPED>
-static double row_loss(const blip3o_linear_cross_entropy_arguments& a, T* logits, int64_t target) {
-  const double smoothing = static_cast<double>(a.label_smoothing), z_loss = static_cast<double>(a.z_loss);
-  const double vocab = static_cast<double>(a.vocab);
+static constexpr bool IN_PLACE = std::is_same<T, float>::value && !CAPPED;
+
+template <class T, bool CAPPED>
+static inline void first_pass(Row& row, const blip3o_linear_cross_entropy_arguments& a, const T* logits, int64_t target) {
+  const float softcap = a.softcap;
   Floats highest = all(-__builtin_inff());
   columns(a.vocab, [&](int64_t i, auto n) {
-    highest = at_least(highest, padded(capped<CAPPED>(load(logits + i, n), a.softcap), n));
+    highest = at_least(highest, padded(capped<CAPPED>(load(logits + i, n), softcap), n));
   });
-  const float maximum = largest(highest);
-  const double total = column_sum(a.vocab, [&](int64_t i, auto n) {
-    return exponential(padded(capped<CAPPED>(load(logits + i, n), a.softcap), n) - maximum);
+  row.maximum = largest(highest);
+  row.raw = load(logits + target, 1)[0];
+  row.spread = 0.0;
+  if (a.label_smoothing > 0.0f)  // beyond the row's end tanh(0) = 0
+    row.spread = column_sum(a.vocab, [&](int64_t i, auto n) { return capped<CAPPED>(load(logits + i, n), softcap); });
+}
+
+template <class T, bool CAPPED, bool KEPT>
+static inline double exponentials(T* logits, int64_t vocab, float maximum, float softcap) {
+  return column_sum(vocab, [&](int64_t i, auto n) {
+    const Floats e = exponential(padded(capped<CAPPED>(load(logits + i, n), softcap), n) - maximum);
+    if (KEPT) store(logits + i, e, n);
+    return e;
   });
-  const double log_sum = static_cast<double>(maximum) + std::log(total);
-  const double raw = static_cast<double>(load(logits + target, 1)[0]), softcap = static_cast<double>(a.softcap);
+}
+
+// The loss of the row; with `wanted`, its logits, or their exponentials, become their gradient.
+template <class T, bool CAPPED>
+static inline double third_pass(const Row& row, const blip3o_linear_cross_entropy_arguments& a, T* logits, int64_t target,
+                                double share) {
+  const double smoothing = static_cast<double>(a.label_smoothing), z_loss = static_cast<double>(a.z_loss);
+  const double vocab = static_cast<double>(a.vocab), softcap = static_cast<double>(a.softcap);
+  const double log_sum = static_cast<double>(row.maximum) + std::log(row.total), raw = static_cast<double>(row.raw);
   const double tanh = CAPPED ? std::tanh(raw / softcap) : 0.0, chosen = CAPPED ? softcap * tanh : raw;
-  double loss = log_sum - (1.0 - smoothing) * chosen + z_loss * log_sum * log_sum;
-  if (a.label_smoothing > 0.0f) {
-    loss -= smoothing / vocab * column_sum(a.vocab, [&](int64_t i, auto n) {
-      return capped<CAPPED>(load(logits + i, n), a.softcap);  // beyond the row's end tanh(0) = 0
-    });
-  }
+  const double loss =
+      log_sum - (1.0 - smoothing) * chosen + z_loss * log_sum * log_sum - smoothing / vocab * row.spread;
   if (!a.wanted) return loss;
   // d loss / d logit[v] = probability[v] (1 + 2 z_loss log_sum) - smoothing / vocab - (1 - smoothing) [v = target]
-  const double share = static_cast<double>(a.share), slope = share * (1.0 + 2.0 * z_loss * log_sum) / total;
+  const double slope = share * (1.0 + 2.0 * z_loss * log_sum) / row.total;
   const double spread = share * smoothing / vocab;
   const Floats scale = all(static_cast<float>(slope)), less = all(static_cast<float>(spread));
+  const float maximum = row.maximum, cap = a.softcap;
   columns(a.vocab, [&](int64_t i, auto n) {
     const Floats v = load(logits + i, n);
     if (CAPPED) {
-      const Floats t = hyperbolic_tangent(v / a.softcap);
-      store(logits + i, (exponential(a.softcap * t - maximum) * scale - less) * (1.0f - t * t), n);
+      const Floats t = hyperbolic_tangent(v / cap);
+      store(logits + i, (exponential(cap * t - maximum) * scale - less) * (1.0f - t * t), n);
     } else {
-      store(logits + i, exponential(v - maximum) * scale - less, n);
+      store(logits + i, (IN_PLACE<T, CAPPED> ? v : exponential(v - maximum)) * scale - less, n);
     }
   });
   const double likely = static_cast<double>(exponential(all(static_cast<float>(chosen) - maximum))[0]);
@@ -94,28 +116,59 @@ static double row_loss(const blip3o_linear_cross_entropy_arguments& a, T* logits
   return loss;
 }
 
-template <class T>
-static int run(const blip3o_linear_cross_entropy_arguments& a) {
-  const int threads = blip3o_threads(a.threads, 8 * a.rows * a.vocab);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < a.rows; ++row) {
-    T* logits = static_cast<T*>(a.logits) + row * a.vocab;
-    a.losses[row] = 0.0;
-    if (a.target[row] == a.ignore_index) {
-      if (a.wanted) std::memset(static_cast<void*>(logits), 0, static_cast<size_t>(a.vocab) * sizeof(T));
+// Each pass over all `rows`, at most MOST, before the next: the end of a short row's pass is a chain that nothing else hides.
+static constexpr int64_t MOST = 16;
+
+template <class T, bool CAPPED>
+static void some_rows(const blip3o_linear_cross_entropy_arguments& a, int64_t start, int64_t rows, double share) {
+  T* logits = static_cast<T*>(a.logits) + start * a.vocab;
+  const int64_t* target = a.target + a.start + start;
+  double* losses = a.losses + a.start + start;
+  Row found[MOST];
+  for (int64_t r = 0; r < rows; ++r)
+    if (target[r] != a.ignore_index) first_pass<T, CAPPED>(found[r], a, logits + r * a.vocab, target[r]);
+  for (int64_t r = 0; r < rows; ++r) {
+    if (target[r] == a.ignore_index) continue;
+    T* row = logits + r * a.vocab;
+    if (IN_PLACE<T, CAPPED> && a.wanted)
+      found[r].total = exponentials<T, CAPPED, true>(row, a.vocab, found[r].maximum, a.softcap);
+    else
+      found[r].total = exponentials<T, CAPPED, false>(row, a.vocab, found[r].maximum, a.softcap);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    T* row = logits + r * a.vocab;
+    if (target[r] != a.ignore_index) {
+      losses[r] = third_pass<T, CAPPED>(found[r], a, row, target[r], share);
     } else {
-      a.losses[row] = a.softcap > 0.0f ? row_loss<T, true>(a, logits, a.target[row])
-                                       : row_loss<T, false>(a, logits, a.target[row]);
+      losses[r] = 0.0;
+      if (a.wanted) std::memset(static_cast<void*>(row), 0, static_cast<size_t>(a.vocab) * sizeof(T));
     }
   }
-  for (int64_t row = 0; row < a.rows; ++row) *a.total += a.losses[row];
+}
+
+template <class T>
+static int run(const blip3o_linear_cross_entropy_arguments& a) {
+  const int64_t fitting = 65536 / a.vocab, each = fitting < 1 ? 1 : (fitting < MOST ? fitting : MOST);
+  const int64_t runs = (a.rows + each - 1) / each;
+  int64_t kept = 0;
+  for (int64_t row = 0; row < a.targets; ++row) kept += a.target[row] != a.ignore_index;
+  const double share = 1.0 / static_cast<double>(kept < 1 ? 1 : kept);
+  const int threads = blip3o_threads(a.threads, 8 * a.rows * a.vocab);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t start = run * each, rows = a.rows - start < each ? a.rows - start : each;
+    a.softcap > 0.0f ? some_rows<T, true>(a, start, rows, share) : some_rows<T, false>(a, start, rows, share);
+  }
+  double total = 0.0;
+  for (int64_t row = 0; row < a.start + a.rows; ++row) total += a.losses[row];
+  *a.loss = static_cast<float>(total * share);
   return BLIP3O_OK;
 }
 
 static int linear_cross_entropy(const blip3o_linear_cross_entropy_arguments& a) {
-  if (a.rows < 0 || a.vocab < 1) return BLIP3O_BAD_ARGUMENT;
+  if (a.rows < 0 || a.vocab < 1 || a.start < 0 || a.start + a.rows > a.targets) return BLIP3O_BAD_ARGUMENT;
   for (int64_t row = 0; row < a.rows; ++row) {
-    const int64_t target = a.target[row];
+    const int64_t target = a.target[a.start + row];
     if (target != a.ignore_index && (target < 0 || target >= a.vocab)) return BLIP3O_BAD_ARGUMENT;
   }
   return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });

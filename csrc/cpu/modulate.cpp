@@ -44,6 +44,7 @@ static int run(const blip3o_modulate_arguments& a) {
         const Floats gain = 1.0f + load(scale + i, n), offset = shift ? load(shift + i, n) : Floats{};
         const Floats w = weight ? load(weight + i, n) : all(1.0f), b = bias ? load(bias + i, n) : Floats{};
         for (int r = 0; r < R; ++r) {
+          ahead(x + (R + r) * stride + i);
           const Floats v = load(x + r * stride + i, n);
           // b * gain + offset once for all rows would be NaN for an infinite gain, where the formula has infinity.
           const Floats normed = CENTRED ? ((v - mean[r]) * rstd[r] * w + b) * gain : v * rstd[r] * (w * gain);

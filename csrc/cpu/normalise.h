@@ -1,10 +1,11 @@
-// What layer_norm, modulate and gated_residual share: normalising a group of rows of one sample at a time, so that the gains
+// What the norms share: normalising a group of rows of one sample at a time, so that the gains
 // are loaded once per group and the sums of the rows do not wait for each other.
 // Included once per instruction set by an op's body: no include guard, no includes.
 //
 //   groups(rows, f)      f(row, number) for every group of rows
 //   moments              1/std and, if CENTRED, the mean of a group's rows
 //   backward_rows        dx, and what the rows add to the sums over rows
+//   rms_backward_rows    the same for an RMS norm that left no moments
 
 #include "columns.h"
 
@@ -22,31 +23,36 @@ static inline void groups(int64_t rows, F f) {
   for (; row < rows; ++row) f(row, Number<1>{});
 }
 
-// A sum over a row in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
-struct RowSum {
-  Floats whole{}, run{};
-  void add(int64_t i, Floats v) {
-    run += v;
-    if ((i / BLIP3O_LANES & 31) == 31) whole += run, run = Floats{};
+// Sums over a group's rows in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
+template <int R>
+struct RowSums {
+  Floats whole[R], run[R];
+  RowSums() {  // member by member: GCC would clear the whole array in memory, and leave it there
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) whole[r] = run[r] = Floats{};
   }
-  float value() const { return sum(whole + run); }
+  void add(int r, int64_t i, Floats v) {
+    run[r] += v;
+    if ((i / BLIP3O_LANES & 31) == 31) whole[r] += run[r], run[r] = Floats{};
+  }
+  float value(int r) const { return sum(whole[r] + run[r]); }
 };
 
-static inline float reciprocal_rms(const RowSum& squares, int64_t width, float eps) {
+static inline float reciprocal_rms(float squares, int64_t width, float eps) {
   // In double: a whole row shares the error of this one number.
-  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares.value()) / static_cast<double>(width) + eps));
+  return static_cast<float>(1.0 / std::sqrt(static_cast<double>(squares) / static_cast<double>(width) + eps));
 }
 
 template <int R, bool CENTRED, class T>
 static inline void moments(float* rstd, float* mean, const T* x, int64_t stride, int64_t width, float eps) {
-  RowSum sums[R], squares[R];
+  RowSums<R> sums, squares;
   Floats centre[R] = {}, left[R] = {};
   if (CENTRED) {
     columns(width, [&](int64_t i, auto n) {
-      for (int r = 0; r < R; ++r) sums[r].add(i, load(x + r * stride + i, n));
+      for (int r = 0; r < R; ++r) sums.add(r, i, load(x + r * stride + i, n));
     });
     for (int r = 0; r < R; ++r) {
-      mean[r] = sums[r].value() / static_cast<float>(width);
+      mean[r] = sums.value(r) / static_cast<float>(width);
       centre[r] = all(mean[r]);
     }
   }
@@ -57,11 +63,11 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
         v = only(v - centre[r], n);
         left[r] += v;
       }
-      squares[r].add(i, v * v);
+      squares.add(r, i, v * v);
     }
   });
   for (int r = 0; CENTRED && r < R; ++r) mean[r] += sum(left[r]) / static_cast<float>(width);  // what rounding left
-  for (int r = 0; r < R; ++r) rstd[r] = reciprocal_rms(squares[r], width, eps);
+  for (int r = 0; r < R; ++r) rstd[r] = reciprocal_rms(squares.value(r), width, eps);
 }
 
 // With n = (x - mean) * rstd and u = dy * gain:
@@ -70,7 +76,7 @@ static inline void moments(float* rstd, float* mean, const T* x, int64_t stride,
 template <int R, bool CENTRED, class T, class D>
 static inline void backward_rows(T* dx, float* scaled, float* plain, bool first, const D* dy, const T* x, int64_t stride,
                                  const float* gain, const float* rstds, const float* means, int64_t width) {
-  RowSum dots[R], totals[R];
+  RowSums<R> dots, totals;
   Floats rstd[R], mean[R] = {}, dot[R], total[R];
   for (int r = 0; r < R; ++r) {
     rstd[r] = all(rstds[r]);
@@ -80,18 +86,19 @@ static inline void backward_rows(T* dx, float* scaled, float* plain, bool first,
     const Floats g = load(gain + i, n);
     for (int r = 0; r < R; ++r) {
       const Floats u = g * load(dy + r * width + i, n), v = load(x + r * stride + i, n);
-      dots[r].add(i, u * (CENTRED ? v - mean[r] : v));
-      if (CENTRED) totals[r].add(i, u);
+      dots.add(r, i, u * (CENTRED ? v - mean[r] : v));
+      if (CENTRED) totals.add(r, i, u);
     }
   });
   for (int r = 0; r < R; ++r) {
-    dot[r] = all(dots[r].value() * rstds[r] / static_cast<float>(width));
-    if (CENTRED) total[r] = all(totals[r].value() / static_cast<float>(width));
+    dot[r] = all(dots.value(r) * rstds[r] / static_cast<float>(width));
+    if (CENTRED) total[r] = all(totals.value(r) / static_cast<float>(width));
   }
   columns(width, [&](int64_t i, auto n) {
     const Floats g = load(gain + i, n);
     Floats s{}, p{};  // of these rows alone: shorter chains round less
     for (int r = 0; r < R; ++r) {
+      ahead(dy + (R + r) * width + i), ahead(x + (R + r) * stride + i);
       const Floats d = load(dy + r * width + i, n), v = load(x + r * stride + i, n);
       const Floats normed = (CENTRED ? v - mean[r] : v) * rstd[r];
       s += d * normed;
@@ -101,6 +108,43 @@ static inline void backward_rows(T* dx, float* scaled, float* plain, bool first,
     }
     store(scaled + i, first ? s : load(scaled + i, n) + s, n);
     if (plain) store(plain + i, first ? p : load(plain + i, n) + p, n);
+  });
+}
+
+// Of an RMS norm whose 1/rms is found again from x, which is read anyway. With u = dy * gain, gain = offset + weight or 1, and
+// c = rstd^3 / width * sum(u * x):   dx = more + u * rstd - x * c,   sums [width] += dy * x * rstd. more and sums may be null.
+template <int R, class T, class W>
+static inline void rms_backward_rows(T* dx, float* sums, const T* dy, const T* more, const T* x, int64_t stride,
+                                     const W* weight, float offset_, float eps, int64_t width) {
+  RowSums<R> squares, dots;
+  Floats rstd[R], c[R];
+  const Floats offset = all(offset_);
+  columns(width, [&](int64_t i, auto n) {
+    const Floats gain = weight ? offset + load(weight + i, n) : all(1.0f);
+    for (int r = 0; r < R; ++r) {
+      const Floats v = load(x + r * stride + i, n);
+      squares.add(r, i, v * v);
+      dots.add(r, i, load(dy + r * width + i, n) * gain * v);
+    }
+  });
+  for (int r = 0; r < R; ++r) {
+    const float reciprocal = reciprocal_rms(squares.value(r), width, eps);
+    rstd[r] = all(reciprocal);
+    c[r] = all(dots.value(r) * reciprocal * reciprocal * reciprocal / static_cast<float>(width));
+  }
+  columns(width, [&](int64_t i, auto n) {
+    const Floats gain = weight ? offset + load(weight + i, n) : all(1.0f);
+    Floats total = sums ? load(sums + i, n) : Floats{};
+    for (int r = 0; r < R; ++r) {
+      ahead(dy + (R + r) * width + i), ahead(x + (R + r) * stride + i);
+      if (more) ahead(more + (R + r) * width + i);
+      const Floats d = load(dy + r * width + i, n), v = load(x + r * stride + i, n);
+      Floats gradient = d * gain * rstd[r] - v * c[r];
+      if (more) gradient += load(more + r * width + i, n);
+      store(dx + r * width + i, gradient, n);
+      total += d * (v * rstd[r]);
+    }
+    if (sums) store(sums + i, total, n);
   });
 }
 

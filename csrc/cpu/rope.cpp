@@ -14,9 +14,11 @@ extern "C" int blip3o_cpu_rope(const blip3o_rope_arguments* a) { BLIP3O_RUN(a->i
 static constexpr int64_t ANGLES = 128;  // laid out at a time
 
 template <class T>
-static inline void rotate_halves(T* y, const T* x, const float* cos, const float* sin, Floats sign, int64_t half) {
+static inline void rotate_halves(T* y, const T* x, const T* next, const float* cos, const float* sin, Floats sign,
+                                 int64_t half) {
   int64_t i = 0;
   for (; i + BLIP3O_LANES <= half; i += BLIP3O_LANES) {
+    ahead(next + i), ahead(next + half + i);
     const Floats first = load(x + i), second = load(x + half + i), c = load(cos + i), s = load(sin + i) * sign;
     store(y + i, first * c - second * s);
     store(y + half + i, second * c + first * s);
@@ -30,9 +32,10 @@ static inline void rotate_halves(T* y, const T* x, const float* cos, const float
 }
 
 template <class T>
-static inline void rotate_pairs(T* y, const T* x, const float* same, const float* other, int64_t rotated) {
+static inline void rotate_pairs(T* y, const T* x, const T* next, const float* same, const float* other, int64_t rotated) {
   int64_t i = 0;
   for (; i + BLIP3O_LANES <= rotated; i += BLIP3O_LANES) {
+    ahead(next + i);
     const Floats v = load(x + i);
     store(y + i, v * load(same + i) + swapped_pairs(v) * load(other + i));
   }
@@ -48,7 +51,7 @@ static void rotate(T* y, const T* x, const float* cos, const float* sin, const b
   const float sign = a.inverse ? -1.0f : 1.0f;
   if (!a.interleaved)
     for (int64_t h = 0; h < a.heads; ++h)
-      rotate_halves(y + h * a.y_head, x + h * a.x_head, cos, sin, all(sign), a.half);
+      rotate_halves(y + h * a.y_head, x + h * a.x_head, x + h * a.x_head + a.x_token, cos, sin, all(sign), a.half);
   for (int64_t start = 0; a.interleaved && start < a.half; start += ANGLES) {
     const int64_t angles = a.half - start < ANGLES ? a.half - start : ANGLES;
     float same[2 * ANGLES], other[2 * ANGLES];
@@ -58,7 +61,8 @@ static void rotate(T* y, const T* x, const float* cos, const float* sin, const b
       other[2 * i + 1] = sign * sin[start + i];
     }
     for (int64_t h = 0; h < a.heads; ++h)
-      rotate_pairs(y + h * a.y_head + 2 * start, x + h * a.x_head + 2 * start, same, other, 2 * angles);
+      rotate_pairs(y + h * a.y_head + 2 * start, x + h * a.x_head + 2 * start, x + h * a.x_head + 2 * start + a.x_token, same,
+                   other, 2 * angles);
   }
   const int64_t rotated = 2 * a.half;
   for (int64_t h = 0; rotated < a.head_dim && h < a.heads; ++h)

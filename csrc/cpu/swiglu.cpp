@@ -24,6 +24,7 @@ static int run(const blip3o_swiglu_arguments& a) {
     T* y = static_cast<T*>(a.y) + row * a.width;
     int64_t i = 0;
     for (; i + BLIP3O_LANES <= a.width; i += BLIP3O_LANES) {
+      ahead(gate + a.gate_stride + i), ahead(up + a.up_stride + i);
       const Floats g = load(gate + i);
       store(y + i, g / one_plus_exponential(g) * load(up + i));
     }
@@ -55,6 +56,7 @@ static int run(const blip3o_swiglu_backward_arguments& a) {
     Floats g, u;
     int64_t i = 0;
     for (; i + BLIP3O_LANES <= a.width; i += BLIP3O_LANES) {
+      ahead(dy + a.width + i), ahead(gate + a.gate_stride + i), ahead(up + a.up_stride + i);
       gradients(load(dy + i), load(gate + i), load(up + i), g, u);
       store(dgate + i, g);
       store(dup + i, u);

@@ -26,21 +26,22 @@ def forward(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64."""
-    rows, kept = x.shape[0], max(1, int(torch.count_nonzero(target != ignore_index)))
-    total = torch.zeros((), dtype=torch.float64)
-    losses = torch.empty(rows, dtype=torch.float64)
+    rows = x.shape[0]
+    loss, losses = torch.empty((), dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
+    if rows == 0:
+        loss.zero_()
 
     def kernel(chunk: Tensor, dlogits: Tensor | None, start: int) -> None:
         status = _CPU(
             _PACK(
                 chunk.data_ptr(),
                 losses.data_ptr(),
-                total.data_ptr(),
-                target.data_ptr() + start * target.itemsize,
-                chunk.shape[0],
-                chunk.shape[1],
+                loss.data_ptr(),
+                target.data_ptr(),
+                rows,
+                start,
+                *chunk.shape,
                 ignore_index,
-                1.0 / kept,
                 label_smoothing,
                 z_loss,
                 softcap,
@@ -55,5 +56,4 @@ def forward(
             logits.check_target(target, chunk.shape[1], ignore_index)  # the most likely reason
             raise native.failed("linear_cross_entropy", status)
 
-    gradients = logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False)
-    return (total / kept).to(torch.float32), *gradients
+    return loss, *logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False)
