@@ -26,6 +26,11 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 #include "product.h"
 #include "scores.h"
 
+template <class T>
+static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
+  return static_cast<const T*>(data) + b * batch + h * head;
+}
+
 // Where a task keeps what it lays out, one after the other.
 struct Space {
   float* next;
@@ -37,11 +42,6 @@ struct Space {
   }
 };
 
-template <class T>
-static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
-  return static_cast<const T*>(data) + b * batch + h * head;
-}
-
 template <Kind KIND>
 static void lay_log_sums(float* to, int64_t step, const Block& block, const Running* running, float scale) {
   for (int64_t v = 0; v < block.vectors; ++v) {
@@ -50,6 +50,12 @@ static void lay_log_sums(float* to, int64_t step, const Block& block, const Runn
     for (int64_t t = v * LANES; t < smaller(block.count, (v + 1) * LANES); ++t) to[t * step] = logs[t - v * LANES];
   }
 }
+
+#if BLIP3O_LANES == 16
+#include "tiles.h"
+
+#include "attention_tiles.h"
+#endif
 
 // Rows of few queries are read too seldom to be laid out anew.
 static constexpr int64_t FEW = 16;
@@ -178,6 +184,8 @@ static void start_at(blip3o_attention_backward_arguments& a, int64_t query, int6
   skip<T>(a.dkey, key * a.dkey_token);
   skip<T>(a.dvalue, key * a.dvalue_token);
   skip<T>(a.dy, query * a.dy_token);
+  skip<T>(a.y, query * a.y_token);
+  a.log_sum += query;
   skip<T>(a.query, query * a.query_token);
   skip<T>(a.key, key * a.key_token);
   skip<T>(a.value, key * a.value_token);
@@ -202,14 +210,27 @@ static void fold(blip3o_attention_arguments& a) {
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;
 }
 
+#if BLIP3O_LANES == 16
+template <class T>
+static bool tiled(int instruction_set) {
+  return std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+}
+#endif
+
 template <class T, Kind KIND>
 static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space) {
   fold<T>(a);
+#if BLIP3O_LANES == 16
+  if (tiled<T>(a.instruction_set)) return tiled_forward<KIND>(a, b, g, space);
+#endif
   forward<T, KIND>(a, b, g, space);
 }
 
 template <class T, Kind KIND>
 static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
+#if BLIP3O_LANES == 16
+  if (tiled<T>(a.instruction_set)) return tiled_backward<KIND>(a, b, g, space);
+#endif
   backward<T, KIND>(a, b, g, space);
 }
 
@@ -247,12 +268,10 @@ static bool ascending(const int32_t* ends, int64_t sequences, int64_t last) {
   return ends[0] == 0 && ends[sequences] == last;
 }
 
-// space: what a task takes for each key, and for each query of a block.
+// needed: the floats that a task takes.
 template <class Arguments>
-static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
-  const int64_t wide = padded(a.head_dim, 16) + padded(a.value_dim, 16);
+static int run_dtypes(const Arguments& a, int64_t needed) {
   if (a.groups < 1 || a.heads % a.groups || a.head_dim < 0 || a.value_dim < 0) return BLIP3O_BAD_ARGUMENT;
-  const int64_t needed = padded(a.keys, 16) * (keys * wide + queries * 64) + 64 * queries * wide;
   if (a.workspace_floats % 16 || a.workspace_floats < needed) return BLIP3O_BAD_ARGUMENT;
   if (!a.cu_seqlens_q ? a.sequences != 1
                       : a.batch != 1 || a.mask_kind || a.sequences < 1 ||
@@ -262,7 +281,14 @@ static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
   return by_dtype(a.dtype, [&](auto t) { return run_kinds<decltype(t)>(a); });
 }
 
-static int attention(const blip3o_attention_arguments& a) { return run_dtypes(a, 1, 2); }
-static int attention_backward(const blip3o_attention_backward_arguments& a) { return run_dtypes(a, 2, 3); }
+// As csrc/blip3o.h states it.
+static int attention(const blip3o_attention_arguments& a) {
+  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  return run_dtypes(a, keys * wide + 64 * (3 * smaller(keys, 128) + wide));
+}
+static int attention_backward(const blip3o_attention_backward_arguments& a) {
+  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  return run_dtypes(a, keys * 2 * wide + 192 * (keys + smaller(keys, 128) + wide));
+}
 
 #endif

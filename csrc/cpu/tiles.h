@@ -46,6 +46,9 @@ static inline void multiply_tile() {
 struct Factor {
   const float* at;
   int64_t step, term_step, row_bytes = 64;
+
+  Factor from(int64_t tiles) const { return {at + tiles * step, step, term_step, row_bytes}; }
+  Factor along(int64_t tiles) const { return {at + tiles * term_step, step, term_step, row_bytes}; }
 };
 
 // One product tile of M x N, the terms of `depth` tiles. Registers: 0 to 3 the product, 4 and 5 left, 6 and 7 right.
@@ -130,14 +133,14 @@ static inline __m512i some(const bfloat16* p, int64_t n) {
 }
 
 // x [rows, width] as tiles of [16, 32], those of a row one after the other; or as tiles of [32, 16] if PAIRS, where two rows
-// of x are one row of pairs. If TURNED, rows and columns of the tile (of pairs) change places. What these are for:
+// of x are one row of pairs. Zeros follow to a multiple of 32 rows. If TURNED, rows and columns of the tile (of pairs) change places. What these are for:
 //                           PAIRS = false                           PAIRS = true
 //     TURNED = false        x as left factor                        x as right factor
 //     TURNED = true         its transpose as right factor           its transpose as left factor
 template <bool PAIRS, bool TURNED>
 static void lay_tiles(float* to, const bfloat16* x, int64_t step, int64_t rows, int64_t width) {
   const int64_t tall = PAIRS ? TERMS : SIDE, broad = PAIRS ? SIDE : TERMS;
-  for (int64_t row = 0; row < rows; row += tall)
+  for (int64_t row = 0; row < padded(rows, TERMS); row += tall)
     for (int64_t k = 0; k < width; k += broad, to += TILE) {
       Floats v[LANES];
       for (int64_t i = 0; i < SIDE; ++i) {
