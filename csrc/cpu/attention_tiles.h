@@ -4,14 +4,13 @@
 // a vector. The backward pass starts from the output and the log-sum-exp: with them it needs no row of scores as a whole.
 // Included by attention.cpp for AVX-512 alone: no include guard, no includes.
 
-// 2^t to float32's last bits, for t up to 127; below -150 it is 0. NaN stays NaN.
-__attribute__((always_inline)) static inline Floats power_of_two(Floats t) {
-  const Floats shift = all(0x1.8p23f), shifted = t + shift, n = shifted - shift, f = t - n;
-  Floats p = all(1.3264724e-3f);
-  p = p * f + 9.6715130e-3f;
-  p = p * f + 5.5507336e-2f;
-  p = p * f + 2.4022242e-1f;
-  p = p * f + 6.9314700e-1f;
+// 2^(x factor - less), within 3e-6 of it, for exponents up to 127; below -150 it is 0. NaN stays NaN.
+__attribute__((always_inline)) static inline Floats power_of_two(Floats x, Floats factor, Floats less) {
+  const Floats shift = all(0x1.8p23f), t = x * factor - less, shifted = t + shift, n = shifted - shift, f = t - n;
+  Floats p = all(9.5828380e-3f);
+  p = p * f + 5.5906430e-2f;
+  p = p * f + 2.4024099e-1f;
+  p = p * f + 6.9312418e-1f;
   p = p * f + 1.0f;
   const __mmask16 normal = _mm512_cmp_ps_mask((__m512)t, (__m512)all(-150.0f), _CMP_NLT_UQ);
   return (Floats)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
@@ -55,12 +54,12 @@ static inline Floats lay_weights(const Block& block, int64_t v, int64_t from, in
   const Floats factor = exponent_factor<KIND>(scale[0]), old = running.most;
   running.most = (found - old) * factor > MARGIN ? found : old;
   const Floats shift = shift_of(running.most);
-  const Floats kept = running.most > old ? power_of_two((old - shift) * factor) : all(1.0f);
+  const Floats kept = running.most > old ? power_of_two(old - shift, factor, Floats{}) : all(1.0f);
   Floats sums[4] = {};
   for (int64_t s = from; s < to; s += 4)
     for (int64_t i = 0; i < 4; i += 2) {
-      const Floats first = power_of_two((load(products + (s + i) * QUERIES) - shift) * factor);
-      const Floats second = power_of_two((load(products + (s + i + 1) * QUERIES) - shift) * factor);
+      const Floats first = power_of_two(load(products + (s + i) * QUERIES) - shift, factor, Floats{});
+      const Floats second = power_of_two(load(products + (s + i + 1) * QUERIES) - shift, factor, Floats{});
       sums[i] += first;
       sums[i + 1] += second;
       store(weights + (s + i) / TERMS * (WIDE * TILE) + (s + i) % TERMS / 2 * SIDE, paired(first, second));
@@ -130,7 +129,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
           const Pair pair(block, v);
           if (pair.from >= pair.to) continue;
           float* columns = products + v * SIDE;
-          multiply_tiles<false>(columns + pair.from * QUERIES, QUERIES, keys.from(pair.from / SIDE), right.from(v),
+          multiply_tiles<false, true>(Sums::matrix(columns + pair.from * QUERIES, QUERIES), keys.from(pair.from / SIDE), right.from(v),
                                 padded(smaller(pair.to, block.keys) - pair.from, SIDE) / SIDE, pair.columns,
                                 right.step / TILE);
           for (int64_t i = 0; i < pair.columns; ++i) {
@@ -142,7 +141,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
               for (int64_t k = 0; k < value_rows; ++k) store(sums + k * QUERIES, load(sums + k * QUERIES) * kept);
           }
           const Factor weighing = Factor{weights, TILE, WIDE * TILE};
-          multiply_tiles<true>(mixed + v * SIDE, QUERIES, values.along(pair.from / TERMS),
+          multiply_tiles<true, true>(Sums::matrix(mixed + v * SIDE, QUERIES), values.along(pair.from / TERMS),
                                weighing.from(v).along(pair.from / TERMS), value_rows / SIDE, pair.columns,
                                (pair.to - pair.from) / TERMS);
         }
@@ -192,8 +191,8 @@ static void lay_gradients(int64_t v, int64_t from, int64_t to, const float* prod
     for (int64_t j = 0; j < 2; ++j)
       for (int64_t i = 0; i < 2; ++i) {
         const int64_t at = (s + j) * QUERIES + (v + i) * SIDE;
-        // At most 1, also where a score is so large that its rounded log-sum-exp is far from it.
-        p[j][i] = power_of_two(at_most(Floats{}, load(products + at) * factor - log_sum[i]));
+        // About 1 at most, also where a score is so large that its rounded log-sum-exp is far from it.
+        p[j][i] = at_most(all(2.0f), power_of_two(load(products + at), factor, log_sum[i]));
         d[j][i] = p[j][i] * (load(dweights + at) - dot[i]);
         if (KIND == CAPPED) d[j][i] = d[j][i] * load(added + at);
       }
@@ -255,9 +254,9 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
         if (KIND != PLAIN) lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
         const Factor scoring = rows_factor(key_rows, a.head_dim).from(from / SIDE);
         const Factor valuing = rows_factor(value_rows, a.value_dim).from(from / SIDE);
-        multiply_tiles<false>(products, QUERIES, scoring, rows_factor(query_columns, a.head_dim), rows, 2 * pairs,
+        multiply_tiles<false, false>(Sums::matrix(products, QUERIES), scoring, rows_factor(query_columns, a.head_dim), rows, 2 * pairs,
                               scoring.step / TILE);
-        multiply_tiles<false>(dweights, QUERIES, valuing, rows_factor(dy_columns, a.value_dim), rows, 2 * pairs,
+        multiply_tiles<false, false>(Sums::matrix(dweights, QUERIES), valuing, rows_factor(dy_columns, a.value_dim), rows, 2 * pairs,
                               valuing.step / TILE);
         for (int64_t v = 0; v < block.vectors; ++v)
           hide<KIND>(block, v, 0, to, products + v * SIDE, added + v * SIDE, all(a.scale), all(a.softcap));
@@ -266,11 +265,11 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
           lay_gradients<KIND>(v, 0, to, products, dweights, added, known, exponent_factor<KIND>(a.scale), left, dleft,
                               dright);
         const Factor weights{left, WIDE / 2 * TILE, TILE}, dscores{dleft, WIDE / 2 * TILE, TILE};
-        multiply_tiles<true>(dvalue + from * value_wide, value_wide, weights, pairs_factor(dy_pairs, a.value_dim), rows,
+        multiply_tiles<true, false>(Sums::tiles(dvalue + from * value_wide, value_wide), weights, pairs_factor(dy_pairs, a.value_dim), rows,
                              value_wide / SIDE, pairs);
-        multiply_tiles<true>(dkey + from * key_wide, key_wide, dscores, pairs_factor(query_pairs, a.head_dim), rows,
+        multiply_tiles<true, false>(Sums::tiles(dkey + from * key_wide, key_wide), dscores, pairs_factor(query_pairs, a.head_dim), rows,
                              key_wide / SIDE, pairs);
-        multiply_tiles<true>(dquery, QUERIES, pairs_factor(key_pairs, a.head_dim).along(from / TERMS),
+        multiply_tiles<true, true>(Sums::matrix(dquery, QUERIES), pairs_factor(key_pairs, a.head_dim).along(from / TERMS),
                              Factor{dright, TILE, WIDE * TILE}, key_wide / SIDE, block.vectors, to / TERMS);
       }
       bfloat16* dx = static_cast<bfloat16*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
@@ -281,8 +280,6 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
   }
   bfloat16* dk = static_cast<bfloat16*>(a.dkey) + b * a.dkey_batch + g * a.dkey_head;
   bfloat16* dv = static_cast<bfloat16*>(a.dvalue) + b * a.dvalue_batch + g * a.dvalue_head;
-  for (int64_t s = 0; s < a.keys; ++s) {
-    store_row(dk + s * a.dkey_token, dkey + s * key_wide, a.head_dim, all(a.scale));
-    store_row(dv + s * a.dvalue_token, dvalue + s * value_wide, a.value_dim, all(1.0f));
-  }
+  store_tiles(dk, a.dkey_token, dkey, a.keys, a.head_dim, all(a.scale));
+  store_tiles(dv, a.dvalue_token, dvalue, a.keys, a.value_dim, all(1.0f));
 }

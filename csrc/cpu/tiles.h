@@ -51,16 +51,25 @@ struct Factor {
   Factor along(int64_t tiles) const { return {at + tiles * term_step, step, term_step, row_bytes}; }
 };
 
-// One product tile of M x N, the terms of `depth` tiles. Registers: 0 to 3 the product, 4 and 5 left, 6 and 7 right.
+// Where the tiles of a product are: as rows of a matrix, or one after the other.
+struct Sums {
+  float* at;
+  int64_t step, column_step, row_bytes;
+
+  static Sums matrix(float* at, int64_t width) { return {at, SIDE * width, SIDE, 4 * width}; }
+  static Sums tiles(float* at, int64_t width) { return {at, SIDE * width, TILE, 64}; }
+};
+
+// M x N tiles of a product, the terms of `depth` tiles. Registers: 0 to 3 the product, 4 and 5 left, 6 and 7 right.
 template <int M, int N, bool ADD>
-static inline void tile_block(float* c, int64_t c_step, Factor a, Factor b, int64_t depth) {
-  const int64_t bytes = c_step * 4;
-  float* below = c + SIDE * c_step;
+static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth) {
+  const int64_t bytes = c.row_bytes;
+  float *beside = c.at + c.column_step, *below = c.at + c.step, *across = below + c.column_step;
   if (ADD) {
-    load_tile<0>(c, bytes);
-    if (N > 1) load_tile<1>(c + SIDE, bytes);
+    load_tile<0>(c.at, bytes);
+    if (N > 1) load_tile<1>(beside, bytes);
     if (M > 1) load_tile<2>(below, bytes);
-    if (M > 1 && N > 1) load_tile<3>(below + SIDE, bytes);
+    if (M > 1 && N > 1) load_tile<3>(across, bytes);
   } else {
     zero_tile<0>();
     if (N > 1) zero_tile<1>();
@@ -81,25 +90,42 @@ static inline void tile_block(float* c, int64_t c_step, Factor a, Factor b, int6
       if (N > 1) multiply_tile<3, 5, 7>();
     }
   }
-  store_tile<0>(c, bytes);
-  if (N > 1) store_tile<1>(c + SIDE, bytes);
+  store_tile<0>(c.at, bytes);
+  if (N > 1) store_tile<1>(beside, bytes);
   if (M > 1) store_tile<2>(below, bytes);
-  if (M > 1 && N > 1) store_tile<3>(below + SIDE, bytes);
+  if (M > 1 && N > 1) store_tile<3>(across, bytes);
 }
 
-// c [rows, columns] = a b, or c += a b if ADD; all counts are of tiles.
-template <bool ADD>
-static void multiply_tiles(float* c, int64_t c_step, Factor a, Factor b, int64_t rows, int64_t columns, int64_t depth) {
-  for (; columns > 0; columns -= 2, b.at += 2 * b.step, c += 2 * SIDE) {
-    Factor left = a;
-    float* to = c;
-    for (int64_t i = 0; i < rows; i += 2, left.at += 2 * a.step, to += 2 * SIDE * c_step) {
-      if (i + 1 < rows)
-        columns > 1 ? tile_block<2, 2, ADD>(to, c_step, left, b, depth) : tile_block<2, 1, ADD>(to, c_step, left, b, depth);
-      else
-        columns > 1 ? tile_block<1, 2, ADD>(to, c_step, left, b, depth) : tile_block<1, 1, ADD>(to, c_step, left, b, depth);
-    }
+// c [rows, columns] = a b, or c += a b if ADD; all counts are of tiles. Rows are the inner loop if ROWS_INSIDE: the larger
+// matrix is to be gone through once.
+template <bool ADD, bool ROWS_INSIDE>
+static void multiply_tiles(Sums c, Factor a, Factor b, int64_t rows, int64_t columns, int64_t depth) {
+  const auto block = [&](int64_t i, int64_t j) {
+    const Sums to{c.at + i * c.step + j * c.column_step, c.step, c.column_step, c.row_bytes};
+    if (i + 1 < rows)
+      j + 1 < columns ? tile_block<2, 2, ADD>(to, a.from(i), b.from(j), depth)
+                      : tile_block<2, 1, ADD>(to, a.from(i), b.from(j), depth);
+    else
+      j + 1 < columns ? tile_block<1, 2, ADD>(to, a.from(i), b.from(j), depth)
+                      : tile_block<1, 1, ADD>(to, a.from(i), b.from(j), depth);
+  };
+  if (ROWS_INSIDE) {
+    for (int64_t j = 0; j < columns; j += 2)
+      for (int64_t i = 0; i < rows; i += 2) block(i, j);
+  } else {
+    for (int64_t i = 0; i < rows; i += 2)
+      for (int64_t j = 0; j < columns; j += 2) block(i, j);
   }
+}
+
+// y [rows, width] = what Sums::tiles lie at `tiles`, times a factor.
+static void store_tiles(bfloat16* y, int64_t step, const float* tiles, int64_t rows, int64_t width, Floats factor) {
+  const int64_t wide = padded(width, SIDE);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < width; k += SIDE) {
+      const Floats v = load(tiles + row / SIDE * SIDE * wide + k * SIDE + row % SIDE * SIDE) * factor;
+      width - k >= SIDE ? store(y + row * step + k, v) : store(y + row * step + k, v, width - k);
+    }
 }
 
 // (low, high) as 32 bfloat16.
@@ -119,17 +145,14 @@ static inline Floats paired(Floats first, Floats second) { return side_by_side((
 // n elements, at most COUNT, then zeros.
 template <int COUNT>
 static inline __m512i some(const bfloat16* p, int64_t n) {
-  __m512i v = _mm512_setzero_si512();
-  if (n >= COUNT) {
-    std::memcpy(&v, p, 2 * COUNT);
-    return v;
-  }
-  bfloat16 elements[COUNT] = {};
-  int64_t i = 0;
-  if (n >= COUNT / 2) std::memcpy(elements, p, COUNT), i = COUNT / 2;
-  for (; i < n; ++i) elements[i] = p[i];
-  std::memcpy(&v, elements, sizeof elements);
-  return v;
+  const auto half = [](const bfloat16* from) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  };
+  if (n >= COUNT) return COUNT == 16 ? half(p) : _mm512_loadu_si512(p);
+  if (n == 16) return half(p);
+  bfloat16 elements[32] = {};
+  for (int64_t i = 0; i < n; ++i) elements[i] = p[i];
+  return _mm512_loadu_si512(elements);
 }
 
 // x [rows, width] as tiles of [16, 32], those of a row one after the other; or as tiles of [32, 16] if PAIRS, where two rows
