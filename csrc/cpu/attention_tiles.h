@@ -56,14 +56,19 @@ static inline Floats lay_weights(const Block& block, int64_t v, int64_t from, in
   const Floats shift = shift_of(running.most);
   const Floats kept = running.most > old ? power_of_two(old - shift, factor, Floats{}) : all(1.0f);
   Floats sums[4] = {};
-  for (int64_t s = from; s < to; s += 4)
-    for (int64_t i = 0; i < 4; i += 2) {
-      const Floats first = power_of_two(load(products + (s + i) * QUERIES) - shift, factor, Floats{});
-      const Floats second = power_of_two(load(products + (s + i + 1) * QUERIES) - shift, factor, Floats{});
-      sums[i] += first;
-      sums[i + 1] += second;
-      store(weights + (s + i) / TERMS * (WIDE * TILE) + (s + i) % TERMS / 2 * SIDE, paired(first, second));
+  weights += from / TERMS * (WIDE * TILE);
+  for (int64_t s = from; s < to; s += TERMS, weights += WIDE * TILE) {
+    const float* row = products + s * QUERIES;
+    for (int64_t i = 0; i < SIDE; i += 2, row += 4 * QUERIES) {
+      Floats e[4];
+      for (int64_t j = 0; j < 4; ++j) {
+        e[j] = power_of_two(load(row + j * QUERIES) - shift, factor, Floats{});
+        sums[j] += e[j];
+      }
+      store(weights + i * SIDE, paired(e[0], e[1]));
+      store(weights + (i + 1) * SIDE, paired(e[2], e[3]));
     }
+  }
   running.sum = running.sum * kept + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
   return kept;
 }
@@ -183,25 +188,28 @@ struct Known {
 template <Kind KIND>
 static void lay_gradients(int64_t v, int64_t from, int64_t to, const float* products, const float* dweights,
                           const float* added, const Known& known, Floats factor, float* left, float* dleft, float* dright) {
+  products += v * SIDE, dweights += v * SIDE, added += v * SIDE;  // what follows is of these two
+  left += v / 2 * TILE, dleft += v / 2 * TILE, dright += v * TILE;
   Floats log_sum[2], dot[2];
   for (int64_t i = 0; i < 2; ++i)
     log_sum[i] = load(known.log_sum + (v + i) * SIDE), dot[i] = load(known.dot + (v + i) * SIDE);
   for (int64_t s = from; s < to; s += 2) {
+    const uint64_t key = static_cast<uint64_t>(s), row = key / SIDE * (WIDE / 2) * TILE + key % SIDE * SIDE;
+    const float *scores = products + s * QUERIES, *gradients = dweights + s * QUERIES, *derivatives = added + s * QUERIES;
     Floats p[2][2], d[2][2];
     for (int64_t j = 0; j < 2; ++j)
       for (int64_t i = 0; i < 2; ++i) {
-        const int64_t at = (s + j) * QUERIES + (v + i) * SIDE;
+        const int64_t at = j * QUERIES + i * SIDE;
         // About 1 at most, also where a score is so large that its rounded log-sum-exp is far from it.
-        p[j][i] = at_most(all(2.0f), power_of_two(load(products + at), factor, log_sum[i]));
-        d[j][i] = p[j][i] * (load(dweights + at) - dot[i]);
-        if (KIND == CAPPED) d[j][i] = d[j][i] * load(added + at);
+        p[j][i] = at_most(all(2.0f), power_of_two(load(scores + at), factor, log_sum[i]));
+        d[j][i] = p[j][i] * (load(gradients + at) - dot[i]);
+        if (KIND == CAPPED) d[j][i] = d[j][i] * load(derivatives + at);
       }
-    for (int64_t j = 0; j < 2; ++j) {
-      const int64_t row = (s + j) / SIDE * (WIDE / 2 * TILE) + v / 2 * TILE + (s + j) % SIDE * SIDE;
-      store(left + row, packed(p[j][0], p[j][1]));
-      store(dleft + row, packed(d[j][0], d[j][1]));
+    for (uint64_t j = 0; j < 2; ++j) {
+      store(left + row + j * SIDE, packed(p[j][0], p[j][1]));
+      store(dleft + row + j * SIDE, packed(d[j][0], d[j][1]));
     }
-    float* pairs = dright + s / TERMS * (WIDE * TILE) + v * TILE + s % TERMS / 2 * SIDE;
+    float* pairs = dright + key / TERMS * WIDE * TILE + key % TERMS / 2 * SIDE;
     for (int64_t i = 0; i < 2; ++i) store(pairs + i * TILE, paired(d[0][i], d[1][i]));
   }
 }

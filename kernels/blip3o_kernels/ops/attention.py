@@ -331,7 +331,9 @@ def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
     # Decoding: one query of each sample against its part of a cache; of few samples luck would decide the errors.
     cache = draw(8, 3, 2, 50, 32)
     key, value = cache[:, :, 0, :41], cache[:, :, 1, :41]
-    lengths = torch.arange(41, device=draw.device) < torch.tensor([41, 7, 1, 40, 32, 16, 17, 3], device=draw.device).view(8, 1, 1, 1)
+    lengths = torch.arange(41, device=draw.device) < torch.tensor(
+        [41, 7, 1, 40, 32, 16, 17, 3], device=draw.device
+    ).view(8, 1, 1, 1)
     query = draw(8, 6, 1, 32)
     yield Sample("cache", (query, key, value, lengths), {"enable_gqa": True})
     yield Sample(
