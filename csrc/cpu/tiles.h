@@ -102,12 +102,12 @@ template <bool ADD, bool ROWS_INSIDE>
 static void multiply_tiles(Sums c, Factor a, Factor b, int64_t rows, int64_t columns, int64_t depth) {
   const auto block = [&](int64_t i, int64_t j) {
     const Sums to{c.at + i * c.step + j * c.column_step, c.step, c.column_step, c.row_bytes};
-    if (i + 1 < rows)
-      j + 1 < columns ? tile_block<2, 2, ADD>(to, a.from(i), b.from(j), depth)
-                      : tile_block<2, 1, ADD>(to, a.from(i), b.from(j), depth);
-    else
-      j + 1 < columns ? tile_block<1, 2, ADD>(to, a.from(i), b.from(j), depth)
-                      : tile_block<1, 1, ADD>(to, a.from(i), b.from(j), depth);
+    const Factor left = a.from(i), right = b.from(j);
+    const bool tall = i + 1 < rows, broad = j + 1 < columns;
+    if (tall && broad) return tile_block<2, 2, ADD>(to, left, right, depth);
+    if (tall) return tile_block<2, 1, ADD>(to, left, right, depth);
+    if (broad) return tile_block<1, 2, ADD>(to, left, right, depth);
+    tile_block<1, 1, ADD>(to, left, right, depth);
   };
   if (ROWS_INSIDE) {
     for (int64_t j = 0; j < columns; j += 2)
