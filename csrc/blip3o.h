@@ -29,7 +29,7 @@ enum blip3o_status {
 
 enum blip3o_dtype { BLIP3O_FLOAT32 = 0, BLIP3O_BFLOAT16 = 1, BLIP3O_FLOAT16 = 2 };
 
-enum blip3o_instruction_set { BLIP3O_BEST = 0, BLIP3O_PORTABLE = 1, BLIP3O_AVX2 = 2, BLIP3O_AVX512 = 3 };
+enum blip3o_instruction_set { BLIP3O_BEST = 0, BLIP3O_PORTABLE = 1, BLIP3O_AVX2 = 2, BLIP3O_AVX512 = 3, BLIP3O_AMX = 4 };
 
 BLIP3O_API int blip3o_cpu_version(void);
 /* The best instruction set that this build and this chip have. */
@@ -483,8 +483,8 @@ BLIP3O_API int blip3o_cpu_qk_norm_rope_backward(const blip3o_qk_norm_rope_backwa
  * T tokens and S keys; -1: no limit. softcap 0: none. cu_seqlens_q and cu_seqlens_k [sequences + 1], from 0 to tokens and keys:
  * packed sequences, without a mask and for a batch of 1; null: none, sequences is 1. The workspace has `workspace_floats` for each
  * thread, at least
- *     forward   S (K + V + 128) + 128 (K + V)          backward   S (2 K + 2 V + 192) + 192 (K + V)
- * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 16. */
+ *     forward   S (K + V) + 64 (3 P + K + V)          backward   2 S (K + V) + 192 (S + P + K + V)
+ * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 32, and P = min(S, 128). */
 typedef struct {
   void* y;
   float* log_sum; /* [batch, heads, tokens]: of each row's exponentials, -inf if it sees nothing; null: not wanted */
@@ -510,7 +510,8 @@ typedef struct {
   void* dkey;
   void* dvalue;
   const void* dy;
-  const float* log_sum; /* the CPU does without */
+  const void* y;
+  const float* log_sum; /* on a CPU, these two are read by AMX alone */
   const void* query;
   const void* key;
   const void* value;
@@ -520,9 +521,9 @@ typedef struct {
   float* workspace;
   int64_t batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, workspace_floats;
   int64_t dquery_batch, dquery_head, dquery_token, dkey_batch, dkey_head, dkey_token; /* strides */
-  int64_t dvalue_batch, dvalue_head, dvalue_token, dy_batch, dy_head, dy_token, query_batch, query_head, query_token;
-  int64_t key_batch, key_head, key_token, value_batch, value_head, value_token, mask_batch, mask_head, mask_token;
-  int64_t left, right;
+  int64_t dvalue_batch, dvalue_head, dvalue_token, dy_batch, dy_head, dy_token, y_batch, y_head, y_token;
+  int64_t query_batch, query_head, query_token, key_batch, key_head, key_token, value_batch, value_head, value_token;
+  int64_t mask_batch, mask_head, mask_token, log_sum_head, left, right;
   float softcap, scale;
   int dtype, mask_kind;
   int instruction_set, threads;

@@ -1,6 +1,7 @@
 """Generated faults: every additive term of every backward pass is dropped once, and the conformance bound must notice.
 
     python tests/faults.py native            the C++ of csrc/cpu, with what calls it
+    python tests/faults.py native:amx        the same for the instruction set amx, where attention has a body of its own
     python tests/faults.py triton            the Triton kernels, in Triton's interpreter, with what calls them
 
 A copy of the package is made in which each operand of a `+`, `-`, `+=` or `-=` passes through a switch: in C++ as
@@ -44,6 +45,7 @@ HARMLESS = {
     ("timestep_embedding", "timestep_embedding.py", "quarter = "): "any quarter of a turn near by will do",
     ("qk_norm_rope", "normalise.h", "left[r]"): "it mends the last bits of a mean",
     ("attention", "scores.h", "return quotient + (x - quotient * sum)"): "it mends the last bit of a quotient",
+    ("attention", "attention_tiles.h", "p = p * f + 5.59"): "the end of a series, below the last bit of bfloat16",
 }
 
 SWITCH = r"""
@@ -60,7 +62,7 @@ struct Element<T, std::void_t<decltype(std::declval<T&>()[0])>> {
   typedef std::remove_reference_t<decltype(std::declval<T&>()[0])> type;
 };
 template <int N, class T>
-static inline T operator*(Keep<N>, T term) {
+__attribute__((always_inline)) static inline T operator*(Keep<N>, T term) {
   if constexpr (!std::is_pointer<T>::value && std::is_floating_point<typename Element<T>::type>::value) {
     if (blip3o_recording) blip3o_reached[N] = 1;
     if (blip3o_fault == N) return T{};
@@ -206,24 +208,25 @@ def instrument_python(path: Path, sites: Sites) -> str:
 
 
 def make_copy(folder: Path, backend: str) -> Sites:
-    """The package in `folder`, with switches; for native with a library of the portable bodies."""
+    """The package in `folder`, with switches; for native with a library of the portable bodies alone."""
     sites, target = Sites(), copy_package(folder)
     (target / "faults.py").write_text(SWITCH_PYTHON)
-    for path in sorted(PACKAGE.glob(f"{backend}_ops/*.py")):
+    for path in sorted(PACKAGE.glob(f"{backend.partition(':')[0]}_ops/*.py")):
         if path.stem not in ("__init__", "numbers"):
             (target / path.relative_to(PACKAGE)).write_text(instrument_python(path, sites))
-    if backend == "native":
+    if backend != "triton":
         native = folder / "csrc"
         shutil.copytree(ROOT / "csrc", native)
         for path in sorted(ROOT.glob("csrc/cpu/*")):
             if path.stem not in ("vector", "instruction_sets", "philox"):
                 (native / path.relative_to(ROOT / "csrc")).write_text(instrument_cpp(path, sites))
-        sets = native / "cpu/instruction_sets.h"
-        sets.write_text(sets.read_text().replace("defined(__x86_64__)", "0"))
+        if backend == "native":
+            for name in ("instruction_sets.h", "instruction_sets.cpp"):
+                sets = native / "cpu" / name
+                sets.write_text(sets.read_text().replace("defined(__x86_64__)", "0"))
         sets = native / "cpu/instruction_sets.cpp"
         sets.write_text(
-            sets.read_text().replace("defined(__x86_64__)", "0")
-            + f"int blip3o_fault = -1, blip3o_recording = 0;\nunsigned char blip3o_reached[{MOST}];\n"
+            sets.read_text() + f"int blip3o_fault = -1, blip3o_recording = 0;\nunsigned char blip3o_reached[{MOST}];\n"
         )
         (folder / "switch.h").write_text(SWITCH)
         flags = ["-O1", "-include", str(folder / "switch.h")]
@@ -242,7 +245,8 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
 
     assert Path(blip3o_kernels.__file__).is_relative_to(folder)
     torch.set_num_threads(1)
-    library = native._CPU if backend == "native" else None
+    library = native._CPU if backend != "triton" else None
+    kind, dtype = backend.partition(":")[0], torch.bfloat16 if backend == "native:amx" else torch.float32
     if library is not None:
         reached = (ctypes.c_ubyte * MOST).in_dll(library, "blip3o_reached")
 
@@ -260,17 +264,17 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
 
     def gradients_of(op: Op, arguments: dict[str, object], fault: int, recording: bool) -> dict[str, Tensor]:
         """With the switches on in the backward pass; in both, if the body's gradients come with its result."""
-        in_one = not hasattr(body(op.name, backend), "backward")
+        in_one = not hasattr(body(op.name, kind), "backward")
         with blip3o_kernels.use(backend), switched(fault, recording) if in_one else nullcontext():
             backward = nullcontext if in_one else partial(switched, fault, recording)
             return evaluate(op, op.function, arguments, None, backward)
 
     missed = total = 0
     for op in blip3o_kernels.OPS:
-        if not op.differentiable or only not in ("", op.name) or not any(b.backend == backend for b in op.bodies):
+        if not op.differentiable or only not in ("", op.name) or not any(b.backend == kind for b in op.bodies):
             continue
         known, reaching = {}, {}
-        for sample in op.samples(torch.float32):
+        for sample in op.samples(dtype):
             arguments = bound(op, sample)
             expected = expectation(op, backend, arguments)
             faults.reached.clear()
@@ -305,7 +309,7 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("backend", choices=("native", "triton"))
+    parser.add_argument("backend", choices=("native", "native:amx", "triton"))
     parser.add_argument("--op", default="", help="only this op")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -21,11 +21,12 @@ from blip3o_kernels import (
     BackendError,
     explain,
     linear_cross_entropy,
+    native,
     ops,
     rms_norm,
     use,
 )
-from blip3o_kernels.dispatch import Op, choose
+from blip3o_kernels.dispatch import INSTRUCTION_SETS, Op, choose
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -76,6 +77,11 @@ def test_native_bodies_are_built() -> None:
                 assert not body.missing
 
 
+def runs_here(instruction_set: str) -> bool:
+    """And is not what "native" takes anyway."""
+    return INSTRUCTION_SETS[instruction_set] < INSTRUCTION_SETS[native.instruction_set() or "portable"]
+
+
 def runs() -> Iterator[object]:
     for op in OPS:
         for device in DEVICES:
@@ -87,7 +93,7 @@ def runs() -> Iterator[object]:
             for dtype in body.dtypes:
                 backends = [body.backend]
                 if (body.backend, body.device) == ("native", "cpu"):
-                    backends += ["native:portable", "native:avx2"]
+                    backends += [f"native:{name}" for name in ("portable", "avx2", "avx512") if runs_here(name)]
                 for backend in backends:
                     yield pytest.param(op, backend, body.device, dtype, id=f"{op.name}-{backend}-{body.device}-{dtype}")
 

@@ -11,6 +11,7 @@ from blip3o_kernels import (
     attention,
     gated_residual,
     layer_norm,
+    native,
     ops,
     qk_norm_rope,
     rms_norm,
@@ -20,6 +21,9 @@ from blip3o_kernels import (
     timestep_embedding,
     use,
 )
+from blip3o_kernels.dispatch import INSTRUCTION_SETS
+
+SETS_HERE = [name for name, code in INSTRUCTION_SETS.items() if 0 < code <= INSTRUCTION_SETS[native.instruction_set()]]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -46,12 +50,27 @@ def test_attention_loses_no_nan() -> None:
     mask = torch.ones(5, 20, dtype=torch.bool)
     mask[:, 18:] = False
     mask[4] = False
-    for name in ("portable", "avx2", "avx512"):
+    for name in SETS_HERE:
         for given in (None, mask, torch.zeros(5, 20).masked_fill(~mask, -torch.inf)):
             with use(f"native:{name}"):
-                y = attention(query, key, value, given)
+                y = attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), given)
             assert y[0, 0, 2].isnan().all() and y[0, 0, [0, 1, 3]].isfinite().all()
             assert given is None or not y[0, 0, 4].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_huge_scales(dtype: torch.dtype) -> None:
+    """All weight is on the largest score, however large it is."""
+    query, key, value = (draw(1, 2, 300, 32, seed=seed).to(dtype).requires_grad_() for seed in range(3))
+    most = (query.double() @ key.double().mT).argmax(-1)
+    expected = value.gather(2, most.unsqueeze(-1).expand(1, 2, 300, 32))
+    for name in SETS_HERE:
+        for scale in (1e9, 1e30):
+            with use(f"native:{name}"):
+                y = attention(query, key, value, scale=scale)
+                gradients = torch.autograd.grad(y.sum(), (query, key, value))
+            torch.testing.assert_close(y, expected)
+            assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_attention_log_sum_exp() -> None:

@@ -3,10 +3,10 @@
 // One task is one key-value head of one sample, with all the query heads that share it. It takes a block of queries at a
 // time and holds their scores transposed, [keys, queries], so that softmax works on a vector of queries: its maxima and
 // sums need no look across lanes, and short rows of keys waste nothing (scores.h). All else are small matrix products
-// (product.h) in float32; other dtypes are converted when they are laid out. A block has every score of its queries, so
-// one softmax is enough. A packed sequence is a sample of its own, and so is its task.
+// (product.h) in float32; other dtypes are converted when they are laid out. Keys are taken in parts whose scores stay in the
+// first cache, under a running softmax. A packed sequence is a sample of its own, and so is its task.
 //
-// The backward pass computes the scores again. With P the probabilities and dP = V dy^T, both [keys, queries]:
+// The backward pass computes the scores again, of all keys at once. With P the probabilities and dP = V dy^T, both [keys, queries]:
 //     dV = P dy,   dS = P (dP - sum over keys of P dP),   dQ = dS^T K scale,   dK = dS Q scale.
 // A task sums dK and dV over its queries in order, so the number of threads does not change a bit.
 #ifndef BLIP3O_LANES
@@ -26,6 +26,11 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 #include "product.h"
 #include "scores.h"
 
+template <class T>
+static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
+  return static_cast<const T*>(data) + b * batch + h * head;
+}
+
 // Where a task keeps what it lays out, one after the other.
 struct Space {
   float* next;
@@ -37,53 +42,68 @@ struct Space {
   }
 };
 
-template <class T>
-static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
-  return static_cast<const T*>(data) + b * batch + h * head;
+template <Kind KIND>
+static void lay_log_sums(float* to, int64_t step, const Block& block, const Running* running, float scale) {
+  for (int64_t v = 0; v < block.vectors; ++v) {
+    float logs[LANES];
+    store(logs, scaled<KIND>(running[v].most, all(scale)) + logarithm(running[v].sum));
+    for (int64_t t = v * LANES; t < smaller(block.count, (v + 1) * LANES); ++t) to[t * step] = logs[t - v * LANES];
+  }
 }
+
+#if BLIP3O_LANES == 16
+#include "tiles.h"
+
+#include "attention_tiles.h"
+#endif
+
+// Rows of few queries are read too seldom to be laid out anew.
+static constexpr int64_t FEW = 16;
 
 template <class T, Kind KIND>
 static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t wide = padded(a.value_dim, LANES), sharing = a.heads / a.groups;
+  const bool often = a.tokens * sharing > FEW;
   float* query_columns = space.take(QUERIES * a.head_dim);
-  float* scores = space.take(QUERIES * a.keys);
-  float* added = space.take(QUERIES * a.keys);
+  float* scores = space.take(QUERIES * smaller(KEYS, a.keys));
+  float* added = space.take(QUERIES * smaller(KEYS, a.keys));
   float* mixed = space.take(QUERIES * wide);
   int64_t key_step = a.key_token, value_step = a.value_token;
   const float* keys = rows_of<false>(at<T>(a.key, b, a.key_batch, g, a.key_head), key_step, a.keys, a.head_dim,
-                                     space.take(a.keys * padded(a.head_dim, LANES)));
+                                     space.take(a.keys * padded(a.head_dim, LANES)), often);
   const float* values = rows_of<true>(at<T>(a.value, b, a.value_batch, g, a.value_head), value_step, a.keys,
-                                      a.value_dim, space.take(a.keys * wide));
-  for (int64_t start = 0, step; start < a.tokens; start += step) {
-    const Block block(a, start);
-    step = block.step;
+                                      a.value_dim, space.take(a.keys * wide), often);
+  for (int64_t start = 0; start < a.tokens; start += QUERIES) {
+    const Block all_keys(a, start, 0, a.keys);
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
-      if (KIND == CAPPED || (KIND == MASKED && (h == g * sharing || a.mask_head)))
-        lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
-      lay_columns(query_columns, block.step, at<T>(a.query, b, a.query_batch, h, a.query_head) + start * a.query_token,
-                  a.query_token, block.count, a.head_dim);
-      multiply(block, scores, keys, key_step, query_columns, a.head_dim);
-      float factors[QUERIES];
-      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token : nullptr;
-      for (int64_t v = 0; v < block.vectors; ++v) {
-        Floats most;
-        const Floats sums = exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
-                                               all(a.softcap), most);
-        store(factors + v * LANES, 1.0f / sums);
-        if (!log_sum) continue;
-        float logs[LANES];
-        store(logs, most + logarithm(sums));
-        for (int64_t t = v * LANES; t < smaller(block.count, (v + 1) * LANES); ++t)
-          log_sum[t * a.log_sum_token] = logs[t - v * LANES];
+      lay_columns(query_columns, QUERIES, at<T>(a.query, b, a.query_batch, h, a.query_head) + start * a.query_token,
+                  a.query_token, all_keys.count, a.head_dim);
+      std::memset(mixed, 0, sizeof(float) * static_cast<size_t>(all_keys.count * wide));
+      Running running[WIDE];
+      for (int64_t from = all_keys.firsts[0]; from < all_keys.end(); from += KEYS) {
+        const Block block(a, start, from, KEYS);
+        if (KIND != PLAIN) lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
+        multiply(block, scores, keys + from * key_step, key_step, query_columns, a.head_dim);
+        float kept[QUERIES];
+        for (int64_t v = 0; v < block.vectors; ++v)
+          store(kept + v * LANES, exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
+                                                     all(a.softcap), running[v]));
+        if (from > all_keys.firsts[0])
+          for (int64_t t = 0; t < block.count; ++t)
+            if (kept[t] != 1.0f) store_row(mixed + t * wide, mixed + t * wide, wide, all(kept[t]));
+        mix(block, mixed, wide, scores, values + from * value_step, value_step);
       }
-      mix(block, mixed, wide, scores, values, value_step);
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
-      for (int64_t t = 0; t < block.count; ++t) {
+      float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token : nullptr;
+      for (int64_t t = 0; t < all_keys.count; ++t) {
+        const Running& its = running[t / LANES];
+        const float sum = its.sum[t % LANES];
         // A sum of 0: all is masked, and the result is 0, whatever the values are. Or all scores are -infinity: 0 / 0.
-        const bool nothing = std::isinf(factors[t]) && (KIND != PLAIN || block.first(t) >= block.limit(t));
+        const bool nothing = sum == 0.0f && (KIND != PLAIN || all_keys.first(t) >= all_keys.limit(t));
         if (nothing) std::memset(mixed + t * wide, 0, sizeof(float) * static_cast<size_t>(wide));
-        store_row(y + t * a.y_token, mixed + t * wide, a.value_dim, all(nothing ? 0.0f : factors[t]));
+        store_row(y + t * a.y_token, mixed + t * wide, a.value_dim, all(nothing ? 0.0f : 1.0f / sum));
       }
+      if (log_sum) lay_log_sums<KIND>(log_sum, a.log_sum_token, all_keys, running, a.scale);
     }
   }
 }
@@ -104,30 +124,31 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
   float* dvalue = space.take(a.keys * value_wide);
   int64_t key_step = a.key_token, value_step = a.value_token;
   const float* keys = rows_of<true>(at<T>(a.key, b, a.key_batch, g, a.key_head), key_step, a.keys, a.head_dim,
-                                    space.take(a.keys * key_wide));
+                                    space.take(a.keys * key_wide), true);
   const float* values = rows_of<false>(at<T>(a.value, b, a.value_batch, g, a.value_head), value_step, a.keys,
-                                       a.value_dim, space.take(a.keys * value_wide));
+                                       a.value_dim, space.take(a.keys * value_wide), true);
   std::memset(dkey, 0, sizeof(float) * static_cast<size_t>(a.keys * key_wide));
   std::memset(dvalue, 0, sizeof(float) * static_cast<size_t>(a.keys * value_wide));
-  for (int64_t start = 0, step; start < a.tokens; start += step) {
-    const Block block(a, start);
-    step = block.step;
+  for (int64_t start = 0; start < a.tokens; start += QUERIES) {
+    const Block block(a, start, 0, a.keys);
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
       if (KIND == CAPPED || (KIND == MASKED && (h == g * sharing || a.mask_head)))
         lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
       int64_t query_step = a.query_token, dy_step = a.dy_token;
       const T* query_rows = at<T>(a.query, b, a.query_batch, h, a.query_head) + start * a.query_token;
       const T* dy_rows = at<T>(a.dy, b, a.dy_batch, h, a.dy_head) + start * a.dy_token;
-      lay_columns(query_columns, block.step, query_rows, query_step, block.count, a.head_dim);
-      lay_columns(dy_columns, block.step, dy_rows, dy_step, block.count, a.value_dim);
-      const float* query = rows_of<true>(query_rows, query_step, block.count, a.head_dim, query_space);
-      const float* dy = rows_of<true>(dy_rows, dy_step, block.count, a.value_dim, dy_space);
+      lay_columns(query_columns, QUERIES, query_rows, query_step, block.count, a.head_dim);
+      lay_columns(dy_columns, QUERIES, dy_rows, dy_step, block.count, a.value_dim);
+      const float* query = rows_of<true>(query_rows, query_step, block.count, a.head_dim, query_space, true);
+      const float* dy = rows_of<true>(dy_rows, dy_step, block.count, a.value_dim, dy_space, true);
       multiply(block, scores, keys, key_step, query_columns, a.head_dim);
       multiply(block, dscores, values, value_step, dy_columns, a.value_dim);
       for (int64_t v = 0; v < block.vectors; ++v)
         score_gradients<KIND>(block, v, scores + v * LANES, dscores + v * LANES, added + v * LANES, all(a.scale),
                               all(a.softcap));
-      mix(block, dquery, key_wide, dscores, keys, key_step);
+      std::memset(dquery, 0, sizeof(float) * static_cast<size_t>(block.count * key_wide));
+      for (int64_t from = block.firsts[0]; from < block.end(); from += KEYS)
+        mix(Block(a, start, from, KEYS), dquery, key_wide, dscores + from * QUERIES, keys + from * key_step, key_step);
       T* dx = static_cast<T*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
       for (int64_t t = 0; t < block.count; ++t)
         store_row(dx + t * a.dquery_token, dquery + t * key_wide, a.head_dim, all(a.scale));
@@ -163,6 +184,8 @@ static void start_at(blip3o_attention_backward_arguments& a, int64_t query, int6
   skip<T>(a.dkey, key * a.dkey_token);
   skip<T>(a.dvalue, key * a.dvalue_token);
   skip<T>(a.dy, query * a.dy_token);
+  skip<T>(a.y, query * a.y_token);
+  a.log_sum += query;
   skip<T>(a.query, query * a.query_token);
   skip<T>(a.key, key * a.key_token);
   skip<T>(a.value, key * a.value_token);
@@ -187,14 +210,27 @@ static void fold(blip3o_attention_arguments& a) {
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;
 }
 
+#if BLIP3O_LANES == 16
+template <class T>
+static bool tiled(int instruction_set) {
+  return std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+}
+#endif
+
 template <class T, Kind KIND>
 static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space) {
   fold<T>(a);
+#if BLIP3O_LANES == 16
+  if (tiled<T>(a.instruction_set)) return tiled_forward<KIND>(a, b, g, space);
+#endif
   forward<T, KIND>(a, b, g, space);
 }
 
 template <class T, Kind KIND>
 static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
+#if BLIP3O_LANES == 16
+  if (tiled<T>(a.instruction_set)) return tiled_backward<KIND>(a, b, g, space);
+#endif
   backward<T, KIND>(a, b, g, space);
 }
 
@@ -232,12 +268,10 @@ static bool ascending(const int32_t* ends, int64_t sequences, int64_t last) {
   return ends[0] == 0 && ends[sequences] == last;
 }
 
-// space: what a task takes for each key, and for each query of a block.
+// needed: the floats that a task takes.
 template <class Arguments>
-static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
-  const int64_t wide = padded(a.head_dim, 16) + padded(a.value_dim, 16);
+static int run_dtypes(const Arguments& a, int64_t needed) {
   if (a.groups < 1 || a.heads % a.groups || a.head_dim < 0 || a.value_dim < 0) return BLIP3O_BAD_ARGUMENT;
-  const int64_t needed = padded(a.keys, 16) * (keys * wide + queries * 64) + 64 * queries * wide;
   if (a.workspace_floats % 16 || a.workspace_floats < needed) return BLIP3O_BAD_ARGUMENT;
   if (!a.cu_seqlens_q ? a.sequences != 1
                       : a.batch != 1 || a.mask_kind || a.sequences < 1 ||
@@ -247,7 +281,14 @@ static int run_dtypes(const Arguments& a, int64_t keys, int64_t queries) {
   return by_dtype(a.dtype, [&](auto t) { return run_kinds<decltype(t)>(a); });
 }
 
-static int attention(const blip3o_attention_arguments& a) { return run_dtypes(a, 1, 2); }
-static int attention_backward(const blip3o_attention_backward_arguments& a) { return run_dtypes(a, 2, 3); }
+// As csrc/blip3o.h states it.
+static int attention(const blip3o_attention_arguments& a) {
+  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  return run_dtypes(a, keys * wide + 64 * (3 * smaller(keys, 128) + wide));
+}
+static int attention_backward(const blip3o_attention_backward_arguments& a) {
+  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  return run_dtypes(a, keys * 2 * wide + 192 * (keys + smaller(keys, 128) + wide));
+}
 
 #endif

@@ -93,11 +93,13 @@ static void lay_columns(float* to, int64_t to_step, const T* x, int64_t step, in
               [=](int64_t row, int64_t k, int64_t count) { return load_some(x + row * step + k, count); });
 }
 
-// x [n, width] as float32 rows, of whole vectors if WHOLE: in place if it is that already, otherwise copied to `space`.
+// x [n, width] as float32 rows, of whole vectors if WHOLE: in place if it is that already, otherwise copied to `space`. What
+// is read `often` is copied too where its rows lie apart: many of them would share a set of the cache.
 template <bool WHOLE, class T>
-static const float* rows_of(const T* x, int64_t& step, int64_t n, int64_t width, float* space) {
-  if (std::is_same<T, float>::value && !(WHOLE && width % LANES)) return reinterpret_cast<const float*>(x);
+static const float* rows_of(const T* x, int64_t& step, int64_t n, int64_t width, float* space, bool often) {
   const int64_t wide = padded(width, LANES);
+  if (std::is_same<T, float>::value && !(WHOLE && width % LANES) && (step == width || !often))
+    return reinterpret_cast<const float*>(x);
   for (int64_t row = 0; row < n; ++row)
     for (int64_t i = 0; i < width; i += LANES) store(space + row * wide + i, load_some(x + row * step + i, width - i));
   step = wide;

@@ -32,7 +32,13 @@ from .samples import Sample
 
 _PLAIN = (Tensor, Parameter)
 BACKENDS = ("reference", "native", "triton")
-INSTRUCTION_SETS = {"": 0, "portable": 1, "avx2": 2, "avx512": 3}  # the codes of csrc/blip3o.h; "" is the chip's best
+INSTRUCTION_SETS = {
+    "": 0,
+    "portable": 1,
+    "avx2": 2,
+    "avx512": 3,
+    "amx": 4,
+}  # the codes of csrc/blip3o.h; "" is the chip's best
 
 
 class BackendError(RuntimeError):

@@ -52,7 +52,7 @@ FORMATS = {
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",
     "attention": "PPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
-    "attention_backward": "PPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
+    "attention_backward": "PPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqffiiiiP",
     "qk_norm_rope": "PPPPPPPPPPqqqqqqqqqqqqqfiiiiiiiP",
     "qk_norm_rope_backward": "PPPPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqfiiiiiiiP",
 }

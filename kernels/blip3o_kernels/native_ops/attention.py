@@ -61,8 +61,8 @@ def forward(
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
-    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
-    floats = _padded(keys, 16) * (widths + 128) + 128 * widths
+    padded, widths = _padded(keys, 32), _padded(head_dim, 32) + _padded(value_dim, 32)
+    floats = padded * widths + 64 * (3 * min(padded, 128) + widths)
     workspace = query.new_empty(threads * floats, dtype=torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
@@ -97,7 +97,8 @@ def backward(
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value, dy = (last_adjacent(x) for x in (query, key, value, dy))
+    query, key, value, dy, y = (last_adjacent(x) for x in (query, key, value, dy, y))
+    log_sum = log_sum.contiguous()
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
@@ -105,17 +106,18 @@ def backward(
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
-    widths = _padded(head_dim, 16) + _padded(value_dim, 16)
-    floats = _padded(keys, 16) * (2 * widths + 192) + 192 * widths
+    padded, widths = _padded(keys, 32), _padded(head_dim, 32) + _padded(value_dim, 32)
+    floats = padded * 2 * widths + 192 * (padded + min(padded, 128) + widths)
     workspace = query.new_empty(threads * floats, dtype=torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
     status = _CPU_BACKWARD(
         _PACK_BACKWARD(
-            *_addresses(*gradients, dy, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
+            *_addresses(*gradients, dy, y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
             *sizes,
-            *_strides(*gradients, dy, query, key, value, full_mask),
+            *_strides(*gradients, dy, y, query, key, value, full_mask),
+            tokens,  # log_sum's
             *limits,
             *options,
         )
