@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..dispatch import instruction_set
 from ..native import DTYPES
 from ..strides import address, contiguous, last_adjacent
@@ -57,14 +57,14 @@ def forward(
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
     strides = (tokens * heads * value_dim, value_dim, heads * value_dim, 1)  # no view: autograd lets none be changed
-    y = query.new_empty_strided((batch, heads, tokens, value_dim), strides)
+    y = memory.empty_strided((batch, heads, tokens, value_dim), strides, query.dtype)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     widths = _padded(head_dim, 16) + _padded(value_dim, 16)
     floats = _padded(keys, 16) * (widths + 128) + 128 * widths
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    workspace = memory.empty((threads * floats,), torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
@@ -102,13 +102,13 @@ def backward(
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    gradients = memory.empty_like(query), memory.empty_like(key), memory.empty_like(value)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     widths = _padded(head_dim, 16) + _padded(value_dim, 16)
     floats = _padded(keys, 16) * (2 * widths + 192) + 192 * widths
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    workspace = memory.empty((threads * floats,), torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty_like
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
@@ -17,7 +18,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, s
     x, stride = rows(x)
     width = x.shape[-1]
     number = x.numel() // width
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = empty_like(x)
     saved = torch.empty(2 * number if saving else 0, dtype=torch.float32, device=x.device)
     weight = contiguous(weight)
     bias = contiguous(bias)
@@ -46,7 +47,7 @@ def backward(
     dy = dy.contiguous()
     width = x.shape[-1]
     number = x.numel() // width
-    dx = x.new_empty(x.shape)
+    dx = empty_like(x)
     dweight, dbias = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, number // 32))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..native import DTYPES
-from ..ops.qk_norm_rope import gradients_like, rows_like
 from ..strides import address, contiguous
 
 _FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
@@ -29,7 +28,7 @@ def forward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     query, key = _readable(query, across_width), _readable(key, across_width)
-    query_y, key_y = rows_like(query), rows_like(key)
+    query_y, key_y = _rows_like(query), _rows_like(key)
     parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     _FORWARD(
@@ -69,14 +68,16 @@ def backward(
 ) -> tuple[Tensor, ...]:
     query, key = _readable(query, across_width), _readable(key, across_width)
     query_dy, key_dy = _readable(query_dy, False), _readable(key_dy, False)
-    gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
+    parameters = (query_weight, key_weight, query_bias, key_bias)
+    given = (query.new_empty(0) if p is None or not wanted else p.new_empty(p.shape) for p in parameters)
+    gradients = (_rows_like(query), _rows_like(key), *given)
     query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     batch, heads, tokens, head_dim = query.shape
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
-    workspace = torch.empty(blocks * _ROWS * span, dtype=torch.float32)
+    workspace = memory.empty((blocks * _ROWS * span,), torch.float32)
     _BACKWARD(
         *(t.data_ptr() for t in gradients[:2]),
         *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),
@@ -95,13 +96,20 @@ def backward(
         across_width,
         interleaved,
     )
-    return tuple(gradients)
+    return gradients
+
+
+def _rows_like(x: Tensor) -> Tensor:
+    """An empty tensor [B, H, T, K] that is dense in memory as [B, T, H, K]."""
+    _, heads, tokens, head_dim = x.shape
+    strides = (tokens * heads * head_dim, head_dim, heads * head_dim, 1)  # no view: autograd lets none be changed
+    return memory.empty_strided(x.shape, strides, x.dtype)
 
 
 def _readable(x: Tensor, across_width: bool) -> Tensor:
     """x [B, H, T, K] with adjacent dims, and across the width adjacent heads; a copy only where they are not."""
     adjacent = x.stride(3) == 1 and (not across_width or x.shape[1] < 2 or x.stride(1) == x.shape[3])
-    return x if adjacent else rows_like(x).copy_(x)
+    return x if adjacent else _rows_like(x).copy_(x)
 
 
 def _sizes(query: Tensor, key: Tensor, cos: Tensor) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native, strides
+from .. import memory, native, strides
 from ..dispatch import instruction_set
 from ..native import DTYPES
 
@@ -16,7 +16,7 @@ _CUDA_FORWARD, _CUDA_BACKWARD = native.function("cuda", "rms_norm"), native.func
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool) -> Tensor:
     x, stride = strides.rows(x)
-    y = torch.empty_like(x)
+    y = memory.empty_like(x)
     width = x.shape[-1]
     if weight is not None and not weight.is_contiguous():
         weight = weight.contiguous()
@@ -55,7 +55,7 @@ def backward(
     """dx, and dweight if it is wanted (otherwise an empty tensor)."""
     x, stride = strides.rows(x)
     dy = dy.contiguous()
-    dx = torch.empty_like(dy)
+    dx = memory.empty_like(dy)
     width = x.shape[-1]
     rows = x.numel() // width
     # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.

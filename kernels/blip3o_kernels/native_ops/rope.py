@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..native import DTYPES
 
 _CPU = native.cpu_call("rope")
@@ -22,7 +22,7 @@ def backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     if x.stride(3) != 1:
         x = x.contiguous()
-    y = torch.empty_like(x)  # dense, in x's order
+    y = memory.empty_like(x)  # dense, in x's order
     batch, heads, tokens, head_dim = x.shape
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     half = cos.shape[-1]
