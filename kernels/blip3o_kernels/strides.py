@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,13 @@ def last_adjacent(x: Tensor) -> Tensor:
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, contiguous; a call that changes nothing costs torch as much as one token's norm."""
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    return x.contiguous()
 
 
 def address(x: Tensor | None) -> int:

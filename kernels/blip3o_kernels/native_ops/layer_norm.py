@@ -19,7 +19,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, s
     width = x.shape[-1]
     number = x.numel() // width
     y = empty_like(x)
-    saved = torch.empty(2 * number if saving else 0, dtype=torch.float32, device=x.device)
+    saved = x.new_empty(2 * number if saving else 0, dtype=torch.float32)
     weight = contiguous(weight)
     bias = contiguous(bias)
     parameter = weight if weight is not None else bias if bias is not None else x

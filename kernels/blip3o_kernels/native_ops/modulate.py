@@ -27,7 +27,7 @@ def forward(
     x, stride = rows(x)
     batch, tokens, width = x.shape
     y = empty_like(x)
-    saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
+    saved = x.new_empty((1 + centred) * batch * tokens if saving else 0, dtype=torch.float32)
     scale, scale_stride = conditions(scale)
     shift, shift_stride = (None, 0) if shift is None else conditions(shift)
     weight = contiguous(weight)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import memory, native
 from ..native import DTYPES
-from ..strides import address, contiguous
+from ..strides import address, contiguous, wide
 
 _FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
 _ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
@@ -30,7 +30,7 @@ def forward(
     query, key = _readable(query, across_width), _readable(key, across_width)
     query_y, key_y = _rows_like(query), _rows_like(key)
     parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    cos, sin = wide(cos), wide(sin)
     _FORWARD(
         *(t.data_ptr() for t in (query_y, key_y, query, key)),
         *(address(p) for p in parameters),
@@ -72,7 +72,7 @@ def backward(
     given = (query.new_empty(0) if p is None or not wanted else p.new_empty(p.shape) for p in parameters)
     gradients = (_rows_like(query), _rows_like(key), *given)
     query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    cos, sin = wide(cos), wide(sin)
     batch, heads, tokens, head_dim = query.shape
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))

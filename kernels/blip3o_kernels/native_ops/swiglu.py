@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import native
-from ..memory import empty, empty_like
+from ..memory import LARGE, empty, empty_like
 from ..native import DTYPES
 from ..strides import rows
 
@@ -26,7 +26,12 @@ def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, i
 def forward(gate: Tensor, up: Tensor | None) -> Tensor:
     dtype = DTYPES[gate.dtype]
     gate, up, width, addresses, strides = _operands(gate, up)
-    y = empty((*gate.shape[:-1], width), gate.dtype) if up is None else empty_like(gate)
+    if up is not None:
+        y = empty_like(gate)
+    elif gate.nbytes < 2 * LARGE:
+        y = gate.new_empty((*gate.shape[:-1], width))
+    else:
+        y = empty((*gate.shape[:-1], width), gate.dtype)
     count = y.numel() // width if width else 0
     _FORWARD(y.data_ptr(), *addresses, count, width, *strides, dtype)
     return y
