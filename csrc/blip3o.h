@@ -37,6 +37,16 @@ BLIP3O_API int blip3o_cpu_best(void);
 /* 1 if the library runs on several threads. */
 BLIP3O_API int blip3o_cpu_threaded(void);
 
+/* Memory for a large result, as a DLPack tensor (DLManagedTensor) whose deleter keeps the memory for a result of about the
+ * same size; null if there is none to be had. description: DLPack's type code, bits of an element, number of dimensions, the
+ * lengths (positive), the strides; without gaps. Safe to call from any thread. */
+BLIP3O_API void* blip3o_cpu_result(const int64_t* description);
+/* Keep up to so many bytes of what nobody holds; 0, as at the start: nothing. */
+BLIP3O_API void blip3o_cpu_keep(int64_t bytes);
+/* Give all that is kept back to the system; how many bytes it was. */
+BLIP3O_API int64_t blip3o_cpu_release(void);
+BLIP3O_API int64_t blip3o_cpu_kept(void);
+
 /* rms_norm as kernels/blip3o_kernels/ops/rms_norm.py defines it. dtypes: those of x, y, dx, dy, then of weight and dweight,
  * which is the same or float32. Rows of x are `stride` apart; everything else is contiguous. */
 typedef struct {

@@ -6,7 +6,7 @@ Each op is one word: `ops/<op>.py` is its contract, `OPS` the table of all of th
 """
 
 from .dispatch import BackendError, Op, explain, use
-from .memory import keep_freed_memory
+from .memory import keep_freed_memory, keep_results, kept_results, release_results
 from .ops import add_rms_norm as _add_rms_norm
 from .ops import attention as _attention
 from .ops import flow_interpolate as _flow_interpolate
@@ -69,10 +69,13 @@ __all__ = [
     "flow_timesteps",
     "gated_residual",
     "keep_freed_memory",
+    "keep_results",
+    "kept_results",
     "layer_norm",
     "linear_cross_entropy",
     "modulate",
     "qk_norm_rope",
+    "release_results",
     "rms_norm",
     "rope",
     "rope_table",

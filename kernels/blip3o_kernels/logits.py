@@ -21,6 +21,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .memory import empty
+
 # Logits in a chunk: on a CPU 16 MiB of float32, on a GPU 512 MiB. But never fewer than MIN_ROWS rows: the products
 # would take as long as reading the weight does.
 LOGITS = {"cpu": 2**22, "cuda": 2**27}
@@ -63,8 +65,8 @@ def gradients(
     operand = autocast or (torch.bfloat16 if split and x.dtype is torch.bfloat16 else torch.float32)
     parts = 2 if autocast is None and operand is torch.bfloat16 else 1
     weight = weight.to(operand)
-    dx = x.new_empty((rows, x.shape[1]) if want_x else 0, dtype=torch.float32)
-    dweight = x.new_empty(weight.shape if want_weight else 0, dtype=torch.float32)
+    dx = empty((rows, x.shape[1]) if want_x else (0,), torch.float32, x.device)
+    dweight = empty(weight.shape if want_weight else (0,), torch.float32, x.device)
     if rows == 0:
         dweight.zero_()
     step = chunk_rows(rows, vocab, x.device.type)

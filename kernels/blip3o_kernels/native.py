@@ -103,6 +103,26 @@ def function(kind: str, op: str) -> Callable[[bytes], int]:
     return absent
 
 
+Memory = tuple[
+    Callable[[bytes], int | None] | None,
+    Callable[[int], None] | None,
+    Callable[[], int] | None,
+    Callable[[], int] | None,
+]
+
+
+def memory_functions() -> Memory:
+    """result, keep, release and kept of the CPU library (csrc/cpu/memory.cpp); without the library None."""
+    if _CPU is None:
+        return None, None, None, None
+    result, keep = _CPU["blip3o_cpu_result"], _CPU["blip3o_cpu_keep"]
+    release, kept = _CPU["blip3o_cpu_release"], _CPU["blip3o_cpu_kept"]
+    result.argtypes, result.restype = [ctypes.c_char_p], ctypes.c_void_p
+    keep.argtypes, keep.restype = [ctypes.c_int64], None
+    release.restype = kept.restype = ctypes.c_int64
+    return result, keep, release, kept
+
+
 def cpu_call(op: str) -> Callable[..., None]:
     """`op` in the CPU library, as a function of the struct's members before the instruction set, which raises."""
     pack, call, get_num_threads = packer(op), function("cpu", op), torch.get_num_threads

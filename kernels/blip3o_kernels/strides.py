@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -37,12 +38,24 @@ def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
 
     It is no view, such as a transposed one is: autograd lets no view be changed in place that a Function returns.
     """
+    return x.new_empty_strided(*tokens_first_layout(x, width))
+
+
+def tokens_first_layout(x: Tensor, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of what `tokens_first` makes."""
     batch, heads, tokens, width = *x.shape[:3], x.shape[3] if width is None else width
-    return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
+    return (batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1)
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, contiguous; a call that changes nothing costs torch as much as one token's norm."""
+    if x.dtype is not torch.float32:
+        x = x.to(torch.float32)
+    return x.contiguous()
 
 
 def address(x: Tensor | None) -> int:

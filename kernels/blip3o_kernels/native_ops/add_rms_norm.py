@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native, strides
+from ..memory import empty_like
 from ..native import DTYPES
 from ..strides import address, contiguous
 
@@ -17,7 +18,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     x, stride = strides.rows(x)
     residual, residual_stride = strides.rows(residual)
-    y, added = x.new_empty(x.shape), x.new_empty(x.shape)
+    y, added = empty_like(x), empty_like(x)
     width = x.shape[-1]
     weight = contiguous(weight)
     dtype = DTYPES[x.dtype]
@@ -52,7 +53,7 @@ def backward(
     """The gradient of x and residual, and dweight if it is wanted (otherwise an empty tensor)."""
     dy, added = dy.contiguous(), added.contiguous()
     dadded = contiguous(dadded)
-    dx = added.new_empty(added.shape)
+    dx = empty_like(added)
     width = added.shape[-1]
     rows = added.numel() // width
     # Sums over rows are cut by shape alone, so that threads do not change a bit.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..dispatch import instruction_set
 from ..native import DTYPES
-from ..strides import address, contiguous, last_adjacent, tokens_first
+from ..strides import address, contiguous, last_adjacent
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
@@ -56,14 +56,14 @@ def forward(
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    y = tokens_first(query, value_dim)
+    y = memory.tokens_first(query, value_dim)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     padded, widths = _padded(keys, 32), _padded(head_dim, 32) + _padded(value_dim, 32)
     floats = padded * widths + 64 * (3 * min(padded, 128) + widths)
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    workspace = memory.empty((threads * floats,), torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
@@ -102,13 +102,13 @@ def backward(
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
     mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    gradients = memory.empty_like(query), memory.empty_like(key), memory.empty_like(value)
     cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
     padded, widths = _padded(keys, 32), _padded(head_dim, 32) + _padded(value_dim, 32)
     floats = padded * 2 * widths + 192 * (padded + min(padded, 128) + widths)
-    workspace = query.new_empty(threads * floats, dtype=torch.float32)
+    workspace = memory.empty((threads * floats,), torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
     limits = (window[0], 0 if causal else window[1])
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)

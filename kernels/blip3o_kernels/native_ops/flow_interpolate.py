@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
@@ -16,7 +17,7 @@ def forward(
     x: Tensor, noise: Tensor | None, sigma: Tensor, positions: Tensor | None, seed: int, draw: int
 ) -> tuple[Tensor, Tensor]:
     x, noise, sigma, positions = _contiguous(x, noise, sigma, positions)
-    x_sigma, velocity = torch.empty_like(x), torch.empty_like(x)
+    x_sigma, velocity = empty_like(x), empty_like(x)
     _FORWARD(
         x_sigma.data_ptr(),
         velocity.data_ptr(),
@@ -48,8 +49,8 @@ def backward(
     """dx, and dnoise and dsigma if they are wanted (otherwise empty tensors)."""
     dx_sigma, dvelocity = dx_sigma.contiguous(), dvelocity.contiguous()
     x, noise, sigma, positions = _contiguous(x, noise, sigma, positions)
-    dx = torch.empty_like(x)
-    dnoise = torch.empty_like(x) if noise_wanted else x.new_empty(0)
+    dx = empty_like(x)
+    dnoise = empty_like(x) if noise_wanted else x.new_empty(0)
     dsigma = torch.empty_like(sigma) if sigma_wanted else sigma.new_empty(0)
     samples, elements = x.shape[0], x.shape[1:].numel()
     sums = torch.empty(samples * -(-elements // CHUNK) if sigma_wanted else 0, dtype=torch.float64)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
@@ -36,7 +37,7 @@ def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[
 def backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
     prediction, target = prediction.contiguous(), target.contiguous()
     weight = contiguous(weight)
-    dprediction = torch.empty_like(prediction)
+    dprediction = empty_like(prediction)
     _BACKWARD(
         dprediction.data_ptr(),
         dloss.data_ptr(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
@@ -25,7 +26,7 @@ def forward(
     previous: Tensor | None,
 ) -> Tensor:
     x, velocity, steps, unconditional, previous = _contiguous(x, velocity, steps, unconditional, previous)
-    y = torch.empty_like(x)
+    y = empty_like(x)
     samples = 1 if steps is None else x.shape[0]
     _FORWARD(
         y.data_ptr(),
@@ -57,7 +58,7 @@ def backward(
     dy, velocity, steps, unconditional, previous = _contiguous(dy, velocity, steps, unconditional, previous)
     samples = 1 if steps is None else dy.shape[0]
     elements = dy.numel() // max(samples, 1)
-    dvelocity, dunconditional, dprevious = (torch.empty_like(dy) if wanted[i] else dy.new_empty(0) for i in (0, 2, 3))
+    dvelocity, dunconditional, dprevious = (empty_like(dy) if wanted[i] else dy.new_empty(0) for i in (0, 2, 3))
     dsteps = dy.new_empty(samples if wanted[1] else 0, dtype=torch.float32)
     sums = torch.empty(samples * -(-elements // CHUNK) if wanted[1] else 0, dtype=torch.float64)
     _BACKWARD(

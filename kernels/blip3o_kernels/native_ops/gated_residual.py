@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty, empty_like
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
@@ -19,7 +20,7 @@ def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, ep
     gate, gate_stride = conditions(gate)
     weight = contiguous(weight)
     batch, tokens, width = x.shape
-    y = x.new_empty(x.shape)
+    y = empty_like(x)
     saved = x.new_empty(batch * (width if weight is None else width + tokens), dtype=torch.float32)
     _FORWARD(
         y.data_ptr(),
@@ -48,7 +49,7 @@ def backward(
     x, stride = rows(x)
     dy = dy.contiguous()
     batch, tokens, width = x.shape
-    dx, dgate = x.new_empty(x.shape), gate.new_empty(gate.shape)
+    dx, dgate = empty_like(x), gate.new_empty(gate.shape)
     dweight = gate.new_empty(0 if weight is None else width)
     gradients = (dx, dgate, dweight)
     if not x.numel():
@@ -58,7 +59,7 @@ def backward(
     weight = contiguous(weight)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
+    workspace = empty((blocks * 3 * width,), torch.float32)
     _BACKWARD(
         dx.data_ptr(),
         dgate.data_ptr(),

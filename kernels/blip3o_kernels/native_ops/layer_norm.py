@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty_like
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
@@ -19,8 +20,8 @@ def forward(
     x, stride = rows(x)
     width = x.shape[-1]
     number = x.numel() // width
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = torch.empty(2 * number if saving else 0, dtype=torch.float32, device=x.device)
+    y = empty_like(x)
+    saved = x.new_empty(2 * number if saving else 0, dtype=torch.float32)
     weight = contiguous(weight)
     bias = contiguous(bias)
     parameter = weight if weight is not None else bias if bias is not None else x
@@ -48,7 +49,7 @@ def backward(
     dy = dy.contiguous()
     width = x.shape[-1]
     number = x.numel() // width
-    dx = x.new_empty(x.shape)
+    dx = empty_like(x)
     dweight, dbias = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, number // 32))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
+from ..memory import empty, empty_like
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
@@ -25,8 +26,8 @@ def forward(
     """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
     x, stride = rows(x)
     batch, tokens, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    saved = torch.empty(((1 + centred) * batch * tokens) if saving else 0, dtype=torch.float32, device=x.device)
+    y = empty_like(x)
+    saved = x.new_empty((1 + centred) * batch * tokens if saving else 0, dtype=torch.float32)
     scale, scale_stride = conditions(scale)
     shift, shift_stride = (None, 0) if shift is None else conditions(shift)
     weight = contiguous(weight)
@@ -67,7 +68,7 @@ def backward(
     x, stride = rows(x)
     dy = dy.contiguous()
     batch, tokens, width = x.shape
-    dx, dscale = x.new_empty(x.shape), scale.new_empty(batch, width)
+    dx, dscale = empty_like(x), scale.new_empty(batch, width)
     dshift = scale.new_empty((batch, width) if shifted else 0)
     dweight, dbias = (scale.new_empty(0 if p is None else width) for p in (weight, bias))
     gradients = (dx, dscale, dshift, dweight, dbias)
@@ -80,7 +81,7 @@ def backward(
     bias = contiguous(bias)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = torch.empty(blocks * 5 * width, dtype=torch.float32)
+    workspace = empty((blocks * 5 * width,), torch.float32)
     _BACKWARD(
         dx.data_ptr(),
         dscale.data_ptr(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..native import DTYPES
 from ..ops.qk_norm_rope import gradients_like, readable
-from ..strides import address, contiguous, tokens_first
+from ..strides import address, contiguous, wide
 
 _FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
 _ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
@@ -29,9 +29,9 @@ def forward(
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
     query, key = readable(query, across_width), readable(key, across_width)
-    query_y, key_y = tokens_first(query), tokens_first(key)
+    query_y, key_y = memory.tokens_first(query), memory.tokens_first(key)
     parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    cos, sin = wide(cos), wide(sin)
     _FORWARD(
         *(t.data_ptr() for t in (query_y, key_y, query, key)),
         *(address(p) for p in parameters),
@@ -69,14 +69,16 @@ def backward(
 ) -> tuple[Tensor, ...]:
     query, key = readable(query, across_width), readable(key, across_width)
     query_dy, key_dy = readable(query_dy), readable(key_dy)
-    gradients = gradients_like(query, key, (query_weight, key_weight, query_bias, key_bias), wanted)
+    gradients = gradients_like(
+        query, key, (query_weight, key_weight, query_bias, key_bias), wanted, memory.tokens_first
+    )
     query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    cos, sin = wide(cos), wide(sin)
     batch, heads, tokens, head_dim = query.shape
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
-    workspace = torch.empty(blocks * _ROWS * span, dtype=torch.float32)
+    workspace = memory.empty((blocks * _ROWS * span,), torch.float32)
     _BACKWARD(
         *(t.data_ptr() for t in gradients[:2]),
         *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native, strides
 from ..dispatch import instruction_set
+from ..memory import LARGE, empty_like
 from ..native import DTYPES
 
 _PACK, _PACK_BACKWARD = native.packer("rms_norm"), native.packer("rms_norm_backward")
@@ -15,30 +16,28 @@ _CUDA_FORWARD, _CUDA_BACKWARD = native.function("cuda", "rms_norm"), native.func
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool) -> Tensor:
-    x, stride = strides.rows(x)
-    y = torch.empty_like(x)
-    width = x.shape[-1]
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
+    # Written out where that is cheaper than a call: for one token the calls are the cost.
+    if x.is_contiguous():
+        width = stride = x.shape[-1]
+    else:
+        x, stride = strides.rows(x)
+        width = x.shape[-1]
+    y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
     dtype = DTYPES[x.dtype]
-    arguments = (
-        y.data_ptr(),
-        x.data_ptr(),
-        strides.address(weight),
-        x.numel() // width,
-        width,
-        stride,
-        eps,
-        weight_offset,
-        dtype,
-        dtype if weight is None else DTYPES[weight.dtype],
-        round_before_weight,
-    )
+    if weight is None:
+        gain, weight_dtype = 0, dtype
+    else:
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+        gain, weight_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+    address, place, rows = y.data_ptr(), x.data_ptr(), x.numel() // width
+    options = (width, stride, eps, weight_offset, dtype, weight_dtype, round_before_weight)
     if x.is_cpu:
-        status = _CPU_FORWARD(_PACK(*arguments, instruction_set(), torch.get_num_threads(), 0))
+        status = _CPU_FORWARD(_PACK(address, place, gain, rows, *options, instruction_set(), get_num_threads(), 0))
     else:
         with torch.cuda.device(x.device):
-            status = _CUDA_FORWARD(_PACK(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
+            stream = torch.cuda.current_stream().cuda_stream
+            status = _CUDA_FORWARD(_PACK(address, place, gain, rows, *options, 0, 0, stream))
     if status:
         raise native.failed("rms_norm", status)
     return y
@@ -55,7 +54,7 @@ def backward(
     """dx, and dweight if it is wanted (otherwise an empty tensor)."""
     x, stride = strides.rows(x)
     dy = dy.contiguous()
-    dx = torch.empty_like(dy)
+    dx = empty_like(dy)
     width = x.shape[-1]
     rows = x.numel() // width
     # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
@@ -85,7 +84,7 @@ def backward(
         dtype if weight is None else DTYPES[weight.dtype],
     )
     if x.is_cpu:
-        status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), torch.get_num_threads(), 0))
+        status = _CPU_BACKWARD(_PACK_BACKWARD(*arguments, instruction_set(), get_num_threads(), 0))
     else:
         with torch.cuda.device(x.device):
             status = _CUDA_BACKWARD(_PACK_BACKWARD(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))

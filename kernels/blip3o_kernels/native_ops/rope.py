@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import native
+from .. import memory, native
 from ..native import DTYPES
+from ..strides import wide
 
 _CPU = native.cpu_call("rope")
 
@@ -22,9 +22,9 @@ def backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
     if x.stride(3) != 1:
         x = x.contiguous()
-    y = torch.empty_like(x)  # dense, in x's order
+    y = memory.empty_like(x)  # dense, in x's order
     batch, heads, tokens, head_dim = x.shape
-    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    cos, sin = wide(cos), wide(sin)
     half = cos.shape[-1]
     _CPU(
         y.data_ptr(),

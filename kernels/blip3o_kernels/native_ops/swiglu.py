@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import native
+from ..memory import LARGE, empty, empty_like
 from ..native import DTYPES
 from ..strides import rows
 
@@ -25,7 +26,12 @@ def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, i
 def forward(gate: Tensor, up: Tensor | None) -> Tensor:
     dtype = DTYPES[gate.dtype]
     gate, up, width, addresses, strides = _operands(gate, up)
-    y = gate.new_empty((*gate.shape[:-1], width) if up is None else gate.shape)
+    if up is not None:
+        y = empty_like(gate)
+    elif gate.nbytes < 2 * LARGE:
+        y = gate.new_empty((*gate.shape[:-1], width))
+    else:
+        y = empty((*gate.shape[:-1], width), gate.dtype)
     count = y.numel() // width if width else 0
     _FORWARD(y.data_ptr(), *addresses, count, width, *strides, dtype)
     return y
@@ -36,8 +42,8 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
     dtype = DTYPES[gate.dtype]
     gate, up, width, addresses, strides = _operands(gate, up)
     dy = dy.contiguous()
-    dgate = gate.new_empty(gate.shape)
-    dup = gate.new_empty(0 if up is None else up.shape)
+    dgate = empty_like(gate)
+    dup = gate.new_empty(0) if up is None else empty_like(up)
     second = dgate.data_ptr() + width * dgate.element_size() if up is None else dup.data_ptr()
     _BACKWARD(
         dgate.data_ptr(),

@@ -18,7 +18,7 @@ Su et al. 2021, arXiv:2104.09864.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -159,10 +159,16 @@ def readable(x: Tensor, heads_adjacent: bool = False) -> Tensor:
     return x if adjacent else tokens_first(x).copy_(x)
 
 
-def gradients_like(query: Tensor, key: Tensor, parameters: tuple[Tensor | None, ...], wanted: bool) -> list[Tensor]:
+def gradients_like(
+    query: Tensor,
+    key: Tensor,
+    parameters: tuple[Tensor | None, ...],
+    wanted: bool,
+    like: Callable[[Tensor], Tensor] = tokens_first,
+) -> list[Tensor]:
     """Where the gradients of query, key and their parameters go."""
     given = (query.new_empty(0) if p is None or not wanted else p.new_empty(p.shape) for p in parameters)
-    return [tokens_first(query), tokens_first(key), *given]
+    return [like(query), like(key), *given]
 
 
 def _fake_backward(query_dy: Tensor, key_dy: Tensor, query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, ...]:

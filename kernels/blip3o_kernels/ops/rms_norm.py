@@ -66,7 +66,7 @@ def rms_norm(
     if weight is not None:
         if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not STRIDED:
             checks.floating("weight", weight)
-        if weight.shape != (shape[-1],):
+        if weight.dim() != 1 or weight.numel() != shape[-1]:
             checks.shape("weight", weight, shape[-1:])
         if not (weight.is_cpu and x.is_cpu):
             checks.same_device("weight", weight, "x", x)
