@@ -55,18 +55,30 @@ def draw(
     if not seeds or len(seeds) % len(ids):
         raise ValueError(f"seeds must be a multiple of the {len(ids)} prompts, got {len(seeds)}")
     feature_noise, pixel_noise = noise_for(model, seeds)
-    hidden = model.condition(ids, mask)
+    features = draw_features(model, ids, mask, feature_noise, guidance=guidance, steps=steps)
+    return decode(model, features, pixel_noise, steps=decoder_steps)
+
+
+@torch.inference_mode()
+def draw_features(
+    model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float = GUIDANCE, steps: int = STEPS
+) -> Tensor:
+    """CLIP features [S, F, C] for prompts `ids`, `mask` [B, T], from noise [S, F, C]; S / B rows for each prompt."""
+    return sample_features(model, model.condition(ids, mask), noise, guidance=guidance, steps=steps)
+
+
+def sample_features(model: Blip3o, hidden: Tensor, noise: Tensor, *, guidance: float, steps: int) -> Tensor:
+    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `hidden` [B, Q, W]."""
     condition = model.dit.context(model.dit.project(hidden))
     nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
-    features = flow.sample(
+    return flow.sample(
         model.config.flow,
         lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition),
-        feature_noise,
+        noise,
         predict_unconditional=lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing),
         guidance=guidance,
         steps=steps,
     )
-    return decode(model, features, pixel_noise, steps=decoder_steps)
 
 
 @torch.inference_mode()
