@@ -320,12 +320,12 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, turns: Tensor) -> Tensor:
         scale, shift, gate, mlp_scale, mlp_shift, mlp_gate = self.modulation(time).unsqueeze(1).chunk(6, dim=-1)
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+        h = F.rms_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
         query, key, value = (heads(part, self.head_dim) for part in self.qkv(h).chunk(3, dim=-1))
         query, key = rotate_pairs(query, turns), rotate_pairs(key, turns)
         mixed = F.scaled_dot_product_attention(query, key, value)
         x = x + gate.tanh() * self.out(mixed.transpose(1, 2).flatten(2))
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + mlp_scale) + mlp_shift
+        h = F.rms_norm(x, x.shape[-1:], eps=self.eps) * (1 + mlp_scale) + mlp_shift
         first, up = self.gate_up(h).chunk(2, dim=-1)
         return x + mlp_gate.tanh() * self.down(F.silu(first) * up)
 
@@ -354,7 +354,7 @@ class Decoder(nn.Module):
         for network in self.blocks:
             h = network(h, time, self.turns)
         scale, shift = self.modulation(time).unsqueeze(1).chunk(2, dim=-1)
-        h = self.patch_out(F.layer_norm(h, h.shape[-1:], eps=config.eps) * (1 + scale) + shift)
+        h = self.patch_out(F.rms_norm(h, h.shape[-1:], eps=config.eps) * (1 + scale) + shift)
         return h.view(len(x), count, count, size, size, 3).permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
 
 

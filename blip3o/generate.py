@@ -1,6 +1,7 @@
 """Drawing from prompts and answering questions with a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ GUIDANCE = 3.0
 STEPS = 40
 DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
+Predict = Callable[[Tensor, Tensor], Tensor]
 
 
 def noise_for(model: Blip3o, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -64,21 +66,21 @@ def draw_features(
     model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float = GUIDANCE, steps: int = STEPS
 ) -> Tensor:
     """CLIP features [S, F, C] for prompts `ids`, `mask` [B, T], from noise [S, F, C]; S / B rows for each prompt."""
-    return sample_features(model, model.condition(ids, mask), noise, guidance=guidance, steps=steps)
+    predict, options = predictor(model, model.condition(ids, mask), guidance)
+    return flow.sample(model.config.flow, predict, noise, steps=steps, **options)
 
 
-def sample_features(model: Blip3o, hidden: Tensor, noise: Tensor, *, guidance: float, steps: int) -> Tensor:
-    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `hidden` [B, Q, W]."""
+def predictor(model: Blip3o, hidden: Tensor, guidance: float) -> tuple[Predict, dict[str, Any]]:
+    """What `flow.sample` wants, besides noise and steps, to draw under what the queries have read: `hidden` [B, Q, W].
+
+    All that the diffusion transformer needs of the condition is computed here, once for all steps.
+    """
     condition = model.dit.context(model.dit.project(hidden))
     nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
-    return flow.sample(
-        model.config.flow,
-        lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition),
-        noise,
-        predict_unconditional=lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing),
-        guidance=guidance,
-        steps=steps,
-    )
+    options = {
+        "predict_unconditional": lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing), "guidance": guidance,
+    }  # fmt: skip
+    return lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition), options
 
 
 @torch.inference_mode()
