@@ -129,7 +129,7 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
             calls[provider] = lambda _, call=call: call()  # type: ignore[misc]
     work = contest.work(task)
     yardsticks = limits.contestants(work, "cpu", dtype)
-    times = measure.take_turns({**calls, **yardsticks}, "cpu", options.seconds, least=3)
+    times = measure.take_turns({**calls, **yardsticks}, "cpu", options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock])
     limit = limits.seconds(work, {name: times[name] for name in yardsticks}, "cpu")
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, limit)
