@@ -74,8 +74,8 @@ class Native:
 
     def denoise(self, hidden: Tensor, noise: Tensor) -> Step:
         """A function that takes one step of the sampler under a condition already at hand: [1, F, C]."""
-        predict, options = generate.predictor(self.model, hidden, GUIDANCE)
-        return lambda: flow.sample(self.model.config.flow, predict, noise, steps=1, **options)
+        predictions = generate.predictor(self.model, hidden, len(noise), GUIDANCE, [1.0])
+        return lambda: flow.integrate(self.model.config.flow, predictions, noise, steps=1, guidance=GUIDANCE)
 
     def answer(self, ids: Tensor, mask: Tensor, limit: int) -> Tensor:
         return generate.answer_ids(self.model, ids, mask, None, limit=limit, words=self.model.config.end_token)

@@ -22,9 +22,9 @@ from blip3o.layers import (
     RMSNorm,
     attention,
     gated_residual,
+    grid_rope_table,
     modulate,
     rope,
-    rope_table_2d,
     swiglu,
     timestep_embedding,
 )
@@ -50,6 +50,14 @@ class Context:
     pooled: Tensor  # [B, M]
     keys: tuple[Tensor, ...]  # per block [B, G, Q, K]
     values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A time ready for use under one condition: what `Dit.moments` computes for all steps of a sampler at once."""
+
+    blocks: tuple[Tensor, ...]  # per block [B, 4D]
+    out: Tensor  # [B, D]
 
 
 class DitAttention(nn.Module):
@@ -119,12 +127,12 @@ class DitBlock(nn.Module):
         self.mlp_out_norm = RMSNorm(config.width, config.eps)
 
     def forward(
-        self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | tuple[Tensor, Tensor]
+        self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | tuple[Tensor, Tensor]
     ) -> Tensor:
-        """x [B, N, D], time [B, M], condition [B', Q, D] or its key and value from a `Context` -> [B, N, D]."""
+        """x [B, N, D], modulation [B, 4D] of the time, condition [B', Q, D] or its key and value from a `Context`."""
         if isinstance(condition, Tensor):
             condition = self.attention.cross_keys_values(condition)
-        m = Modulation(*self.modulation(time).chunk(4, dim=-1))
+        m = Modulation(*modulation.chunk(4, dim=-1))
         h = modulate(x, m.attention_scale, weight=self.attention_norm.weight, eps=self.attention_norm.eps)
         h = self.attention(h, cos, sin, *condition)
         norm = self.attention_out_norm
@@ -192,9 +200,22 @@ class Dit(nn.Module):
     def _pool(self, condition: Tensor) -> Tensor:
         return self.pooled_out(self.pooled_norm(condition.mean(1)))
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | Context) -> Tensor:
+    def moments(self, timesteps: Tensor, pooled: Tensor) -> list[Moment]:
+        """timesteps [S] in 0..1000, pooled [B, M] of a `Context` -> S moments for B rows each."""
+        batch = len(pooled)
+        whole = self._moment(timesteps.repeat_interleave(batch), pooled.repeat(len(timesteps), 1))
+        blocks = [block.split(batch) for block in whole.blocks]
+        return [Moment(tuple(parts), out) for *parts, out in zip(*blocks, whole.out.split(batch), strict=True)]
+
+    def _moment(self, timestep: Tensor, pooled: Tensor) -> Moment:
+        time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(self.patch_in.weight.dtype))))
+        time = F.silu(time + pooled)  # [B, M]
+        return Moment(tuple(cast(DitBlock, block).modulation(time) for block in self.blocks), self.modulation(time))
+
+    def forward(self, x: Tensor, timestep: Tensor | Moment, condition: Tensor | Context) -> Tensor:
         """x [B, N, in_channels], timestep [B] in 0..1000 (1000: x is all noise) -> the prediction [B, N, in_channels].
 
+        timestep    or a `Moment` of it, for B rows.
         condition   [B', Q, D] from `project`, or a `Context` of it. B must be a multiple of B': then B / B' rows of x
                     that follow each other share a row of the condition, whose keys and values are computed once.
         """
@@ -202,22 +223,20 @@ class Dit(nn.Module):
         batch = len(x)
         if x.shape[1:] != (config.grid**2, config.in_channels):
             raise ValueError(f"x must be [B, {config.grid**2}, {config.in_channels}], got {list(x.shape)}")
-        if timestep.shape != (batch,):
-            raise ValueError(f"timestep must be [{batch}], one for each row of x, got {list(timestep.shape)}")
+        rows = timestep.shape if isinstance(timestep, Tensor) else timestep.out.shape[:1]
+        if rows != (batch,):
+            raise ValueError(f"timestep must be [{batch}], one for each row of x, got {list(rows)}")
         pooled = condition.pooled if isinstance(condition, Context) else self._pool(condition)
         if batch % len(pooled):
             raise ValueError(f"x must have a multiple of the condition's {len(pooled)} rows, got {batch}")
         repeats = batch // len(pooled)
-
         head_dim = config.width // config.num_heads
-        cos, sin = rope_table_2d(config.grid, config.grid, head_dim, config.rope_theta, x.device)
-        cos, sin = cos.repeat(repeats, 1), sin.repeat(repeats, 1)  # [B/B' N, K/2]
-        time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype))))
-        time = F.silu(time + pooled.repeat_interleave(repeats, 0) if repeats > 1 else time + pooled)  # [B, M]
+        cos, sin = grid_rope_table(config.grid, head_dim, config.rope_theta, x.device, repeats)  # [B/B' N, K/2]
+        if isinstance(timestep, Tensor):
+            timestep = self._moment(timestep, pooled.repeat_interleave(repeats, 0) if repeats > 1 else pooled)
 
         h = self.patch_in(x)
         for index, block in enumerate(self.blocks):
             shared = (condition.keys[index], condition.values[index]) if isinstance(condition, Context) else condition
-            h = block(h, time, cos, sin, shared)
-        scale = self.modulation(time)
-        return self.patch_out(modulate(h, scale, eps=OUT_EPS, norm="layer"))
+            h = block(h, timestep.blocks[index], cos, sin, shared)
+        return self.patch_out(modulate(h, timestep.out, eps=OUT_EPS, norm="layer"))

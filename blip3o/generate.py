@@ -1,7 +1,6 @@
 """Drawing from prompts and answering questions with a trained model."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ GUIDANCE = 3.0
 STEPS = 40
 DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
-Predict = Callable[[Tensor, Tensor], Tensor]
+Predictions = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
 
 
 def noise_for(model: Blip3o, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -66,21 +65,35 @@ def draw_features(
     model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float = GUIDANCE, steps: int = STEPS
 ) -> Tensor:
     """CLIP features [S, F, C] for prompts `ids`, `mask` [B, T], from noise [S, F, C]; S / B rows for each prompt."""
-    predict, options = predictor(model, model.condition(ids, mask), guidance)
-    return flow.sample(model.config.flow, predict, noise, steps=steps, **options)
+    return sample_features(model, model.condition(ids, mask), noise, guidance=guidance, steps=steps)
 
 
-def predictor(model: Blip3o, hidden: Tensor, guidance: float) -> tuple[Predict, dict[str, Any]]:
-    """What `flow.sample` wants, besides noise and steps, to draw under what the queries have read: `hidden` [B, Q, W].
+def sample_features(model: Blip3o, hidden: Tensor, noise: Tensor, *, guidance: float, steps: int) -> Tensor:
+    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `hidden` [B, Q, W]."""
+    predictions = predictor(model, hidden, len(noise), guidance, flow.sigmas(steps)[:-1])
+    return flow.integrate(model.config.flow, predictions, noise, steps=steps, guidance=guidance)
 
-    All that the diffusion transformer needs of the condition is computed here, once for all steps.
+
+def predictor(model: Blip3o, hidden: Tensor, count: int, guidance: float, levels: Sequence[float]) -> Predictions:
+    """Predicts `count` drawings under `hidden` [B, Q, W] at the noise `levels`, with and without it in one batch.
+
+    All that does not depend on the drawings is computed here, once: what the network needs of the condition, and what
+    it needs of each level.
     """
-    condition = model.dit.context(model.dit.project(hidden))
-    nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
-    options = {
-        "predict_unconditional": lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing), "guidance": guidance,
-    }  # fmt: skip
-    return lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition), options
+    dit, guided, repeats = model.dit, guidance != 1.0, count // len(hidden)
+    if guided:
+        hidden = torch.cat([hidden, torch.zeros_like(hidden)])
+    context = dit.context(dit.project(hidden))
+    rows = context.pooled.repeat_interleave(repeats, 0)
+    moments = dict(zip(levels, dit.moments(hidden.new_tensor(levels, dtype=torch.float32) * TIMESTEPS, rows), strict=True))
+
+    def predictions(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:
+        if not guided:
+            return dit(x, moments[level], context), None
+        conditional, unconditional = dit(torch.cat([x, x]), moments[level], context).chunk(2)
+        return conditional, unconditional
+
+    return predictions
 
 
 @torch.inference_mode()

@@ -7,6 +7,8 @@ stay separate.
 Shapes: D the width of a token; [..., D] any leading dimensions.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ __all__ = [
     "RMSNorm",
     "attention",
     "gated_residual",
+    "grid_rope_table",
     "layer_norm",
     "linear_cross_entropy",
     "modulate",
@@ -37,9 +40,9 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_table",
-    "rope_table_2d",
     "rope_table_multimodal",
     "swiglu",
+    "text_rope_table",
     "timestep_embedding",
 ]
 
@@ -78,3 +81,37 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     rows, columns = height // patch_size, width // patch_size
     patches = images.view(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, rows * columns, channels * patch_size**2)
+
+
+_tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+
+def _kept(key: tuple[object, ...], make: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `make` gives, made once for each key: a table costs as much as several ops at decode shapes."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in _tables:
+        with torch.inference_mode(False):  # so that training may save it
+            table = make()
+        if type(table[0]) is not Tensor:  # a fake one stands for nothing later
+            return table
+        _tables[key] = table
+    return _tables[key]
+
+
+def grid_rope_table(
+    side: int, head_dim: int, theta: float, device: torch.device, repeats: int = 1
+) -> tuple[Tensor, Tensor]:
+    """`rope_table_2d` of a square, `repeats` times one below the other: cos, sin [repeats side^2, K/2]."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        cos, sin = rope_table_2d(side, side, head_dim, theta, device)
+        return cos.repeat(repeats, 1), sin.repeat(repeats, 1)
+
+    return _kept((side, head_dim, theta, device, repeats), make)
+
+
+def text_rope_table(count: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`rope_table` of the positions 0, 1, ... up to `count` at least: cos, sin [>= count, K/2]."""
+    room = max(64, 1 << (count - 1).bit_length())
+    return _kept((room, head_dim, theta, device), lambda: rope_table(torch.arange(room, device=device), head_dim, theta))
