@@ -24,7 +24,7 @@ from blip3o.layers import (
     gated_residual,
     grid_rope_table,
     modulate,
-    rope,
+    qk_norm_rope,
     swiglu,
     timestep_embedding,
 )
@@ -92,17 +92,30 @@ class DitAttention(nn.Module):
         batch, tokens, width = x.shape
         gqa = self.num_heads != self.num_kv_heads
         query, cross_query, key, value = self.qqkv(x).split(self.parts, dim=-1)
-        query = rope(self._heads(self.query_norm(query)), cos[:tokens], sin[:tokens], interleaved=True)
-        key = rope(self._heads(self.key_norm(key)), cos[:tokens], sin[:tokens], interleaved=True)
         # Rows of the batch that share a condition line up as one long row of queries: no copy of keys and values.
-        shared = len(cross_key)
-        cross_query = self._heads(self.cross_query_norm(cross_query).view(shared, -1, width))  # [B', H, B/B' N, K]
-        cross_query = rope(cross_query, cos, sin, interleaved=True)
+        cross_query = self._heads(cross_query.view(len(cross_key), -1, width))  # [B', H, B/B' N, K]
+        tables = cos[:tokens], sin[:tokens]
+        query, key = _turned(self._heads(query), self.query_norm, self._heads(key), self.key_norm, *tables)
+        cross_query, _ = _turned(cross_query, self.cross_query_norm, None, None, cos, sin)
 
         mixed = attention(query, key, self._heads(value), enable_gqa=gqa).transpose(1, 2)  # [B, N, H, K]
         cross = attention(cross_query, cross_key, cross_value, enable_gqa=gqa).transpose(1, 2).reshape(mixed.shape)
         mixed = torch.addcmul(mixed, cross, self.cross_gate.tanh().unsqueeze(-1))
         return self.out(mixed.reshape(batch, tokens, width))
+
+
+def _turned(
+    query: Tensor, query_norm: LayerNorm, key: Tensor | None, key_norm: LayerNorm | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """query and key [B, H, T, K], normalised over all heads together and rotated; there may be no key."""
+    if key is None or key_norm is None:
+        key, key_weight, key_bias = query[:, :0], query_norm.weight[:0], query_norm.bias[:0]
+    else:
+        key_weight, key_bias = key_norm.weight, key_norm.bias
+    return qk_norm_rope(
+        query, key, query_norm.weight, key_weight, cos, sin, query_bias=query_norm.bias, key_bias=key_bias,
+        eps=QK_EPS, norm="layer", across="width", interleaved=True,
+    )  # fmt: skip
 
 
 class DitMlp(nn.Module):
