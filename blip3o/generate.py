@@ -8,6 +8,7 @@ from torch import Tensor
 from blip3o import flow
 from blip3o.data import text
 from blip3o.flow import TIMESTEPS
+from blip3o.llm import needed
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
 
@@ -128,7 +129,7 @@ def answer_ids(
     pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
-    hidden = model.llm(embeddings, None, mask, cache)[:, -1:]
+    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1:]
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):

@@ -115,5 +115,5 @@ def grid_rope_table(
 
 def text_rope_table(count: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """`rope_table` of the positions 0, 1, ... up to `count` at least: cos, sin [>= count, K/2]."""
-    room = max(64, 1 << (count - 1).bit_length())
+    room = count if torch.compiler.is_compiling() else max(64, 1 << (count - 1).bit_length())
     return _kept((room, head_dim, theta, device), lambda: rope_table(torch.arange(room, device=device), head_dim, theta))
