@@ -107,8 +107,10 @@ class Contest:
         """Bytes before and after every step: the weights this plan needs, the moments, and what the batch holds."""
         moments = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
         held = [x for x in vars(self.batch).values() if x is not self.batch.pictures or "official" in provider]
-        frozen = "clip." if "official" not in provider else None  # a tower that is not run need not be there
-        weights = [x for name, x in self.network.named_parameters() if not frozen or not name.startswith(frozen)]
+        needed = ("llm.", "image_projector.") if self.stage == "understanding" else ("llm.", "dit.", "queries")
+        if "official" in provider:
+            needed += ("clip.",)  # a tower that is not run need not be there
+        weights = [x for name, x in self.network.named_parameters() if name.startswith(needed)]
         return size(weights) + size(moments) + size(held)
 
 

@@ -23,6 +23,7 @@ from blip3o.layers import (
     attention,
     gated_residual,
     grid_rope_table,
+    linear_after,
     modulate,
     qk_norm_rope,
     swiglu,
@@ -88,10 +89,19 @@ class DitAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cross_key: Tensor, cross_value: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        scale: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cross_key: Tensor,
+        cross_value: Tensor,
+    ) -> Tensor:
         batch, tokens, width = x.shape
         gqa = self.num_heads != self.num_kv_heads
-        query, cross_query, key, value = self.qqkv(x).split(self.parts, dim=-1)
+        query, cross_query, key, value = _modulated(self.qqkv, norm, x, scale).split(self.parts, dim=-1)
         # Rows of the batch that share a condition line up as one long row of queries: no copy of keys and values.
         cross_query = self._heads(cross_query.view(len(cross_key), -1, width))  # [B', H, B/B' N, K]
         tables = cos[:tokens], sin[:tokens]
@@ -118,14 +128,23 @@ def _turned(
     )  # fmt: skip
 
 
+def _modulated(linear: nn.Linear, norm: RMSNorm, x: Tensor, scale: Tensor) -> Tensor:
+    """linear(norm(x) * (1 + scale)): x [B, N, D], scale [B, D]."""
+
+    def function(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return modulate(x, scale, weight=weight, eps=norm.eps)
+
+    return linear_after(linear, function, x, scale, norm.weight)
+
+
 class DitMlp(nn.Module):
     def __init__(self, config: DitConfig) -> None:
         super().__init__()
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: RMSNorm, scale: Tensor) -> Tensor:
+        return linear_after(self.down, swiglu, _modulated(self.gate_up, norm, x, scale))
 
 
 class DitBlock(nn.Module):
@@ -146,12 +165,11 @@ class DitBlock(nn.Module):
         if isinstance(condition, Tensor):
             condition = self.attention.cross_keys_values(condition)
         m = Modulation(*modulation.chunk(4, dim=-1))
-        h = modulate(x, m.attention_scale, weight=self.attention_norm.weight, eps=self.attention_norm.eps)
-        h = self.attention(h, cos, sin, *condition)
+        h = self.attention(x, self.attention_norm, m.attention_scale, cos, sin, *condition)
         norm = self.attention_out_norm
         x = gated_residual(x, h, m.attention_gate, weight=norm.weight, eps=norm.eps)
 
-        h = self.mlp(modulate(x, m.mlp_scale, weight=self.mlp_norm.weight, eps=self.mlp_norm.eps))
+        h = self.mlp(x, self.mlp_norm, m.mlp_scale)
         return gated_residual(x, h, m.mlp_gate, weight=self.mlp_out_norm.weight, eps=self.mlp_out_norm.eps)
 
 

@@ -8,9 +8,13 @@ Shapes: D the width of a token; [..., D] any leading dimensions.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+from torch.nn import functional as F
 
 from blip3o_kernels import (
     attention,
@@ -27,6 +31,7 @@ from blip3o_kernels import (
     swiglu,
     timestep_embedding,
 )
+from blip3o_kernels.dispatch import transformed
 
 __all__ = [
     "LayerNorm",
@@ -35,6 +40,7 @@ __all__ = [
     "gated_residual",
     "grid_rope_table",
     "layer_norm",
+    "linear_after",
     "linear_cross_entropy",
     "modulate",
     "patchify",
@@ -60,6 +66,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def before(self, linear: nn.Linear, x: Tensor) -> Tensor:
+        """linear(norm(x)); see `linear_after`."""
+        return linear_after(linear, self._normalise, x, self.weight)
+
+    def _normalise(self, x: Tensor, weight: Tensor) -> Tensor:
+        return rms_norm(x, weight, self.eps)
+
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) / std(x) * weight + bias over the last dimension; x [..., D] -> [..., D]."""
@@ -72,6 +85,52 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def linear_after(linear: nn.Linear, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """linear(function(*inputs)), keeping the inputs for the backward pass and not what the function makes of them.
+
+    For a norm or an activation: computing it once more costs little beside the product, and its result is as large as
+    the product's other operands. The function must have no product of its own.
+    """
+    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
+        return linear(function(*inputs))
+    result: Tensor = _LinearAfter.apply(function, linear.weight, linear.bias, *inputs)
+    return result
+
+
+class _LinearAfter(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any, function: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor
+    ) -> Tensor:
+        x, kind = function(*inputs), weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        weight = weight.to(dtype)
+        context.save_for_backward(weight, *inputs)
+        context.function = function
+        with torch.autocast(kind, enabled=False):
+            return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *inputs = context.saved_tensors
+        _, weight_wanted, bias_wanted, *wanted = context.needs_input_grad
+        leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        learning = [x for x in leaves if x.requires_grad]
+        with torch.enable_grad():
+            x = context.function(*leaves)
+        dy = dy.flatten(0, -2)
+        dweight = dy.t() @ x.detach().flatten(0, -2).to(dy.dtype) if weight_wanted else None
+        dbias = dy.sum(0) if bias_wanted else None
+        found: list[Tensor | None] = [None] * len(leaves)
+        if learning:
+            shape, dtype, edge = x.shape, x.dtype, get_gradient_edge(x)
+            del x  # before its gradient is made
+            given = iter(torch.autograd.grad((edge,), learning, ((dy @ weight).view(shape).to(dtype),)))
+            found = [next(given) if leaf.requires_grad else None for leaf in leaves]
+        return None, dweight, dbias, *found
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.config import LlmConfig
-from blip3o.layers import RMSNorm, attention, rope, rope_table, rope_table_multimodal, swiglu, text_rope_table
+from blip3o.layers import RMSNorm, attention, linear_after, rope, rope_table, rope_table_multimodal, swiglu, text_rope_table
 
 
 class KvCache:
@@ -88,13 +88,23 @@ class LlmAttention(nn.Module):
         self.out = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, batch: int, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        batch: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KvCache | None,
+        block: int,
     ) -> Tensor:
-        heads = self.qkv(x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
+        heads = norm.before(self.qkv, x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
         turning, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         query, key = rope(turning, cos, sin).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             key, value = cache.append(block, key, value)
+        elif value.requires_grad:
+            value = value.clone()  # which is small; kept as a view it would keep the whole projection
         mixed = attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
         )
@@ -107,8 +117,8 @@ class LlmMlp(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return linear_after(self.down, swiglu, norm.before(self.gate_up, x))
 
 
 class LlmBlock(nn.Module):
@@ -123,8 +133,8 @@ class LlmBlock(nn.Module):
         self, x: Tensor, batch: int, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
     ) -> Tensor:
         """x [B T, D], the tokens of `batch` rows one below the other: a linear layer's call is cheaper on a matrix."""
-        x = x + self.attention(self.attention_norm(x), batch, cos, sin, mask, cache, block)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class Llm(nn.Module):
