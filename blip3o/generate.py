@@ -129,17 +129,17 @@ def answer_ids(
     pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
-    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1:]
+    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1]
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):
-        token = model.llm.logits(hidden)[:, -1, :words].argmax(-1)
+        token = model.llm.logits(hidden)[:, :words].argmax(-1)
         token = torch.where(done, pad, token)
         answers.append(token)
         done |= token == end
         if done.all():
             break
-        hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)
+        hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)[:, -1]
     return torch.stack(answers, dim=1)
 
 

@@ -44,6 +44,7 @@ __all__ = [
     "linear_cross_entropy",
     "modulate",
     "patchify",
+    "project",
     "qk_norm_rope",
     "rms_norm",
     "rope",
@@ -87,14 +88,28 @@ class LayerNorm(nn.Module):
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 
+def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear; a single row, x [1, D] without gradients, as the product of a matrix and a vector.
+
+    On a CPU torch does that in half the time of a product of matrices, in bfloat16 in a quarter where the weights are
+    in the cache.
+    """
+    if x.dim() == 2 and len(x) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        row = x[0]
+        if x.is_cpu and not torch.is_autocast_enabled("cpu") and weight.dtype is x.dtype:
+            y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+            return y[None]
+    return F.linear(x, weight, bias)
+
+
 def linear_after(linear: nn.Linear, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """linear(function(*inputs)), keeping the inputs for the backward pass and not what the function makes of them.
 
     For a norm or an activation: computing it once more costs little beside the product, and its result is as large as
     the product's other operands. The function must have no product of its own.
     """
-    if torch.compiler.is_compiling() or transformed() or not torch.is_grad_enabled():
-        return linear(function(*inputs))
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or transformed():
+        return project(function(*inputs), linear.weight, linear.bias)
     result: Tensor = _LinearAfter.apply(function, linear.weight, linear.bias, *inputs)
     return result
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.config import LlmConfig
-from blip3o.layers import RMSNorm, attention, linear_after, rope, rope_table, rope_table_multimodal, swiglu, text_rope_table
+from blip3o.layers import RMSNorm, attention, linear_after, project, rope, rope_table, rope_table_multimodal, swiglu, text_rope_table
 
 
 class KvCache:
@@ -108,7 +108,7 @@ class LlmAttention(nn.Module):
         mixed = attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return self.out(mixed.transpose(1, 2).reshape(len(x), -1))
+        return project(mixed.transpose(1, 2).reshape(len(x), -1), self.out.weight)
 
 
 class LlmMlp(nn.Module):
@@ -180,7 +180,7 @@ class Llm(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., vocab_size]."""
-        return F.linear(hidden, self.output_weight)
+        return project(hidden, self.output_weight)
 
     def forward(
         self,
