@@ -139,7 +139,7 @@ def milliseconds(row: Row) -> str:
     return f"{row.provider.removeprefix('plain ')} {(row.median_us or 0) / 1000:,.3g}"
 
 
-HEAD = "| task | dtype | sizes | ours, ms | x official | x cached | {share} |{memory} peers, ms |\n|---|---|---|---|---|---|---|"
+HEAD = "| task | dtype | sizes | ours, ms | x official | x cached | {share} |{memory} peers, ms |\n" + "|---" * 7 + "|"
 
 
 def table(rows: Iterable[Row], share: str, memory: bool) -> str:

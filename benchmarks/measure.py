@@ -92,8 +92,8 @@ def take_turns(
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
-    not before `least` measurements of each, nor after `most`. `clock` may be time.process_time, which a busy machine does
-    not disturb, for calls of a single thread.
+    not before `least` measurements of each, nor after `most`. `clock` may be time.process_time, which a busy machine
+    does not disturb, for calls of a single thread.
     """
     repeats, counts = {}, dict.fromkeys(contestants, 0)
 

@@ -86,13 +86,16 @@ class Contest:
 
     def shape(self, task: str) -> str:
         sizes, grid = self.sizes, self.model.config.feature_grid
-        return f"{self.preset} " + {
-            "prefill": f"{sizes.prompt} tokens",
-            "decode": f"1 token after {sizes.prompt}",
-            "dit step": f"{grid * grid} features, guided",
-            "text": f"{sizes.answer} tokens after {sizes.prompt}",
-            "picture": f"{sizes.steps} steps after {sizes.caption} tokens",
-        }[task]
+        return (
+            f"{self.preset} "
+            + {
+                "prefill": f"{sizes.prompt} tokens",
+                "decode": f"1 token after {sizes.prompt}",
+                "dit step": f"{grid * grid} features, guided",
+                "text": f"{sizes.answer} tokens after {sizes.prompt}",
+                "picture": f"{sizes.steps} steps after {sizes.caption} tokens",
+            }[task]
+        )
 
     def work(self, task: str) -> Work:
         """What the cheaper plan cannot do without: its products, and each weight read once for each pass."""
@@ -129,7 +132,9 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
             calls[provider] = lambda _, call=call: call()  # type: ignore[misc]
     work = contest.work(task)
     yardsticks = limits.contestants(work, "cpu", dtype)
-    times = measure.take_turns({**calls, **yardsticks}, "cpu", options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock])
+    times = measure.take_turns(
+        {**calls, **yardsticks}, "cpu", options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
+    )
     limit = limits.seconds(work, {name: times[name] for name in yardsticks}, "cpu")
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, limit)

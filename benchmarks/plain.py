@@ -207,9 +207,7 @@ class DitAttention(nn.Module):
         if repeats > 1:  # rows that share a condition as one long row of queries
             cross_query = cross_query.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(2, 3)
         mixed = F.scaled_dot_product_attention(query, key, heads(value, self.head_dim).to(dtype), enable_gqa=True)
-        cross = F.scaled_dot_product_attention(
-            cross_query, cross_key.to(dtype), cross_value.to(dtype), enable_gqa=True
-        )
+        cross = F.scaled_dot_product_attention(cross_query, cross_key.to(dtype), cross_value.to(dtype), enable_gqa=True)
         if repeats > 1:
             cross = cross.unflatten(2, (repeats, -1)).transpose(1, 2).flatten(0, 1)
         mixed = mixed + cross * self.cross_gate.tanh()[:, None, None]

@@ -12,15 +12,16 @@
     frozen prompts         their pass is kept for gradients      read without gradients; only the queries' is kept
     AdamW                  torch's default, as HF's Trainer      fused
 
-The official code also recomputes the language model's activations (gradient checkpointing). That trades time for memory
-and is left out: a user of these sizes would not turn it on. Every training plan works in float32 weights, under autocast
-where products are bfloat16.
+The official code also recomputes the language model's activations (gradient checkpointing). That trades time for
+memory and is left out: a user of these sizes would not turn it on. All plans train float32 weights, autocast where
+products are bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -169,13 +170,13 @@ class Official:
                 network.llm.logits(hidden).float()
             velocity, x = self._guided(hidden[:, -len(network.queries) :]), picture.features
             levels = flow.sigmas(picture.steps)
-            for here, there in zip(levels, levels[1:], strict=False):
+            for here, there in pairwise(levels):
                 x = (x.float() + (there - here) * velocity(x, here).float()).to(x.dtype)
             if self.decoder is None or picture.pixels is None:
                 return x
             features, x = x, picture.pixels
             levels = flow.sigmas(generate.DECODER_STEPS)
-            for here, there in zip(levels, levels[1:], strict=False):
+            for here, there in pairwise(levels):
                 v = (x - self.decoder(x, torch.full((1,), here * TIMESTEPS), features)) / here
                 x = (x.float() + (there - here) * v.float()).to(x.dtype)
             return ((x + 1) / 2).clamp(0, 1)
@@ -235,9 +236,7 @@ def official_loss(network: Plain, batch: Batch) -> tuple[Tensor, ...]:
         hidden = network.llm(network.embed(batch.ids, features.to(batch.features.dtype)))
         logits = network.llm.logits(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE), logits
-    ids, mask, kept, pooled = (
-        x.repeat_interleave(draws, 0) for x in (batch.ids, batch.mask, batch.kept, batch.pooled)
-    )
+    ids, mask, kept, pooled = (x.repeat_interleave(draws, 0) for x in (batch.ids, batch.mask, batch.kept, batch.pooled))
     count = len(network.queries)
     x = torch.cat((network.embed(ids), network.queries.expand(len(ids), -1, -1)), dim=1)
     hidden = network.llm(x, F.pad(mask, (0, count), value=True))

@@ -239,7 +239,9 @@ class Dit(nn.Module):
         return [Moment(tuple(parts), out) for *parts, out in zip(*blocks, whole.out.split(batch), strict=True)]
 
     def _moment(self, timestep: Tensor, pooled: Tensor) -> Moment:
-        time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(self.patch_in.weight.dtype))))
+        time = self.time_out(
+            F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(self.patch_in.weight.dtype)))
+        )
         time = F.silu(time + pooled)  # [B, M]
         return Moment(tuple(cast(DitBlock, block).modulation(time) for block in self.blocks), self.modulation(time))
 

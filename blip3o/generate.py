@@ -86,7 +86,9 @@ def predictor(model: Blip3o, hidden: Tensor, count: int, guidance: float, levels
         hidden = torch.cat([hidden, torch.zeros_like(hidden)])
     context = dit.context(dit.project(hidden))
     rows = context.pooled.repeat_interleave(repeats, 0)
-    moments = dict(zip(levels, dit.moments(hidden.new_tensor(levels, dtype=torch.float32) * TIMESTEPS, rows), strict=True))
+    moments = dict(
+        zip(levels, dit.moments(hidden.new_tensor(levels, dtype=torch.float32) * TIMESTEPS, rows), strict=True)
+    )
 
     def predictions(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:
         if not guided:
@@ -129,17 +131,17 @@ def answer_ids(
     pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
-    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1]
+    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1:]
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):
-        token = model.llm.logits(hidden)[:, :words].argmax(-1)
+        token = model.llm.logits(hidden)[:, -1, :words].argmax(-1)
         token = torch.where(done, pad, token)
         answers.append(token)
         done |= token == end
         if done.all():
             break
-        hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)[:, -1]
+        hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)
     return torch.stack(answers, dim=1)
 
 

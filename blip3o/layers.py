@@ -89,17 +89,18 @@ class LayerNorm(nn.Module):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear; a single row, x [1, D] without gradients, as the product of a matrix and a vector.
+    """F.linear; a single row without gradients as the product of a matrix and a vector.
 
     On a CPU torch does that in half the time of a product of matrices, in bfloat16 in a quarter where the weights are
     in the cache.
     """
-    if x.dim() == 2 and len(x) == 1 and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        row = x[0]
-        if x.is_cpu and not torch.is_autocast_enabled("cpu") and weight.dtype is x.dtype:
-            y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
-            return y[None]
-    return F.linear(x, weight, bias)
+    if x.numel() != x.shape[-1] or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu") or weight.dtype is not x.dtype:
+        return F.linear(x, weight, bias)
+    row = x.view(-1)
+    y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    return y.view(*x.shape[:-1], -1)
 
 
 def linear_after(linear: nn.Linear, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -190,4 +191,6 @@ def grid_rope_table(
 def text_rope_table(count: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """`rope_table` of the positions 0, 1, ... up to `count` at least: cos, sin [>= count, K/2]."""
     room = count if torch.compiler.is_compiling() else max(64, 1 << (count - 1).bit_length())
-    return _kept((room, head_dim, theta, device), lambda: rope_table(torch.arange(room, device=device), head_dim, theta))
+    return _kept(
+        (room, head_dim, theta, device), lambda: rope_table(torch.arange(room, device=device), head_dim, theta)
+    )

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.config import LlmConfig
-from blip3o.layers import RMSNorm, attention, linear_after, project, rope, rope_table, rope_table_multimodal, swiglu, text_rope_table
+from blip3o.layers import (
+    RMSNorm,
+    attention,
+    linear_after,
+    project,
+    rope,
+    rope_table,
+    rope_table_multimodal,
+    swiglu,
+    text_rope_table,
+)
 
 
 class KvCache:
@@ -98,7 +108,9 @@ class LlmAttention(nn.Module):
         cache: KvCache | None,
         block: int,
     ) -> Tensor:
-        heads = norm.before(self.qkv, x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
+        heads = (
+            norm.before(self.qkv, x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)
+        )  # [B, H + 2G, T, K]
         turning, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         query, key = rope(turning, cos, sin).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
