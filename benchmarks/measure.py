@@ -84,13 +84,19 @@ def synchronise(device: str) -> None:
 
 
 def take_turns(
-    contestants: dict[str, Call], device: str, seconds: float, least: int = 5, most: int = 101
+    contestants: dict[str, Call],
+    device: str,
+    seconds: float,
+    least: int = 5,
+    most: int = 101,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
     not before `least` measurements of each, nor after `most`. The order is shuffled, and one count of calls serves all:
-    what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one.
+    what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one. `clock` may be
+    time.process_time, which a busy machine does not disturb, for calls of a single thread.
     """
     repeats: dict[str, int] = {}
     order, shuffled, calls = list(contestants), random.Random(0), 0
@@ -100,11 +106,11 @@ def take_turns(
         call, first, number = contestants[name], calls, repeats.get(name, 1)
         calls += number
         synchronise(device)
-        start = time.perf_counter()
+        start = clock()
         for i in range(first, first + number):
             call(i)
         synchronise(device)
-        return (time.perf_counter() - start) / number
+        return (clock() - start) / number
 
     for name in contestants:
         first = once(name)  # which may compile or pick a kernel

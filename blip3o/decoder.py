@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from blip3o.config import DecoderConfig
-from blip3o.layers import attention, gated_residual, modulate, rope, rope_table_2d, swiglu, timestep_embedding
+from blip3o.layers import attention, gated_residual, grid_rope_table, modulate, rope, swiglu, timestep_embedding
 
 SINUSOIDS = 256
 
@@ -88,7 +88,7 @@ class Decoder(nn.Module):
                 raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
 
         head_dim = config.width // config.num_heads
-        cos, sin = rope_table_2d(self.patches, self.patches, head_dim, config.rope_theta, x.device)
+        cos, sin = grid_rope_table(self.patches, head_dim, config.rope_theta, x.device)
         time = nn.functional.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype)))  # [B, time_width]
         h = self.patch_in(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch))
         shares = rearrange(

@@ -22,9 +22,10 @@ from blip3o.layers import (
     RMSNorm,
     attention,
     gated_residual,
+    grid_rope_table,
+    linear_after,
     modulate,
-    rope,
-    rope_table_2d,
+    qk_norm_rope,
     swiglu,
     timestep_embedding,
 )
@@ -50,6 +51,14 @@ class Context:
     pooled: Tensor  # [B, M]
     keys: tuple[Tensor, ...]  # per block [B, G, Q, K]
     values: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A time ready for use under one condition: what `Dit.moments` computes for all steps of a sampler at once."""
+
+    blocks: tuple[Tensor, ...]  # per block [B, 4D]
+    out: Tensor  # [B, D]
 
 
 class DitAttention(nn.Module):
@@ -80,21 +89,52 @@ class DitAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(x.shape[0], x.shape[1], -1, self.head_dim).transpose(1, 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cross_key: Tensor, cross_value: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        scale: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cross_key: Tensor,
+        cross_value: Tensor,
+    ) -> Tensor:
         batch, tokens, width = x.shape
         gqa = self.num_heads != self.num_kv_heads
-        query, cross_query, key, value = self.qqkv(x).split(self.parts, dim=-1)
-        query = rope(self._heads(self.query_norm(query)), cos[:tokens], sin[:tokens], interleaved=True)
-        key = rope(self._heads(self.key_norm(key)), cos[:tokens], sin[:tokens], interleaved=True)
+        query, cross_query, key, value = _modulated(self.qqkv, norm, x, scale).split(self.parts, dim=-1)
         # Rows of the batch that share a condition line up as one long row of queries: no copy of keys and values.
-        shared = len(cross_key)
-        cross_query = self._heads(self.cross_query_norm(cross_query).view(shared, -1, width))  # [B', H, B/B' N, K]
-        cross_query = rope(cross_query, cos, sin, interleaved=True)
+        cross_query = self._heads(cross_query.view(len(cross_key), -1, width))  # [B', H, B/B' N, K]
+        tables = cos[:tokens], sin[:tokens]
+        query, key = _turned(self._heads(query), self.query_norm, self._heads(key), self.key_norm, *tables)
+        cross_query, _ = _turned(cross_query, self.cross_query_norm, None, None, cos, sin)
 
         mixed = attention(query, key, self._heads(value), enable_gqa=gqa).transpose(1, 2)  # [B, N, H, K]
         cross = attention(cross_query, cross_key, cross_value, enable_gqa=gqa).transpose(1, 2).reshape(mixed.shape)
         mixed = torch.addcmul(mixed, cross, self.cross_gate.tanh().unsqueeze(-1))
         return self.out(mixed.reshape(batch, tokens, width))
+
+
+def _turned(
+    query: Tensor, query_norm: LayerNorm, key: Tensor | None, key_norm: LayerNorm | None, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """query and key [B, H, T, K], normalised over all heads together and rotated; there may be no key."""
+    if key is None or key_norm is None:
+        key, key_weight, key_bias = query[:, :0], query_norm.weight[:0], query_norm.bias[:0]
+    else:
+        key_weight, key_bias = key_norm.weight, key_norm.bias
+    return qk_norm_rope(
+        query, key, query_norm.weight, key_weight, cos, sin, query_bias=query_norm.bias, key_bias=key_bias,
+        eps=QK_EPS, norm="layer", across="width", interleaved=True,
+    )  # fmt: skip
+
+
+def _modulated(linear: nn.Linear, norm: RMSNorm, x: Tensor, scale: Tensor) -> Tensor:
+    """linear(norm(x) * (1 + scale)): x [B, N, D], scale [B, D]."""
+
+    def function(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return modulate(x, scale, weight=weight, eps=norm.eps)
+
+    return linear_after(linear, function, x, scale, norm.weight)
 
 
 class DitMlp(nn.Module):
@@ -103,8 +143,8 @@ class DitMlp(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: RMSNorm, scale: Tensor) -> Tensor:
+        return linear_after(self.down, swiglu, _modulated(self.gate_up, norm, x, scale))
 
 
 class DitBlock(nn.Module):
@@ -119,18 +159,17 @@ class DitBlock(nn.Module):
         self.mlp_out_norm = RMSNorm(config.width, config.eps)
 
     def forward(
-        self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | tuple[Tensor, Tensor]
+        self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, condition: Tensor | tuple[Tensor, Tensor]
     ) -> Tensor:
-        """x [B, N, D], time [B, M], condition [B', Q, D] or its key and value from a `Context` -> [B, N, D]."""
+        """x [B, N, D], modulation [B, 4D] of the time, condition [B', Q, D] or its key and value from a `Context`."""
         if isinstance(condition, Tensor):
             condition = self.attention.cross_keys_values(condition)
-        m = Modulation(*self.modulation(time).chunk(4, dim=-1))
-        h = modulate(x, m.attention_scale, weight=self.attention_norm.weight, eps=self.attention_norm.eps)
-        h = self.attention(h, cos, sin, *condition)
+        m = Modulation(*modulation.chunk(4, dim=-1))
+        h = self.attention(x, self.attention_norm, m.attention_scale, cos, sin, *condition)
         norm = self.attention_out_norm
         x = gated_residual(x, h, m.attention_gate, weight=norm.weight, eps=norm.eps)
 
-        h = self.mlp(modulate(x, m.mlp_scale, weight=self.mlp_norm.weight, eps=self.mlp_norm.eps))
+        h = self.mlp(x, self.mlp_norm, m.mlp_scale)
         return gated_residual(x, h, m.mlp_gate, weight=self.mlp_out_norm.weight, eps=self.mlp_out_norm.eps)
 
 
@@ -192,9 +231,24 @@ class Dit(nn.Module):
     def _pool(self, condition: Tensor) -> Tensor:
         return self.pooled_out(self.pooled_norm(condition.mean(1)))
 
-    def forward(self, x: Tensor, timestep: Tensor, condition: Tensor | Context) -> Tensor:
+    def moments(self, timesteps: Tensor, pooled: Tensor) -> list[Moment]:
+        """timesteps [S] in 0..1000, pooled [B, M] of a `Context` -> S moments for B rows each."""
+        batch = len(pooled)
+        whole = self._moment(timesteps.repeat_interleave(batch), pooled.repeat(len(timesteps), 1))
+        blocks = [block.split(batch) for block in whole.blocks]
+        return [Moment(tuple(parts), out) for *parts, out in zip(*blocks, whole.out.split(batch), strict=True)]
+
+    def _moment(self, timestep: Tensor, pooled: Tensor) -> Moment:
+        time = self.time_out(
+            F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(self.patch_in.weight.dtype)))
+        )
+        time = F.silu(time + pooled)  # [B, M]
+        return Moment(tuple(cast(DitBlock, block).modulation(time) for block in self.blocks), self.modulation(time))
+
+    def forward(self, x: Tensor, timestep: Tensor | Moment, condition: Tensor | Context) -> Tensor:
         """x [B, N, in_channels], timestep [B] in 0..1000 (1000: x is all noise) -> the prediction [B, N, in_channels].
 
+        timestep    or a `Moment` of it, for B rows.
         condition   [B', Q, D] from `project`, or a `Context` of it. B must be a multiple of B': then B / B' rows of x
                     that follow each other share a row of the condition, whose keys and values are computed once.
         """
@@ -202,22 +256,20 @@ class Dit(nn.Module):
         batch = len(x)
         if x.shape[1:] != (config.grid**2, config.in_channels):
             raise ValueError(f"x must be [B, {config.grid**2}, {config.in_channels}], got {list(x.shape)}")
-        if timestep.shape != (batch,):
-            raise ValueError(f"timestep must be [{batch}], one for each row of x, got {list(timestep.shape)}")
+        rows = timestep.shape if isinstance(timestep, Tensor) else timestep.out.shape[:1]
+        if rows != (batch,):
+            raise ValueError(f"timestep must be [{batch}], one for each row of x, got {list(rows)}")
         pooled = condition.pooled if isinstance(condition, Context) else self._pool(condition)
         if batch % len(pooled):
             raise ValueError(f"x must have a multiple of the condition's {len(pooled)} rows, got {batch}")
         repeats = batch // len(pooled)
-
         head_dim = config.width // config.num_heads
-        cos, sin = rope_table_2d(config.grid, config.grid, head_dim, config.rope_theta, x.device)
-        cos, sin = cos.repeat(repeats, 1), sin.repeat(repeats, 1)  # [B/B' N, K/2]
-        time = self.time_out(F.silu(self.time_in(timestep_embedding(timestep, SINUSOIDS).to(x.dtype))))
-        time = F.silu(time + pooled.repeat_interleave(repeats, 0) if repeats > 1 else time + pooled)  # [B, M]
+        cos, sin = grid_rope_table(config.grid, head_dim, config.rope_theta, x.device, repeats)  # [B/B' N, K/2]
+        if isinstance(timestep, Tensor):
+            timestep = self._moment(timestep, pooled.repeat_interleave(repeats, 0) if repeats > 1 else pooled)
 
         h = self.patch_in(x)
         for index, block in enumerate(self.blocks):
             shared = (condition.keys[index], condition.values[index]) if isinstance(condition, Context) else condition
-            h = block(h, time, cos, sin, shared)
-        scale = self.modulation(time)
-        return self.patch_out(modulate(h, scale, eps=OUT_EPS, norm="layer"))
+            h = block(h, timestep.blocks[index], cos, sin, shared)
+        return self.patch_out(modulate(h, timestep.out, eps=OUT_EPS, norm="layer"))

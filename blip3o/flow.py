@@ -105,19 +105,44 @@ def sample(
     solver                  "euler": one evaluation a step. "heun": two, second order; the last step, which ends at
                             sigma = 0 where the sample parametrisation has no velocity, is an Euler step.
     """
+    if guidance != 1.0 and predict_unconditional is None and math.isfinite(guidance):
+        raise ValueError(f"guidance {guidance} needs predict_unconditional; only guidance 1 goes without it")
+
+    def predictions(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:
+        sigma = torch.full((len(x),), level, device=x.device)
+        if predict_unconditional is None or guidance == 1.0:
+            return predict(x, sigma), None
+        return predict(x, sigma), predict_unconditional(x, sigma)
+
+    return integrate(flow, predictions, noise, steps=steps, guidance=guidance, solver=solver)
+
+
+def integrate(
+    flow: FlowConfig,
+    predictions: Callable[[Tensor, float], tuple[Tensor, Tensor | None]],
+    noise: Tensor,
+    *,
+    steps: int,
+    guidance: float = 1.0,
+    solver: Literal["euler", "heun"] = "euler",
+) -> Tensor:
+    """`sample` for a network that predicts with and without the condition at once.
+
+    predictions   (x_sigma [B, ...], one noise level) -> predictions [B, ...] with the condition, and without it; None
+                  in its place goes without guidance. The levels are those of `sigmas(steps)`, but for the last.
+    """
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
-    if guidance != 1.0 and predict_unconditional is None:
-        raise ValueError(f"guidance {guidance} needs predict_unconditional; only guidance 1 goes without it")
 
     def velocities(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:
+        conditional, unconditional = predictions(x, level)
+        if flow.prediction == "velocity":
+            return conditional, unconditional
         sigma = torch.full((len(x),), level, device=x.device)
-        conditional = as_velocity(flow, predict(x, sigma), x, sigma)
-        if predict_unconditional is None or guidance == 1.0:
-            return conditional, None
-        return conditional, as_velocity(flow, predict_unconditional(x, sigma), x, sigma)
+        velocity = as_velocity(flow, conditional, x, sigma)
+        return velocity, None if unconditional is None else as_velocity(flow, unconditional, x, sigma)
 
     x = noise
     levels = sigmas(steps)

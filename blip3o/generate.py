@@ -1,6 +1,6 @@
 """Drawing from prompts and answering questions with a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from blip3o import flow
 from blip3o.data import text
 from blip3o.flow import TIMESTEPS
+from blip3o.llm import needed
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
 
@@ -15,6 +16,7 @@ GUIDANCE = 3.0
 STEPS = 40
 DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
+Predictions = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
 
 
 def noise_for(model: Blip3o, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -55,18 +57,46 @@ def draw(
     if not seeds or len(seeds) % len(ids):
         raise ValueError(f"seeds must be a multiple of the {len(ids)} prompts, got {len(seeds)}")
     feature_noise, pixel_noise = noise_for(model, seeds)
-    hidden = model.condition(ids, mask)
-    condition = model.dit.context(model.dit.project(hidden))
-    nothing = model.dit.context(model.dit.project(torch.zeros_like(hidden[:1])))
-    features = flow.sample(
-        model.config.flow,
-        lambda x, sigma: model.dit(x, sigma * TIMESTEPS, condition),
-        feature_noise,
-        predict_unconditional=lambda x, sigma: model.dit(x, sigma * TIMESTEPS, nothing),
-        guidance=guidance,
-        steps=steps,
-    )
+    features = draw_features(model, ids, mask, feature_noise, guidance=guidance, steps=steps)
     return decode(model, features, pixel_noise, steps=decoder_steps)
+
+
+@torch.inference_mode()
+def draw_features(
+    model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float = GUIDANCE, steps: int = STEPS
+) -> Tensor:
+    """CLIP features [S, F, C] for prompts `ids`, `mask` [B, T], from noise [S, F, C]; S / B rows for each prompt."""
+    return sample_features(model, model.condition(ids, mask), noise, guidance=guidance, steps=steps)
+
+
+def sample_features(model: Blip3o, hidden: Tensor, noise: Tensor, *, guidance: float, steps: int) -> Tensor:
+    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `hidden` [B, Q, W]."""
+    predictions = predictor(model, hidden, len(noise), guidance, flow.sigmas(steps)[:-1])
+    return flow.integrate(model.config.flow, predictions, noise, steps=steps, guidance=guidance)
+
+
+def predictor(model: Blip3o, hidden: Tensor, count: int, guidance: float, levels: Sequence[float]) -> Predictions:
+    """Predicts `count` drawings under `hidden` [B, Q, W] at the noise `levels`, with and without it in one batch.
+
+    All that does not depend on the drawings is computed here, once: what the network needs of the condition, and what
+    it needs of each level.
+    """
+    dit, guided, repeats = model.dit, guidance != 1.0, count // len(hidden)
+    if guided:
+        hidden = torch.cat([hidden, torch.zeros_like(hidden)])
+    context = dit.context(dit.project(hidden))
+    rows = context.pooled.repeat_interleave(repeats, 0)
+    moments = dict(
+        zip(levels, dit.moments(hidden.new_tensor(levels, dtype=torch.float32) * TIMESTEPS, rows), strict=True)
+    )
+
+    def predictions(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:
+        if not guided:
+            return dit(x, moments[level], context), None
+        conditional, unconditional = dit(torch.cat([x, x]), moments[level], context).chunk(2)
+        return conditional, unconditional
+
+    return predictions
 
 
 @torch.inference_mode()
@@ -101,7 +131,7 @@ def answer_ids(
     pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
-    hidden = model.llm(embeddings, None, mask, cache)[:, -1:]
+    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1:]
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.config import LlmConfig
-from blip3o.layers import RMSNorm, attention, rope, rope_table, rope_table_multimodal, swiglu
+from blip3o.layers import (
+    RMSNorm,
+    attention,
+    linear_after,
+    project,
+    rope,
+    rope_table,
+    rope_table_multimodal,
+    swiglu,
+    text_rope_table,
+)
 
 
 class KvCache:
@@ -35,14 +45,23 @@ class KvCache:
         self.keys = torch.empty(shape, device=device, dtype=dtype)  # [depth, B, G, capacity, K]
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.kept = torch.ones(batch, capacity, device=device, dtype=torch.bool)  # False at padding
-        self.next_position = torch.zeros(batch, device=device, dtype=torch.int64)  # of each row's next text token
+        # How far each row's next text position is from `length`, [B]: padding and pictures put them apart. None: 0.
+        self.offset: Tensor | None = None
         self.length = 0
         self.padded = False
+        self.pictured = False  # positions were given, of which `length` is no bound
         self.ended = False  # by tokens that were not stored
 
     @property
     def capacity(self) -> int:
         return self.keys.shape[3]
+
+    @property
+    def next_position(self) -> Tensor:
+        """Of each row's next text token, int64 [B]."""
+        if self.offset is None:
+            return torch.full((len(self.kept),), self.length, device=self.kept.device)
+        return self.offset + self.length
 
     def append(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store key, value [B, G, T, K] of this call behind the `length` tokens; returns all, [B, G, S, K].
@@ -64,7 +83,8 @@ class KvCache:
         self.kept[:, length:] = True
         self.length = length
         self.ended = False
-        self.next_position = next_position
+        offset = next_position - length
+        self.offset = offset if bool(offset.any()) else None
 
 
 class LlmAttention(nn.Module):
@@ -78,18 +98,29 @@ class LlmAttention(nn.Module):
         self.out = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+        self,
+        x: Tensor,
+        norm: RMSNorm,
+        batch: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KvCache | None,
+        block: int,
     ) -> Tensor:
-        batch, tokens, _ = x.shape
-        heads = self.qkv(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # [B, H + 2G, T, K]
+        heads = (
+            norm.before(self.qkv, x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)
+        )  # [B, H + 2G, T, K]
         turning, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
         query, key = rope(turning, cos, sin).split([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             key, value = cache.append(block, key, value)
+        elif value.requires_grad:
+            value = value.clone()  # which is small; kept as a view it would keep the whole projection
         mixed = attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        return project(mixed.transpose(1, 2).reshape(len(x), -1), self.out.weight)
 
 
 class LlmMlp(nn.Module):
@@ -98,8 +129,8 @@ class LlmMlp(nn.Module):
         self.gate_up = nn.Linear(config.width, 2 * config.mlp_width, bias=False)  # gate, then up
         self.down = nn.Linear(config.mlp_width, config.width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        return linear_after(self.down, swiglu, norm.before(self.gate_up, x))
 
 
 class LlmBlock(nn.Module):
@@ -111,10 +142,11 @@ class LlmBlock(nn.Module):
         self.mlp = LlmMlp(config)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+        self, x: Tensor, batch: int, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, mask, cache, block)
-        return x + self.mlp(self.mlp_norm(x))
+        """x [B T, D], the tokens of `batch` rows one below the other: a linear layer's call is cheaper on a matrix."""
+        x = x + self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class Llm(nn.Module):
@@ -160,7 +192,7 @@ class Llm(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., vocab_size]."""
-        return F.linear(hidden, self.output_weight)
+        return project(hidden, self.output_weight)
 
     def forward(
         self,
@@ -177,7 +209,7 @@ class Llm(nn.Module):
                     cache will carry it on. The hidden states at padding mean nothing.
         cache       keys and values of the tokens before these; these are added to it.
         """
-        batch, tokens, _ = embeddings.shape
+        batch, tokens, width = embeddings.shape
         if mask is not None and (mask.shape != (batch, tokens) or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool [{batch}, {tokens}], got {mask.dtype} {list(mask.shape)}")
         if positions is not None and positions.shape != (3, batch, tokens):
@@ -189,34 +221,42 @@ class Llm(nn.Module):
             raise ValueError("cache must be rewound: its last tokens needed a gradient and were not stored")
         cos, sin = self._rope_tables(embeddings, positions, mask, cache)
         visible = _visible(mask, cache, tokens)
-        x = embeddings
+        x = embeddings.reshape(batch * tokens, width)
         for index, block in enumerate(self.blocks):
-            x = block(x, cos, sin, visible, cache, index)
+            x = block(x, batch, cos, sin, visible, cache, index)
         if cache is not None:
             cache.ended = x.requires_grad
             cache.length += 0 if cache.ended else tokens
-        return self.norm(x)
+        return self.norm(x).view(batch, tokens, width)
 
     def _rope_tables(
         self, embeddings: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KvCache | None
     ) -> tuple[Tensor, Tensor]:
         """cos, sin [T, K/2] or [B, T, K/2]; moves the cache's next positions on."""
         config, tokens, device = self.config, embeddings.shape[1], embeddings.device
+        start = 0 if cache is None else cache.length
+        end = start + tokens
         if positions is not None:
             if cache is not None:
                 last = positions.amax(0)
                 last = last.amax(1) if mask is None else last.masked_fill(~mask, -1).amax(1)
-                cache.next_position = torch.maximum(cache.next_position, last + 1)
+                cache.offset = torch.maximum(cache.next_position, last + 1) - end
+                cache.pictured = True
             return rope_table_multimodal(positions, config.head_dim, config.rope_theta, config.mrope_section)
-        if mask is not None:
-            text = mask.long().cumsum(1) - 1  # [B, T]
-        else:
-            text = torch.arange(tokens, device=device)
+        if mask is None and (cache is None or cache.offset is None):
+            cos, sin = text_rope_table(end, config.head_dim, config.rope_theta, device)
+            return cos[start:end], sin[start:end]
+        text = torch.arange(tokens, device=device) if mask is None else mask.long().cumsum(1) - 1
         if cache is not None:
-            text = text + cache.next_position[:, None]
-            count = tokens if mask is None else mask.sum(1)
-            cache.next_position = cache.next_position + count
-        return rope_table(text.clamp_min(0), config.head_dim, config.rope_theta)
+            before = cache.next_position
+            text = text + before[:, None]
+            if mask is not None:
+                cache.offset = before + mask.sum(1) - end
+        text = text.clamp_min(0)  # [B, T]
+        if cache is not None and cache.pictured:
+            return rope_table(text, config.head_dim, config.rope_theta)
+        cos, sin = text_rope_table(end, config.head_dim, config.rope_theta, device)
+        return cos[text], sin[text]
 
 
 def _visible(mask: Tensor | None, cache: KvCache | None, tokens: int) -> Tensor | None:
@@ -235,6 +275,11 @@ def _visible(mask: Tensor | None, cache: KvCache | None, tokens: int) -> Tensor 
     if tokens == 1:
         return kept
     return kept & torch.ones(tokens, end, dtype=torch.bool, device=kept.device).tril(cache.length)
+
+
+def needed(mask: Tensor) -> Tensor | None:
+    """The mask [B, T], or None if nothing is padding: plain causal attention reads no mask, now and in later steps."""
+    return None if bool(mask.all()) else mask
 
 
 def multimodal_positions(ids: Tensor, mask: Tensor | None, image_token: int, grid: tuple[int, int] | Tensor) -> Tensor:

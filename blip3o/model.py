@@ -15,7 +15,7 @@ from blip3o.clip import Clip, pool_features
 from blip3o.config import Blip3oConfig
 from blip3o.decoder import Decoder
 from blip3o.dit import Dit
-from blip3o.llm import KvCache, Llm, scatter_features
+from blip3o.llm import KvCache, Llm, needed, scatter_features
 from blip3o.vision import QwenVision
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures, RGB in 0..1
@@ -132,7 +132,7 @@ class Blip3o(nn.Module):
             mask = nn.functional.pad(mask, (0, self.config.num_queries), value=True)
             return self.llm(torch.cat([prompts, queries], dim=1), None, mask)[:, -self.config.num_queries :]
         cache = self.cache(len(ids), ids.shape[1] + self.config.num_queries)
-        self.llm(prompts, None, mask, cache)
+        self.llm(prompts, None, needed(mask), cache)
         return self.llm(queries, None, None, cache)
 
     def cache(self, batch: int, capacity: int) -> KvCache:

@@ -63,6 +63,21 @@ def optimizer_for(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
+def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
+    """One step of the optimiser down the gradient of `loss`, clipped; returns the gradient's norm before that.
+
+    Raises NonFiniteLoss, and changes no weight, if the loss or the gradient is infinite or NaN.
+    """
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    if not math.isfinite(loss.item() + norm):
+        raise NonFiniteLoss(f"its loss is {loss.item()}, its gradient norm {norm}")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
 def learning_rate(recipe: Recipe, step: int) -> float:
     """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
     if step < recipe.warmup_steps:
@@ -148,21 +163,16 @@ def train(
                 group["lr"] = learning_rate(recipe, step)
             with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16_PRODUCTS):
                 loss, extra = stage.loss(step)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), recipe.clip_norm)
-            if not math.isfinite(loss.item() + norm.item()):
-                raise NonFiniteLoss(
-                    f"stage {stage.name}: step {step} was not applied, its loss is {loss.item()}, "
-                    f"its gradient norm {norm.item()}"
-                )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            try:
+                norm = descend(loss, optimizer, recipe.clip_norm)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"stage {stage.name}: step {step} was not applied, {error}") from None
             bar.update()
             now = time.perf_counter()
             if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
                 rate = recipe.batch_size * (step + 1 - logged_step) / max(now - logged, 1e-9)
                 row = {
-                    "stage": stage.name, "step": step + 1, "loss": loss.item(), **extra, "grad_norm": norm.item(),
+                    "stage": stage.name, "step": step + 1, "loss": loss.item(), **extra, "grad_norm": norm,
                     "learning_rate": learning_rate(recipe, step), "samples_per_second": rate, "seconds": now - began,
                 }  # fmt: skip
                 lines.write(json.dumps(row) + "\n")

@@ -101,6 +101,15 @@ class ClipStage:
         self.model.set_feature_statistics(bank.features)
 
 
+def understanding_loss(model: Blip3o, ids: Tensor, targets: Tensor, features: Tensor | None) -> Tensor:
+    """Cross entropy of the tokens that `targets` [B, T] asks for, after `ids` [B, T] with `features` [B, F, C] if any.
+
+    Only the hidden states of those tokens meet the output layer.
+    """
+    hidden, asked = model.read(ids, features), targets != text.IGNORE
+    return linear_cross_entropy(hidden[asked], model.llm.output_weight, targets[asked])
+
+
 class UnderstandingStage:
     """The language model answers questions about pictures, read as CLIP features, and about captions, read as text."""
 
@@ -137,13 +146,31 @@ class UnderstandingStage:
             weights=torch.tensor(FIRST) if step < FIRST_SHARE * self.recipe.steps else None,
         )
         features = self.bank.features[index] if pictures else None
-        hidden = self.model.read(batch.ids, features)
-        asked = batch.targets != text.IGNORE
-        loss = linear_cross_entropy(hidden[asked], self.model.llm.output_weight, batch.targets[asked])
+        loss = understanding_loss(self.model, batch.ids, batch.targets, features)
         return loss, {}
 
     def finish(self) -> None:
         pass
+
+
+def generation_loss(
+    model: Blip3o, ids: Tensor, mask: Tensor, seen: Tensor | None, kept: Tensor, pooled: Tensor, x: Tensor,
+    noise: Tensor, sigma: Tensor,
+) -> Tensor:  # fmt: skip
+    """The flow's loss of features x [B, F, C] at noise levels sigma [B], drawn from P prompts, ids and mask [P, T].
+
+    B is a multiple of P: B / P rows that follow each other share their prompt's pass of the language model and its keys
+    and values. seen [., F, C]: what the pictures among the prompts show. kept, pooled bool [P]: whose condition, and
+    whose pooled condition, is not zeroed.
+    """
+    condition = model.condition(ids, mask, seen)  # [P, Q, W]
+    context = model.dit.context(model.dit.project(condition * kept[:, None, None]))
+    context = replace(context, pooled=context.pooled * pooled[:, None])
+
+    def predict(noisy: Tensor, level: Tensor) -> Tensor:
+        return model.dit(noisy, level * TIMESTEPS, context)
+
+    return training_loss(model.config.flow, predict, x, noise, sigma)
 
 
 class GenerationStage:
@@ -184,20 +211,12 @@ class GenerationStage:
             seen = self.unnamed.features[torch.randint(self.unnamed.count, (shown,), generator=generator)]
             x = torch.cat([x, seen])
             ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(seen.shape[1])] * shown))
-        condition = self.model.condition(ids, mask, seen)  # [prompts, Q, W]
         kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
-        context = self.model.dit.context(self.model.dit.project(condition * kept[:, None, None]))
         pooled = torch.rand(prompts, generator=generator) >= recipe.pooled_drop
-        context = replace(context, pooled=context.pooled * pooled[:, None])
-
-        x = x.repeat_interleave(draws, 0)  # one row of the context serves its prompt's draws
+        x = x.repeat_interleave(draws, 0)
         noise = torch.randn(x.shape, generator=generator)
         sigma = draw_sigma(self.model.config.flow, len(x), generator)
-
-        def predict(noisy: Tensor, level: Tensor) -> Tensor:
-            return self.model.dit(noisy, level * TIMESTEPS, context)
-
-        return training_loss(self.model.config.flow, predict, x, noise, sigma), {}
+        return generation_loss(self.model, ids, mask, seen, kept, pooled, x, noise, sigma), {}
 
     def finish(self) -> None:
         pass
