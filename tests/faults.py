@@ -216,7 +216,7 @@ def make_copy(folder: Path, backend: str) -> Sites:
         native = folder / "csrc"
         shutil.copytree(ROOT / "csrc", native)
         for path in sorted(ROOT.glob("csrc/cpu/*")):
-            if path.stem not in ("vector", "instruction_sets", "philox"):
+            if path.stem not in ("vector", "instruction_sets", "philox", "memory"):
                 (native / path.relative_to(ROOT / "csrc")).write_text(instrument_cpp(path, sites))
         sets = native / "cpu/instruction_sets.h"
         sets.write_text(sets.read_text().replace("defined(__x86_64__)", "0"))
