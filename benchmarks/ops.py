@@ -5,8 +5,8 @@
 
 First each result is checked against the reference. Then all contestants of a row are timed in turn on the same inputs,
 which are copied until they are larger than the caches; results are allocated as a user's call allocates them. In
-"training" the backward pass follows the forward one. `--memory reused` lets the process keep freed memory, for all
-contestants alike.
+"training" the backward pass follows the forward one. Our large results live in memory that we keep, as in any process
+(blip3o_kernels/memory.py); `--memory reused` lets malloc keep freed memory, so that all contestants do.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 3
+#define BLIP3O_VERSION 4
 
 enum blip3o_status {
   BLIP3O_OK = 0,

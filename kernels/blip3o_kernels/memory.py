@@ -30,7 +30,6 @@ from . import native
 from .strides import tokens_first_layout
 
 LARGE = 2**20  # bytes of a result from which on it gets memory of ours
-KEPT = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4  # bytes that are kept unless told otherwise
 _CPU = torch.device("cpu")
 _TYPES = {torch.float32: (2, 32), torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float64: (2, 64)}  # DLPack's
 _CAPSULE = b"dltensor"  # its name, which must outlive it
@@ -39,6 +38,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.argtypes, _new_capsule.restype = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p], ctypes.py_object
 _result, _keep, _release, _kept = native.memory_functions()
+# Bytes that are kept unless told otherwise.
+KEPT = 0 if _keep is None else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
 def empty_like(x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from .dispatch import INSTRUCTION_SETS, BackendError
 from .dispatch import instruction_set as forced_instruction_set
 
-VERSION = 3  # BLIP3O_VERSION
+VERSION = 4  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
