@@ -43,14 +43,9 @@ class Row:
 
     low_us, high_us: the 95 % interval of the median.  gbps, tflops: the bytes and operations that the call cannot do
     without, over the median.  limit_share: the time the machine's binding limit allows, over the median.  memory:
-<<<<<<< HEAD
-    "fresh" if every result is newly mapped by the operating system, "reused" if freed memory is kept.  checked:
-    whether the result agreed with the reference.  intensity: operations of any kind, by FLOP formulas, on a byte.
-=======
     "fresh" if malloc is as it comes, which maps every large result anew, "reused" if it keeps freed memory; what we
     keep by ourselves (blip3o_kernels/memory.py) is kept in both.  checked: whether the result agreed with the
-    reference.
->>>>>>> outputs
+    reference.  intensity: operations of any kind, by FLOP formulas, on a byte.
     """
 
     op: str
