@@ -43,7 +43,8 @@ def test_limits_of_gates() -> None:
         torch.testing.assert_close(silu, ops.swiglu.reference(extreme, torch.ones(1, 7)), equal_nan=True)
 
 
-def test_attention_loses_no_nan() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_loses_no_nan(dtype: torch.dtype) -> None:
     """A masked row gives 0; a row of NaN scores gives NaN, masked keys beside it or not, and only that row."""
     query, key, value = draw(1, 1, 5, 16), draw(1, 1, 20, 16), draw(1, 1, 20, 16)
     query[0, 0, 2] = torch.nan
@@ -53,7 +54,7 @@ def test_attention_loses_no_nan() -> None:
     for name in SETS_HERE:
         for given in (None, mask, torch.zeros(5, 20).masked_fill(~mask, -torch.inf)):
             with use(f"native:{name}"):
-                y = attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), given)
+                y = attention(query.to(dtype), key.to(dtype), value.to(dtype), given)
             assert y[0, 0, 2].isnan().all() and y[0, 0, [0, 1, 3]].isfinite().all()
             assert given is None or not y[0, 0, 4].any()
 
