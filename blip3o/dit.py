@@ -101,9 +101,9 @@ class DitAttention(nn.Module):
     ) -> Tensor:
         batch, tokens, width = x.shape
         gqa = self.num_heads != self.num_kv_heads
-        query, cross_query, key, value = _modulated(self.qqkv, norm, x, scale).split(self.parts, dim=-1)
+        query, cross_query, key, value = _modulated(self.qqkv, norm, x, scale).split_with_sizes(self.parts, dim=-1)
         # Rows of the batch that share a condition line up as one long row of queries: no copy of keys and values.
-        cross_query = self._heads(cross_query.view(len(cross_key), -1, width))  # [B', H, B/B' N, K]
+        cross_query = self._heads(cross_query.view(cross_key.shape[0], -1, width))  # [B', H, B/B' N, K]
         tables = cos[:tokens], sin[:tokens]
         query, key = _turned(self._heads(query), self.query_norm, self._heads(key), self.key_norm, *tables)
         cross_query, _ = _turned(cross_query, self.cross_query_norm, None, None, cos, sin)

@@ -94,9 +94,9 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On a CPU torch does that in half the time of a product of matrices, in bfloat16 in a quarter where the weights are
     in the cache.
     """
-    if x.numel() != x.shape[-1] or not x.is_cpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or x.numel() != x.shape[-1] or not x.is_cpu or weight.dtype is not x.dtype:
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or weight.dtype is not x.dtype:
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     row = x.view(-1)
     y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)

@@ -109,10 +109,10 @@ class LlmAttention(nn.Module):
         block: int,
     ) -> Tensor:
         heads = (
-            norm.before(self.qkv, x).view(batch, len(x) // batch, -1, self.head_dim).transpose(1, 2)
+            norm.before(self.qkv, x).view(batch, x.shape[0] // batch, -1, self.head_dim).transpose(1, 2)
         )  # [B, H + 2G, T, K]
-        turning, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        query, key = rope(turning, cos, sin).split([self.num_heads, self.num_kv_heads], dim=1)
+        turning, value = heads.split_with_sizes([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        query, key = rope(turning, cos, sin).split_with_sizes([self.num_heads, self.num_kv_heads], dim=1)
         if cache is not None:
             key, value = cache.append(block, key, value)
         elif value.requires_grad:
@@ -120,7 +120,7 @@ class LlmAttention(nn.Module):
         mixed = attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return project(mixed.transpose(1, 2).reshape(len(x), -1), self.out.weight)
+        return project(mixed.transpose(1, 2).reshape(x.shape[0], -1), self.out.weight)
 
 
 class LlmMlp(nn.Module):
