@@ -117,8 +117,9 @@ class Official:
         length = full.length
 
         def step() -> Tensor:
+            cache: CatCache | RoomyCache = full
             if isinstance(full, RoomyCache):
-                full.length, cache = length, full
+                full.length = length
             else:
                 cache = CatCache()
                 cache.pairs = dict(full.pairs)

@@ -56,10 +56,10 @@ class Contest:
         self.recipe = replace(RECIPES["nano"][stage], learning_rate=1e-6)  # the weights stay what was checked
         self.model, self.network = end_to_end.build(preset, torch.float32)
         trained = ("llm.", "image_projector.") if stage == "understanding" else ("dit.", "queries")
-        self.parameters = {
-            name: x.requires_grad_(name.startswith(trained)) for name, x in self.model.named_parameters()
-        }
-        self.parameters = {name: x for name, x in self.parameters.items() if x.requires_grad}
+        self.model.requires_grad_(False)
+        self.parameters = {name: x for name, x in self.model.named_parameters() if name.startswith(trained)}
+        for x in self.parameters.values():
+            x.requires_grad_()
         self.batch = self._batch()
 
     def _batch(self) -> Batch:
@@ -107,7 +107,9 @@ class Contest:
         """Bytes before and after every step: the weights this plan needs, the moments, and what the batch holds."""
         moments = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
         held = [x for x in vars(self.batch).values() if x is not self.batch.pictures or "official" in provider]
-        needed = ("llm.", "image_projector.") if self.stage == "understanding" else ("llm.", "dit.", "queries")
+        needed: tuple[str, ...] = (
+            ("llm.", "image_projector.") if self.stage == "understanding" else ("llm.", "dit.", "queries")
+        )
         if "official" in provider:
             needed += ("clip.",)  # a tower that is not run need not be there
         weights = [x for name, x in self.network.named_parameters() if name.startswith(needed)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from blip3o_kernels import flow_interpolate, flow_timesteps, native, philox, triton_ops, use
 
 ROOT = Path(__file__).parents[1]
-SETS = ("portable", "avx2", "avx512")
+SETS = ("portable", "avx2", "avx512", "amx")
 BACKENDS = ["reference", *(f"native:{name}" for name in SETS[: SETS.index(native.instruction_set() or "portable") + 1])]
 if not triton_ops.CPU_MISSING:
     BACKENDS.append("triton")
