@@ -114,10 +114,12 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=description)
     found.add_argument("--presets", nargs="+", choices=["nano", "4b"], default=["nano", "4b"])
     found.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    found.add_argument("--peers", nargs="+", default=[], help="names as in the table; all if not given")
+    found.add_argument(
+        "--peers", nargs="+", default=[], choices=providers(True)[1:], metavar="NAME", help="all if not given"
+    )
     found.add_argument("--no-compile", action="store_true", help="leave the compiled peers out")
-    found.add_argument("--threads", type=int, default=torch.get_num_threads())
-    found.add_argument("--seconds", type=float, default=seconds, help="for each contestant of a row")
+    found.add_argument("--threads", type=measure.positive(int), default=torch.get_num_threads())
+    found.add_argument("--seconds", type=measure.positive(float), default=seconds, help="for each contestant of a row")
     found.add_argument("--clock", choices=list(CLOCKS), default="wall", help="process: with one thread, if others work")
     found.add_argument("--json", type=Path)
     found.add_argument("--markdown", type=Path)

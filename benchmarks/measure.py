@@ -10,6 +10,7 @@ import os
 
 os.environ.setdefault("OMP_PROC_BIND", "true")  # threads stay on their cores; read when torch loads OpenMP
 
+import argparse
 import gc
 import json
 import math
@@ -259,6 +260,18 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """For argparse: a number above 0."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    return parse
 
 
 def progress(text: str) -> None:

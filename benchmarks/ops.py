@@ -186,18 +186,6 @@ def summary(found: list[Row], bound: set[tuple[str, str]]) -> str:
     )
 
 
-def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
-    """For argparse: a number above 0."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
-        return value
-
-    return parse
-
-
 def arguments() -> argparse.Namespace:
     known = [op.name for op in OPS]
     parser = argparse.ArgumentParser(description="Every op beside its peers.")
@@ -208,8 +196,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--directions", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--peers", nargs="+", default=[], help="names as in the table; all if not given")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=positive(int), default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=positive(float), default=0.2, help="for each contestant of a row")
+    parser.add_argument("--threads", type=measure.positive(int), default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=measure.positive(float), default=0.2, help="for each contestant of a row")
     parser.add_argument("--memory", choices=["fresh", "reused"], default="fresh")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
