@@ -13,7 +13,7 @@ test: $(INSTALLED)
 
 # Every op, the model and training beside their peers; the tables are printed, and kept in build/bench.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/ops.py --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
+	$(BIN)/python benchmarks/ops.py --memory both --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
 	$(BIN)/python benchmarks/model.py --json build/bench/model.json --markdown build/bench/model.md
 	$(BIN)/python benchmarks/training.py --json build/bench/training.json --markdown build/bench/training.md
 

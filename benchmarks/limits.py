@@ -15,7 +15,7 @@ from measure import Call, Row, Work, interval, take_turns
 from torch import Tensor
 
 SIDE = 2048  # of the square matrices that are multiplied
-NUMBERS = 2**15  # whose exponentials are taken by each thread, over and over: they stay in the cache
+NUMBERS = 2**17  # whose exponentials are taken by each thread, over and over: they stay in the cache
 ROTATED = 2**29  # bytes that a copy walks through, more than the caches of one process
 CACHED = 2**20  # bytes of inputs up to which a user finds them in the cache
 COPY, PRODUCT, EXPONENTIALS = "limit: copy", "limit: product", "limit: exponentials"

@@ -191,8 +191,8 @@ def microseconds(value: float | None) -> str:
     return f"{value:.1f}" if value < 100 else f"{value:,.0f}"
 
 
-def line(rows: Sequence[Row]) -> str:
-    """One line of the Markdown table; in bold where a peer is faster."""
+def line(rows: Sequence[Row], kept: float | None = None) -> str:
+    """One line of the Markdown table; in bold where a peer is faster. kept: the ratio with freed memory kept."""
     ours = [row for row in rows if row.provider in OURS and row.median_us]
     best = min(ours, key=lambda row: row.median_us or math.inf, default=None)
     peers = sorted((row for row in rows if row.provider not in OURS and row.median_us), key=lambda r: r.median_us or 0)
@@ -201,21 +201,31 @@ def line(rows: Sequence[Row]) -> str:
     share = f"{100 * best.limit_share:.0f} %" if best and best.limit_share else "-"
     cells = [first.op, first.dtype, first.shape, first.direction]
     cells += [f"{microseconds(best.median_us)} ({best.provider})" if best else "-"]
-    cells += [f"{ratio:.2f}" if ratio else "-", share]
+    cells += [f"{ratio:.2f}" if ratio else "-", f"{kept:.2f}" if kept else "", share]
     cells += [", ".join(f"{row.provider} {microseconds(row.median_us)}" for row in peers)]
     if ratio is not None and ratio < 1:
         cells = [f"**{cell}**" for cell in cells]
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = "| op | dtype | shape | direction | ours, µs | x best peer | of the limit | peers, µs |\n" + "|---" * 8 + "|"
+HEAD = "| op | dtype | shape | direction | ours, µs | x best peer | malloc keeping memory | of the limit | peers, µs |"
+HEAD += "\n" + "|---" * 9 + "|"
+
+
+def _ratio(group: Iterable[Row]) -> float | None:
+    return max((row.ratio_to_best_peer for row in group if row.ratio_to_best_peer), default=None)
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The Markdown table, one line for each op, shape and direction; then who was not there, and why."""
-    lines, absent = [HEAD], {}
-    for group in groups(rows).values():
-        lines.append(line(group))
+    """The Markdown table, one line for each op, shape and direction; then who was not there, and why.
+
+    Rows whose memory is "reused" become a column beside those whose memory is "fresh", if there are any of these.
+    """
+    lines, absent, found = [HEAD], {}, groups(rows)
+    kept = {key[:4]: _ratio(group) for key, group in found.items() if key[4] == "reused"}
+    fresh = {key: group for key, group in found.items() if key[4] == "fresh"}
+    for key, group in (fresh or found).items():
+        lines.append(line(group, kept.get(key[:4])))
         absent.update({(row.provider, row.reason): row.op for row in group if row.reason})
     lines += ["", *(f"- {provider}: {reason}" for provider, reason in sorted(absent))]
     return "\n".join(lines)

@@ -100,6 +100,13 @@ def test_ratio_is_to_the_best_peer_that_was_right() -> None:
     assert "- liger: not installed" in measure.table([*found, row("liger", None, reason="not installed")])
 
 
+def test_malloc_keeping_memory_is_a_column() -> None:
+    kept = measure.compared([row("native", 10, memory="reused"), row("compile", 15, memory="reused")])
+    text = measure.table([*measure.compared([row("native", 10), row("compile", 30)]), *kept])
+    assert "| 3.00 | 1.50 |" in text and text.count("rms_norm") == 1
+    assert "| 1.50 |" in measure.table(kept)  # such rows alone are a table of their own
+
+
 def test_what_got_slower_is_told(tmp_path: Path) -> None:
     before = measure.compared([row("native", 10), row("compile", 30)])
     measure.write(tmp_path / "old.json", before)
