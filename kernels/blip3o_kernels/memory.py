@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from math import prod
 
@@ -69,6 +70,17 @@ def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
     return empty_strided(*tokens_first_layout(x, width), x.dtype)
 
 
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.floats = torch.empty(LARGE // 4, dtype=torch.float32, device=_CPU)
+
+
+def scratch(floats: int) -> Tensor:
+    """float32 memory of at least that size for one call of the library to work in: up to LARGE always the same of each
+    thread, as for one token making a tensor costs a tenth of the op."""
+    return _scratch.floats if floats <= LARGE // 4 else empty((floats,), torch.float32)
+
+
 def _large(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`empty_strided` in memory of ours, if there is any."""
     if _result is not None and dtype in _TYPES:
@@ -97,6 +109,7 @@ def kept_results() -> int:
 
 
 keep_results(KEPT)
+_scratch = _Scratch()
 
 
 def keep_freed_memory() -> bool:
