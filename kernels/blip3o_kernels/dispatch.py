@@ -168,11 +168,19 @@ def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether all of `tensors` hold their values in their own memory; `direct` asks that of three, and of the process."""
+    """Whether all of `tensors` hold their values in their own memory; `direct` asks more, of up to three."""
     for x in tensors:  # a generator expression costs twice as much
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
+
+
+def wanted(*tensors: Tensor | None) -> bool:
+    """Whether one of `tensors` has a gradient."""
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def refusal(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:

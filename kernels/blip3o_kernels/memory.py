@@ -67,7 +67,8 @@ def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dty
 
 def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
     """`strides.tokens_first(x, width)`."""
-    return empty_strided(*tokens_first_layout(x, width), x.dtype)
+    shape, strides = tokens_first_layout(x, width)
+    return empty_strided(shape, strides, x.dtype)
 
 
 class _Scratch(threading.local):
