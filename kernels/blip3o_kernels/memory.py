@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from . import native
-from .strides import tokens_first_layout
 
 LARGE = 2**20  # bytes of a result from which on it gets memory of ours
 _CPU = torch.device("cpu")
@@ -58,17 +57,15 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU)
     return _large(shape, [prod(shape[i + 1 :]) for i in range(len(shape))], dtype)
 
 
-def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.empty_strided(shape, strides, dtype=dtype)` for strides that leave no gaps."""
-    if prod(shape) * dtype.itemsize < LARGE:
-        return torch.empty_strided(shape, strides, dtype=dtype)
-    return _large(shape, strides, dtype)
-
-
 def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
     """`strides.tokens_first(x, width)`."""
-    shape, strides = tokens_first_layout(x, width)
-    return empty_strided(shape, strides, x.dtype)
+    batch, heads, tokens, own = x.shape
+    width = own if width is None else width
+    token = heads * width
+    shape, strides = (batch, heads, tokens, width), (tokens * token, width, token, 1)
+    if batch * tokens * token * x.element_size() < LARGE:
+        return torch.empty_strided(shape, strides, dtype=x.dtype)
+    return _large(shape, strides, x.dtype)
 
 
 class _Scratch(threading.local):

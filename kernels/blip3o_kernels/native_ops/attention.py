@@ -82,8 +82,9 @@ def forward(
         mask_batch, mask_head, mask_token = _strides(full_mask)
     ends_q, ends_k, sequences = 0, 0, 1
     if cu_seqlens_q is not None:
+        sequences = len(cu_seqlens_q) - 1
         cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
-        ends_q, ends_k, sequences = address(cu_seqlens_q), address(cu_seqlens_k), len(cu_seqlens_q) - 1
+        ends_q, ends_k = address(cu_seqlens_q), address(cu_seqlens_k)
     threads, parts = torch.get_num_threads(), batch * sequences * groups
     if threads > parts:
         threads = parts or 1
