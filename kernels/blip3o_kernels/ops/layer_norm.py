@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..checks import LARGEST
+from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
@@ -39,13 +39,29 @@ def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; see the module's docstring."""
-    checks.floating("x", x)
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
+        checks.floating("x", x)
     dtype, shape = x.dtype, x.shape
     if not shape or not shape[-1]:
         checks.fail("x", "shape [..., D] with D > 0", list(shape))
-    if weight is not None:
+    if weight is not None and (
+        not isinstance(weight, Tensor)
+        or weight.dtype not in FLOATING
+        or weight.layout is not STRIDED
+        or weight.dim() != 1
+        or weight.numel() != shape[-1]
+        or not (weight.is_cpu and x.is_cpu)
+    ):
         checks.parameter("weight", weight, (shape[-1],), "x", x)
-    if bias is not None:
+    if bias is not None and (
+        not isinstance(bias, Tensor)
+        or bias.dtype not in FLOATING
+        or bias.layout is not STRIDED
+        or bias.dim() != 1
+        or bias.numel() != shape[-1]
+        or not (bias.is_cpu and x.is_cpu)
+    ):
         checks.parameter("bias", bias, (shape[-1],), "x", x)
     if type(eps) is not float or not 0.0 <= eps <= LARGEST:
         eps = checks.eps(eps)
