@@ -55,7 +55,8 @@ def shape(argument: str, x: Tensor, expected: tuple[int, ...]) -> None:
 
 def like(argument: str, x: Tensor, other: str, y: Tensor) -> None:
     """`x` has the shape, dtype and device of `y`."""
-    same_dtype(argument, x, other, y)
+    if not isinstance(x, Tensor) or x.dtype is not y.dtype or x.layout is not STRIDED:
+        same_dtype(argument, x, other, y)
     if x.shape != y.shape:
         fail(argument, f"the shape of {other}, {list(y.shape)}", list(x.shape))
     if not (x.is_cpu and y.is_cpu) and x.device != y.device:
@@ -65,6 +66,16 @@ def like(argument: str, x: Tensor, other: str, y: Tensor) -> None:
 def same_device(argument: str, x: Tensor, other: str, y: Tensor) -> None:
     if not (x.is_cpu and y.is_cpu) and x.device != y.device:
         fail(argument, f"the device of {other}, {y.device}", x.device)
+
+
+def parameter(argument: str, p: Tensor, expected: tuple[int, ...], other: str, y: Tensor) -> None:
+    """`p` is floating-point, of that shape and on the device of `y`."""
+    if not isinstance(p, Tensor) or p.dtype not in FLOATING or p.layout is not STRIDED:
+        floating(argument, p)
+    if p.shape != expected:
+        shape(argument, p, expected)
+    if not (p.is_cpu and y.is_cpu):
+        same_device(argument, p, other, y)
 
 
 def number(

@@ -148,8 +148,8 @@ def transformed() -> bool:
     return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def direct(x: Tensor, y: Tensor | None = None) -> bool:
-    """Whether a C function may read the memory of `x` (and `y`) right now.
+def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
+    """Whether a C function may read the memory of `x` (and `y` and `z`) right now.
 
     It may not if one is a subclass (fake, distributed, ...) or negated lazily, or if a mode, a functorch transform or
     forward-mode differentiation is active: all of these must see the call, so it goes through the registered op
@@ -159,6 +159,7 @@ def direct(x: Tensor, y: Tensor | None = None) -> bool:
         type(x) in _PLAIN
         and not x.is_neg()
         and (y is None or (type(y) in _PLAIN and not y.is_neg()))
+        and (z is None or (type(z) in _PLAIN and not z.is_neg()))
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
@@ -167,11 +168,19 @@ def direct(x: Tensor, y: Tensor | None = None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Whether all of `tensors` hold their values in their own memory; `direct` asks that of two, and of the process."""
+    """Whether all of `tensors` hold their values in their own memory; `direct` asks more, of up to three."""
     for x in tensors:  # a generator expression costs twice as much
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
+
+
+def wanted(*tensors: Tensor | None) -> bool:
+    """Whether one of `tensors` has a gradient."""
+    for x in tensors:
+        if x is not None and x.requires_grad:
+            return True
+    return False
 
 
 def refusal(op: Op, backend: str, device: str, dtype: torch.dtype) -> str:

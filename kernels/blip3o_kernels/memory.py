@@ -20,6 +20,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from math import prod
 
@@ -27,7 +28,6 @@ import torch
 from torch import Tensor
 
 from . import native
-from .strides import tokens_first_layout
 
 LARGE = 2**20  # bytes of a result from which on it gets memory of ours
 _CPU = torch.device("cpu")
@@ -57,16 +57,26 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU)
     return _large(shape, [prod(shape[i + 1 :]) for i in range(len(shape))], dtype)
 
 
-def empty_strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """`torch.empty_strided(shape, strides, dtype=dtype)` for strides that leave no gaps."""
-    if prod(shape) * dtype.itemsize < LARGE:
-        return torch.empty_strided(shape, strides, dtype=dtype)
-    return _large(shape, strides, dtype)
-
-
 def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
     """`strides.tokens_first(x, width)`."""
-    return empty_strided(*tokens_first_layout(x, width), x.dtype)
+    batch, heads, tokens, own = x.shape
+    width = own if width is None else width
+    token = heads * width
+    shape, strides = (batch, heads, tokens, width), (tokens * token, width, token, 1)
+    if batch * tokens * token * x.element_size() < LARGE:
+        return torch.empty_strided(shape, strides, dtype=x.dtype)
+    return _large(shape, strides, x.dtype)
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.floats = torch.empty(LARGE // 4, dtype=torch.float32, device=_CPU)
+
+
+def scratch(floats: int) -> Tensor:
+    """float32 memory of at least that size for one call of the library to work in: up to LARGE always the same of each
+    thread, as for one token making a tensor costs a tenth of the op."""
+    return _scratch.floats if floats <= LARGE // 4 else empty((floats,), torch.float32)
 
 
 def _large(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -97,6 +107,7 @@ def kept_results() -> int:
 
 
 keep_results(KEPT)
+_scratch = _Scratch()
 
 
 def keep_freed_memory() -> bool:

@@ -38,13 +38,8 @@ def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
 
     It is no view, such as a transposed one is: autograd lets no view be changed in place that a Function returns.
     """
-    return x.new_empty_strided(*tokens_first_layout(x, width))
-
-
-def tokens_first_layout(x: Tensor, width: int | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of what `tokens_first` makes."""
     batch, heads, tokens, width = *x.shape[:3], x.shape[3] if width is None else width
-    return (batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1)
+    return x.new_empty_strided((batch, heads, tokens, width), (tokens * heads * width, width, heads * width, 1))
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:

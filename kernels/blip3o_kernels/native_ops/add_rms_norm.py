@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
-from .. import native, strides
-from ..memory import empty_like
+from .. import native
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty_like
 from ..native import DTYPES
-from ..strides import address, contiguous
+from ..strides import address, contiguous, rows
 
-_FORWARD, _BACKWARD = native.cpu_call("add_rms_norm"), native.cpu_call("add_rms_norm_backward")
+_PACK, _CPU = native.packer("add_rms_norm"), native.function("cpu", "add_rms_norm")
+_BACKWARD = native.cpu_call("add_rms_norm_backward")
 
 
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, weight_offset: float, round_before_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    x, stride = strides.rows(x)
-    residual, residual_stride = strides.rows(residual)
-    y, added = empty_like(x), empty_like(x)
-    width = x.shape[-1]
-    weight = contiguous(weight)
-    dtype = DTYPES[x.dtype]
-    _FORWARD(
-        y.data_ptr(),
-        added.data_ptr(),
-        x.data_ptr(),
-        residual.data_ptr(),
-        address(weight),
-        x.numel() // width,
-        width,
-        stride,
-        residual_stride,
-        eps,
-        weight_offset,
-        dtype,
-        dtype if weight is None else DTYPES[weight.dtype],
-        round_before_weight,
+    # Written out where that is cheaper than a call: for one token the calls are the cost.
+    if x.is_contiguous():
+        width = stride = x.shape[-1]
+    else:
+        x, stride = rows(x)
+        width = x.shape[-1]
+    residual_stride = width
+    if not residual.is_contiguous():
+        residual, residual_stride = rows(residual)
+    if x.nbytes < LARGE:
+        y, added = torch.empty_like(x), torch.empty_like(x)
+    else:
+        y, added = empty_like(x), empty_like(x)
+    gain, dtype = 0, DTYPES[x.dtype]
+    weight_dtype = dtype
+    if weight is not None:
+        if not weight.is_contiguous():
+            weight = weight.contiguous()
+        gain, weight_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), added.data_ptr(), x.data_ptr(), residual.data_ptr(), gain, x.numel() // width, width, stride,
+            residual_stride, eps, weight_offset, dtype, weight_dtype, round_before_weight,
+            instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("add_rms_norm", status)
     return y, added
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import memory, native
 from ..dispatch import instruction_set
+from ..memory import LARGE
 from ..native import DTYPES
 from ..strides import address, contiguous, last_adjacent
 
@@ -48,35 +49,60 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     causal: bool,
-    window: tuple[int, int],
+    left: int,
+    right: int,
     softcap: float,
     scale: float,
+    saving: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
+    """y, dense as [B, T, H, V], and the scores' log-sum-exp, which is y again unless it is wanted."""
+    # Written out, each number by its name: for one token calls and tuples are the cost.
+    query_batch, query_head, query_token, adjacent = query.stride()
+    key_batch, key_head, key_token, key_adjacent = key.stride()
+    value_batch, value_head, value_token, value_adjacent = value.stride()
+    if not adjacent == key_adjacent == value_adjacent == 1:
+        query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
+        query_batch, query_head, query_token, _ = query.stride()
+        key_batch, key_head, key_token, _ = key.stride()
+        value_batch, value_head, value_token, _ = value.stride()
     batch, heads, tokens, head_dim = query.shape
     _, groups, keys, value_dim = value.shape
-    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
-    y = memory.tokens_first(query, value_dim)
-    log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
-    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
-    sequences = 1 if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    threads = max(1, min(torch.get_num_threads(), batch * sequences * groups))
-    padded, widths = _padded(keys, 32), _padded(head_dim, 32) + _padded(value_dim, 32)
-    floats = padded * widths + 64 * (3 * min(padded, 128) + widths)
-    workspace = memory.empty((threads * floats,), torch.float32)
-    sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
-    limits = (window[0], 0 if causal else window[1])
-    options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
+    y_token = heads * value_dim
+    y_batch = tokens * y_token
+    alike = query_head == head_dim == value_dim and query_token == y_token and query_batch == y_batch
+    y = torch.empty_like(query) if alike and query.nbytes < LARGE else memory.tokens_first(query, value_dim)
+    log_sum, sums = y, 0
+    if saving:
+        log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
+        sums = log_sum.data_ptr()
+    masked = mask_kind = mask_batch = mask_head = mask_token = 0
+    if mask is not None:
+        mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
+        masked = address(mask)
+        mask_batch, mask_head, mask_token = _strides(full_mask)
+    ends_q, ends_k, sequences = 0, 0, 1
+    if cu_seqlens_q is not None:
+        sequences = len(cu_seqlens_q) - 1
+        cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
+        ends_q, ends_k = address(cu_seqlens_q), address(cu_seqlens_k)
+    threads, parts = torch.get_num_threads(), batch * sequences * groups
+    if threads > parts:
+        threads = parts or 1
+    padded = (keys + 31) & -32
+    widths = ((head_dim + 31) & -32) + ((value_dim + 31) & -32)
+    floats = padded * widths + 64 * (3 * (padded if padded < 128 else 128) + widths)
+    workspace = memory.scratch(threads * floats)
+    # fmt: off
     status = _CPU_FORWARD(
         _PACK(
-            *_addresses(y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
-            *sizes,
-            *_strides(y, query, key, value, full_mask),
-            *(tokens, 1),  # log_sum's
-            *limits,
-            *options,
+            y.data_ptr(), sums, query.data_ptr(), key.data_ptr(), value.data_ptr(), masked, ends_q, ends_k,
+            workspace.data_ptr(), batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats,
+            y_batch, value_dim, y_token, query_batch, query_head, query_token, key_batch, key_head, key_token,
+            value_batch, value_head, value_token, mask_batch, mask_head, mask_token, tokens, 1,  # log_sum's strides
+            left, 0 if causal else right, softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0,
         )
     )
+    # fmt: on
     if status:
         raise native.failed("attention", status)
     return y, log_sum
@@ -93,7 +119,8 @@ def backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     causal: bool,
-    window: tuple[int, int],
+    left: int,
+    right: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +137,7 @@ def backward(
     floats = padded * 2 * widths + 192 * (padded + min(padded, 128) + widths)
     workspace = memory.empty((threads * floats,), torch.float32)
     sizes = (batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats)
-    limits = (window[0], 0 if causal else window[1])
+    limits = (left, 0 if causal else right)
     options = (softcap, scale, DTYPES[query.dtype], mask_kind, instruction_set(), threads, 0)
     status = _CPU_BACKWARD(
         _PACK_BACKWARD(

@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
-from ..memory import empty_like
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
-_FORWARD, _BACKWARD = native.cpu_call("flow_step"), native.cpu_call("flow_step_backward")
+_PACK, _CPU = native.packer("flow_step"), native.function("cpu", "flow_step")
+_BACKWARD = native.cpu_call("flow_step_backward")
 
 
 def forward(
@@ -25,22 +27,30 @@ def forward(
     guidance: float,
     previous: Tensor | None,
 ) -> Tensor:
-    x, velocity, steps, unconditional, previous = _contiguous(x, velocity, steps, unconditional, previous)
-    y = empty_like(x)
-    samples = 1 if steps is None else x.shape[0]
-    _FORWARD(
-        y.data_ptr(),
-        x.data_ptr(),
-        velocity.data_ptr(),
-        address(unconditional),
-        address(previous),
-        address(steps),
-        samples,
-        x.numel() // max(samples, 1),
-        step,
-        guidance,
-        DTYPES[x.dtype],
+    x, velocity = x.contiguous(), velocity.contiguous()
+    base = before = lengths = 0
+    if unconditional is not None:
+        unconditional = unconditional.contiguous()
+        base = unconditional.data_ptr()
+    if previous is not None:
+        previous = previous.contiguous()
+        before = previous.data_ptr()
+    samples, elements = 1, x.numel()
+    if steps is not None:
+        steps = steps.contiguous()
+        lengths, samples = steps.data_ptr(), x.shape[0]
+        elements //= max(samples, 1)
+    y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), x.data_ptr(), velocity.data_ptr(), base, before, lengths, samples, elements, step, guidance,
+            DTYPES[x.dtype], instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("flow_step", status)
     return y
 
 

@@ -14,6 +14,6 @@ def forward(
     positions: Tensor, seed: int, logit_normal: bool, mean: float, std: float, shift: float, draw: int
 ) -> Tensor:
     positions = positions.contiguous()
-    sigma = positions.new_empty(positions.shape, dtype=torch.float32)
-    _CPU(sigma.data_ptr(), positions.data_ptr(), len(positions), seed, mean, std, shift, logit_normal, draw)
+    sigma = torch.empty_like(positions, dtype=torch.float32)
+    _CPU(sigma.data_ptr(), positions.data_ptr(), positions.numel(), seed, mean, std, shift, logit_normal, draw)
     return sigma

@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
-from ..memory import empty, empty_like
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
-_FORWARD, _BACKWARD = native.cpu_call("gated_residual"), native.cpu_call("gated_residual_backward")
+_PACK, _CPU = native.packer("gated_residual"), native.function("cpu", "gated_residual")
+_BACKWARD = native.cpu_call("gated_residual_backward")
 
 
-def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row."""
-    x, stride = rows(x)
-    residual, residual_stride = rows(residual)
-    gate, gate_stride = conditions(gate)
-    weight = contiguous(weight)
+def forward(
+    residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, saving: bool = True
+) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row; memory that the next call
+    uses again unless it is wanted."""
+    # Written out where that is cheaper than a call: for one token the calls are the cost.
     batch, tokens, width = x.shape
-    y = empty_like(x)
-    saved = x.new_empty(batch * (width if weight is None else width + tokens), dtype=torch.float32)
-    _FORWARD(
-        y.data_ptr(),
-        saved.data_ptr(),
-        residual.data_ptr(),
-        x.data_ptr(),
-        gate.data_ptr(),
-        address(weight),
-        batch,
-        tokens,
-        width,
-        residual_stride,
-        stride,
-        gate_stride,
-        eps,
-        DTYPES[x.dtype],
-        DTYPES[gate.dtype],
+    stride = width
+    if not x.is_contiguous():
+        x, stride = rows(x)
+    residual_stride = width
+    if not residual.is_contiguous():
+        residual, residual_stride = rows(residual)
+    gate_stride, adjacent = gate.stride()
+    if adjacent != 1:
+        gate, gate_stride = conditions(gate)
+    y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
+    gain, floats = 0, batch * width
+    if weight is not None:
+        weight = weight.contiguous()
+        gain, floats = weight.data_ptr(), batch * (width + tokens)
+    saved = torch.empty(floats, dtype=torch.float32, device=x.device) if saving else scratch(floats)
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), saved.data_ptr(), residual.data_ptr(), x.data_ptr(), gate.data_ptr(), gain, batch, tokens,
+            width, residual_stride, stride, gate_stride, eps, DTYPES[x.dtype], DTYPES[gate.dtype],
+            instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("gated_residual", status)
     return y, saved
 
 

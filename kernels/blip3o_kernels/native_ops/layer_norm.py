@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
-from ..memory import empty_like
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty_like
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
-_FORWARD, _BACKWARD = native.cpu_call("layer_norm"), native.cpu_call("layer_norm_backward")
+_PACK, _CPU = native.packer("layer_norm"), native.function("cpu", "layer_norm")
+_BACKWARD = native.cpu_call("layer_norm_backward")
 
 
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, saving: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row, then the mean of each row."""
-    x, stride = rows(x)
-    width = x.shape[-1]
+    """y, and what the backward pass needs: 1/std of each row, then the mean of each row; y if not wanted."""
+    # Written out where that is cheaper than a call: for one token the calls are the cost.
+    if x.is_contiguous():
+        width = stride = x.shape[-1]
+    else:
+        x, stride = rows(x)
+        width = x.shape[-1]
     number = x.numel() // width
-    y = empty_like(x)
-    saved = x.new_empty(2 * number if saving else 0, dtype=torch.float32)
-    weight = contiguous(weight)
-    bias = contiguous(bias)
-    parameter = weight if weight is not None else bias if bias is not None else x
-    _FORWARD(
-        y.data_ptr(),
-        saved.data_ptr() if saving else 0,
-        x.data_ptr(),
-        address(weight),
-        address(bias),
-        number,
-        width,
-        stride,
-        eps,
-        DTYPES[x.dtype],
-        DTYPES[parameter.dtype],
+    saved = y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
+    statistics = 0
+    if saving:
+        saved = torch.empty(2 * number, dtype=torch.float32, device=x.device)
+        statistics = saved.data_ptr()
+    gain, shift, dtype = 0, 0, DTYPES[x.dtype]
+    parameter_dtype = dtype
+    if weight is not None:
+        weight = weight.contiguous()
+        gain, parameter_dtype = weight.data_ptr(), DTYPES[weight.dtype]
+    if bias is not None:
+        bias = bias.contiguous()
+        shift, parameter_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), statistics, x.data_ptr(), gain, shift, number, width, stride, eps, dtype, parameter_dtype,
+            instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("layer_norm", status)
     return y, saved
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
-from ..memory import empty, empty_like
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty, empty_like
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
-_FORWARD, _BACKWARD = native.cpu_call("modulate"), native.cpu_call("modulate_backward")
+_PACK, _CPU = native.packer("modulate"), native.function("cpu", "modulate")
+_BACKWARD = native.cpu_call("modulate_backward")
 
 
 def forward(
@@ -23,34 +25,41 @@ def forward(
     centred: bool,
     saving: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean."""
-    x, stride = rows(x)
+    """y, and what the backward pass needs: 1/std of each row and, if centred, its mean; y again unless it is wanted."""
+    # Written out where that is cheaper than a call: for one token the calls are the cost.
     batch, tokens, width = x.shape
-    y = empty_like(x)
-    saved = x.new_empty((1 + centred) * batch * tokens if saving else 0, dtype=torch.float32)
-    scale, scale_stride = conditions(scale)
-    shift, shift_stride = (None, 0) if shift is None else conditions(shift)
-    weight = contiguous(weight)
-    bias = contiguous(bias)
-    _FORWARD(
-        y.data_ptr(),
-        saved.data_ptr() if saving else 0,
-        x.data_ptr(),
-        scale.data_ptr(),
-        address(shift),
-        address(weight),
-        address(bias),
-        batch,
-        tokens,
-        width,
-        stride,
-        scale_stride,
-        shift_stride,
-        eps,
-        centred,
-        DTYPES[x.dtype],
-        DTYPES[scale.dtype],
+    stride = width
+    if not x.is_contiguous():
+        x, stride = rows(x)
+    saved = y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
+    statistics = 0
+    if saving:
+        saved = torch.empty((1 + centred) * batch * tokens, dtype=torch.float32, device=x.device)
+        statistics = saved.data_ptr()
+    scale_stride, adjacent = scale.stride()
+    if adjacent != 1:
+        scale, scale_stride = conditions(scale)
+    moved = moved_stride = gain = offset = 0
+    if shift is not None:
+        shift, moved_stride = conditions(shift)
+        moved = shift.data_ptr()
+    if weight is not None:
+        weight = weight.contiguous()
+        gain = weight.data_ptr()
+    if bias is not None:
+        bias = bias.contiguous()
+        offset = bias.data_ptr()
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), statistics, x.data_ptr(), scale.data_ptr(), moved, gain, offset, batch, tokens, width, stride,
+            scale_stride, moved_stride, eps, centred, DTYPES[x.dtype], DTYPES[scale.dtype],
+            instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("modulate", status)
     return y, saved
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import memory, native
+from ..dispatch import instruction_set
 from ..native import DTYPES
 from ..ops.qk_norm_rope import gradients_like, readable
-from ..strides import address, contiguous, wide
+from ..strides import wide
 
-_FORWARD, _BACKWARD = native.cpu_call("qk_norm_rope"), native.cpu_call("qk_norm_rope_backward")
+_PACK, _CPU = native.packer("qk_norm_rope"), native.function("cpu", "qk_norm_rope")
+_BACKWARD = native.cpu_call("qk_norm_rope_backward")
 _ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
 
 
@@ -28,25 +30,43 @@ def forward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, Tensor]:
-    query, key = readable(query, across_width), readable(key, across_width)
+    # Written out where that is cheaper than a call: for a picture of few tokens the calls are the cost.
+    batch, heads, tokens, head_dim = query.shape
+    query_batch, query_head, query_token, query_adjacent = query.stride()
+    key_batch, key_head, key_token, key_adjacent = key.stride()
+    if not query_adjacent == key_adjacent == 1 or (across_width and not query_head == key_head == head_dim):
+        query, key = readable(query, across_width), readable(key, across_width)
+        query_batch, query_head, query_token, _ = query.stride()
+        key_batch, key_head, key_token, _ = key.stride()
+    groups = key.shape[1]
     query_y, key_y = memory.tokens_first(query), memory.tokens_first(key)
-    parameters = [contiguous(p) for p in (query_weight, key_weight, query_bias, key_bias)]
-    cos, sin = wide(cos), wide(sin)
-    _FORWARD(
-        *(t.data_ptr() for t in (query_y, key_y, query, key)),
-        *(address(p) for p in parameters),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        *_sizes(query, key, cos),
-        *query.stride()[:3],
-        *key.stride()[:3],
-        eps,
-        DTYPES[query.dtype],
-        DTYPES[query_weight.dtype],
-        centred,
-        across_width,
-        interleaved,
+    query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
+    query_offset = key_offset = 0
+    if query_bias is not None:
+        query_bias = query_bias.contiguous()
+        query_offset = query_bias.data_ptr()
+    if key_bias is not None:
+        key_bias = key_bias.contiguous()
+        key_offset = key_bias.data_ptr()
+    if cos.dtype is not torch.float32 or not cos.is_contiguous():
+        cos = wide(cos)
+    if sin.dtype is not torch.float32 or not sin.is_contiguous():
+        sin = wide(sin)
+    half = cos.shape[-1]
+    table = tokens * half if cos.dim() == 3 else 0
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            query_y.data_ptr(), key_y.data_ptr(), query.data_ptr(), key.data_ptr(), query_weight.data_ptr(),
+            key_weight.data_ptr(), query_offset, key_offset, cos.data_ptr(), sin.data_ptr(),
+            batch, heads, groups, tokens, head_dim, half, table, query_batch, query_head, query_token,
+            key_batch, key_head, key_token, eps, DTYPES[query.dtype], DTYPES[query_weight.dtype],
+            centred, across_width, interleaved, instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("qk_norm_rope", status)
     return query_y, key_y
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, get_num_threads
 
-from .. import memory, native
+from .. import native
+from ..dispatch import instruction_set
+from ..memory import LARGE, empty_like
 from ..native import DTYPES
 from ..strides import wide
 
-_CPU = native.cpu_call("rope")
+_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -20,27 +23,29 @@ def backward(dy: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    if x.stride(3) != 1:
+    # Written out, each number by its name: for one token calls and tuples are the cost.
+    x_batch, x_head, x_token, adjacent = x.stride()
+    if adjacent != 1:
         x = x.contiguous()
-    y = memory.empty_like(x)  # dense, in x's order
+        x_batch, x_head, x_token, _ = x.stride()
+    y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)  # dense, in x's order
+    y_batch, y_head, y_token, _ = y.stride()
     batch, heads, tokens, head_dim = x.shape
-    cos, sin = wide(cos), wide(sin)
+    if cos.dtype is not torch.float32 or not cos.is_contiguous():
+        cos = wide(cos)
+    if sin.dtype is not torch.float32 or not sin.is_contiguous():
+        sin = wide(sin)
     half = cos.shape[-1]
-    _CPU(
-        y.data_ptr(),
-        x.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        batch,
-        heads,
-        tokens,
-        head_dim,
-        half,
-        tokens * half if cos.dim() == 3 else 0,
-        *y.stride()[:3],
-        *x.stride()[:3],
-        DTYPES[x.dtype],
-        interleaved,
-        inverse,
+    table = tokens * half if cos.dim() == 3 else 0
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch, heads, tokens, head_dim, half, table,
+            y_batch, y_head, y_token, x_batch, x_head, x_token, DTYPES[x.dtype], interleaved, inverse,
+            instruction_set(), get_num_threads(), 0,
+        )
     )
+    # fmt: on
+    if status:
+        raise native.failed("rope", status)
     return y

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
+from ..dispatch import instruction_set
 from ..memory import LARGE, empty, empty_like
 from ..native import DTYPES
 from ..strides import rows
 
-_FORWARD, _BACKWARD = native.cpu_call("swiglu"), native.cpu_call("swiglu_backward")
+_PACK, _CPU = native.packer("swiglu"), native.function("cpu", "swiglu")
+_BACKWARD = native.cpu_call("swiglu_backward")
 
 
 def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, int, tuple[int, ...], tuple[int, ...]]:
@@ -24,16 +26,24 @@ def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, i
 
 
 def forward(gate: Tensor, up: Tensor | None) -> Tensor:
-    dtype = DTYPES[gate.dtype]
-    gate, up, width, addresses, strides = _operands(gate, up)
-    if up is not None:
-        y = empty_like(gate)
-    elif gate.nbytes < 2 * LARGE:
-        y = gate.new_empty((*gate.shape[:-1], width))
+    dtype = gate.dtype
+    if up is None and gate.is_contiguous():  # written out, as for one token the calls are the cost
+        *outer, stride = gate.shape
+        width, up_stride, first = stride // 2, stride, gate.data_ptr()
+        second = first + width * dtype.itemsize
+        y = gate.new_empty(*outer, width) if gate.nbytes < 2 * LARGE else empty((*outer, width), dtype)
     else:
-        y = empty((*gate.shape[:-1], width), gate.dtype)
+        gate, up, width, (first, second), (stride, up_stride) = _operands(gate, up)
+        y = empty((*gate.shape[:-1], width), dtype) if up is None else empty_like(gate)
     count = y.numel() // width if width else 0
-    _FORWARD(y.data_ptr(), *addresses, count, width, *strides, dtype)
+    code = DTYPES[dtype]
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), first, second, count, width, stride, up_stride, code, instruction_set(), get_num_threads(), 0
+        )
+    )
+    if status:
+        raise native.failed("swiglu", status)
     return y
 
 

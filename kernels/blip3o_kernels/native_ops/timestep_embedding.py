@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from .. import native
+from ..dispatch import instruction_set
+from ..memory import scratch
 
-_FORWARD, _BACKWARD = native.cpu_call("timestep_embedding"), native.cpu_call("timestep_embedding_backward")
+_PACK, _CPU = native.packer("timestep_embedding"), native.function("cpu", "timestep_embedding")
+_BACKWARD = native.cpu_call("timestep_embedding_backward")
 _PADDING = 15  # of the workspace, in elements
 
 
 def forward(timestep: Tensor, dim: int, max_period: float) -> Tensor:
     timestep = timestep.contiguous()
-    y = timestep.new_empty(len(timestep), dim)
-    frequencies = torch.empty(dim // 2 + _PADDING, dtype=torch.float64)
-    _FORWARD(y.data_ptr(), frequencies.data_ptr(), timestep.data_ptr(), len(timestep), dim // 2, max_period)
+    batch = timestep.numel()
+    y = torch.empty(batch, dim, dtype=torch.float32, device=timestep.device)
+    frequencies = scratch(dim + 2 * _PADDING)  # float64: each takes two
+    # fmt: off
+    status = _CPU(
+        _PACK(
+            y.data_ptr(), frequencies.data_ptr(), timestep.data_ptr(), batch, dim // 2, max_period,
+            instruction_set(), get_num_threads(), 0,
+        )
+    )
+    # fmt: on
+    if status:
+        raise native.failed("timestep_embedding", status)
     return y
 
 

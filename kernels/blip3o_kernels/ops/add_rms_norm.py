@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import FLOATING, LARGEST, STRIDED
+from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 from . import rms_norm
@@ -51,32 +53,47 @@ def add_rms_norm(
     round_before_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(residual + x, weight, eps), and the sum itself; see the module's docstring."""
-    checks.floating("x", x)
-    if not x.dim() or not x.shape[-1]:
-        checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
-    checks.like("residual", residual, "x", x)
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
+        checks.floating("x", x)
+    dtype, shape = x.dtype, x.shape
+    if not shape or not shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(shape))
+    on_cpu = x.is_cpu
+    if not isinstance(residual, Tensor) or residual.dtype is not dtype or residual.layout is not STRIDED:
+        checks.same_dtype("residual", residual, "x", x)
+    if residual.shape != shape or not (on_cpu and residual.is_cpu):
+        checks.like("residual", residual, "x", x)
     if weight is not None:
-        checks.floating("weight", weight)
-        checks.shape("weight", weight, x.shape[-1:])
-        checks.same_device("weight", weight, "x", x)
-    eps, weight_offset = checks.eps(eps), checks.number("weight_offset", weight_offset)
-    checks.flag("round_before_weight", round_before_weight)
-    compiling = torch.compiler.is_compiling()
+        if not isinstance(weight, Tensor) or weight.dtype not in FLOATING or weight.layout is not STRIDED:
+            checks.floating("weight", weight)
+        if weight.dim() != 1 or weight.numel() != shape[-1]:
+            checks.shape("weight", weight, shape[-1:])
+        if not (on_cpu and weight.is_cpu):
+            checks.same_device("weight", weight, "x", x)
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
+    if type(weight_offset) is not float or not -LARGEST <= weight_offset <= LARGEST:
+        weight_offset = checks.number("weight_offset", weight_offset)
+    if round_before_weight is not True and round_before_weight is not False:
+        checks.flag("round_before_weight", round_before_weight)
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, residual, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
-    if weight is not None and weight.dtype is not x.dtype:
+    if weight is not None and weight.dtype is not dtype and weight.dtype is not torch.float32:
         weight = weight.to(torch.float32)
-    options = (eps, weight_offset, round_before_weight, backend)
     result: tuple[Tensor, Tensor]
-    if compiling or not (direct(x, residual) and plain(weight)):
-        result = _forward_op(x, residual, weight, *options)
+    if compiling or not direct(x, residual, weight):
+        result = _forward_op(x, residual, weight, eps, weight_offset, round_before_weight, backend)
         return result
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight)):
-        result = _apply(x, residual, weight, *options)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        result = _apply(x, residual, weight, eps, weight_offset, round_before_weight, backend)
         return result
-    result = body("add_rms_norm", backend).forward(x, residual, weight, *options[:-1])
+    result = body("add_rms_norm", backend).forward(x, residual, weight, eps, weight_offset, round_before_weight)
     return result
 
 

@@ -32,9 +32,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch, masks, strides
 from ..bodies import NATIVE_CPU, TRITON, body
+from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
@@ -105,78 +107,77 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
-    checks.floating("query", query)
-    checks.same_dtype("key", key, "query", query)
-    checks.same_dtype("value", value, "query", query)
-    if query.dim() != 4 or not query.shape[1] or not query.shape[3]:
-        checks.fail("query", "shape [B, H, T, K] with H > 0 and K > 0", list(query.shape))
-    checks.flag("enable_gqa", enable_gqa)
-    batch, heads, tokens, head_dim = query.shape
-    if key.dim() != 4 or key.shape[0] != batch or key.shape[3] != head_dim:
-        checks.fail("key", f"shape [{batch}, G, S, {head_dim}]", list(key.shape))
-    groups, keys = key.shape[1:3]
-    if value.dim() != 4 or value.shape[:3] != (batch, groups, keys):
-        checks.fail("value", f"shape [{batch}, {groups}, {keys}, V]", list(value.shape))
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(query, Tensor) or query.dtype not in FLOATING or query.layout is not STRIDED:
+        checks.floating("query", query)
+    dtype, shape = query.dtype, query.shape
+    if not isinstance(key, Tensor) or key.dtype is not dtype or key.layout is not STRIDED:
+        checks.same_dtype("key", key, "query", query)
+    if not isinstance(value, Tensor) or value.dtype is not dtype or value.layout is not STRIDED:
+        checks.same_dtype("value", value, "query", query)
+    if len(shape) != 4 or not shape[1] or not shape[3]:
+        checks.fail("query", "shape [B, H, T, K] with H > 0 and K > 0", list(shape))
+    batch, heads, tokens, head_dim = shape
+    if enable_gqa is not True and enable_gqa is not False:
+        checks.flag("enable_gqa", enable_gqa)
+    shape = key.shape
+    if len(shape) != 4 or shape[0] != batch or shape[3] != head_dim:
+        checks.fail("key", f"shape [{batch}, G, S, {head_dim}]", list(shape))
+    _, groups, keys, _ = shape
+    shape = value.shape
+    if len(shape) != 4 or shape[0] != batch or shape[1] != groups or shape[2] != keys:
+        checks.fail("value", f"shape [{batch}, {groups}, {keys}, V]", list(shape))
     if groups != heads and (not enable_gqa or groups == 0 or heads % groups):
         checks.fail("key", f"{'a divisor of' if enable_gqa else 'enable_gqa=True, or'} {heads} heads", groups)
-    checks.same_device("key", key, "query", query)
-    checks.same_device("value", value, "query", query)
+    on_cpu = query.is_cpu
+    if not (on_cpu and key.is_cpu and value.is_cpu):
+        checks.same_device("key", key, "query", query)
+        checks.same_device("value", value, "query", query)
     if type(dropout_p) not in (float, int) or dropout_p:
         checks.fail("dropout_p", "0.0, there is no dropout", dropout_p)
     if attn_mask is not None:
         masks.check_mask(attn_mask, query, (batch, heads, tokens, keys))
     if window_size is not None:
         masks.check_window(window_size)
-    checks.flag("is_causal", is_causal)
+    if is_causal is not True and is_causal is not False:
+        checks.flag("is_causal", is_causal)
     if scale is not None:
         scale = checks.number("scale", scale)
     if softcap is not None:
         softcap = checks.number("softcap", softcap, 0.0, "a finite number that is not negative, or None")
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed:
         if attn_mask is not None:
             checks.fail("attn_mask", "None, as cu_seqlens_q says what a query sees", list(attn_mask.shape))
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         masks.check_packed(cu_seqlens_q, cu_seqlens_k, query, key)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     # Compiled on a CPU it is one op: torch's own takes up to six times as long there (docs/decisions.md).
-    formula = not query.is_cpu if compiling else transformed()
+    formula = not on_cpu if compiling else transformed()
     backend = "reference" if dispatch.forced is None and formula else choose(OP, query)
     if backend == "reference":
-        packed: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+        ends: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         options: tuple[Any, ...] = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        return reference(query, key, value, *options, window_size=window_size, softcap=softcap, **packed)
+        return reference(query, key, value, *options, window_size=window_size, softcap=softcap, **ends)
     scale = head_dim**-0.5 if scale is None else scale
     left, right = window_size or (-1, -1)
     inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
-    options = (is_causal, left, right, softcap or 0.0, scale, backend)
-    if compiling or not (direct(query, key) and plain(value, attn_mask, cu_seqlens_q, cu_seqlens_k)):
-        y: Tensor = _forward_op(*inputs, *options)[0]
+    options = (is_causal, left, right, softcap or 0.0, scale)
+    extras = packed or attn_mask is not None
+    y: Tensor
+    if compiling or not direct(query, key, value) or (extras and not plain(attn_mask, cu_seqlens_q, cu_seqlens_k)):
+        y = _forward_op(*inputs, *options, backend)[0]
         return y
-    if (query.requires_grad or key.requires_grad or value.requires_grad) and torch.is_grad_enabled():
-        y = _apply(*inputs, *options)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        y = _apply(*inputs, *options, backend)
         return y
-    return _forward(*inputs, *options)[0]
+    y, _ = body("attention", backend).forward(*inputs, *options, False)
+    return y
 
 
-# As torch knows it: torch.ops.blip3o.attention, which returns the log-sum-exp too; that carries no gradient.
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The arguments of the registered op -> the output, [B, T, H, V] in memory, and the scores' log-sum-exp [B, H, T],
-    float32."""
-    *inputs, causal, left, right, softcap, scale, backend = arguments
-    results: tuple[Tensor, Tensor] = body("attention", backend).forward(*inputs, causal, (left, right), softcap, scale)
-    return results
-
-
-def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """dy, the forward pass's results and its arguments -> dquery, dkey and dvalue, each a filled
-    torch.empty_like(strides.last_adjacent(x)) of its x."""
-    *inputs, causal, left, right, softcap, scale, backend = arguments
-    gradients: tuple[Tensor, Tensor, Tensor] = body("attention", backend).backward(
-        *inputs, causal, (left, right), softcap, scale
-    )
-    return gradients
-
-
+# As torch knows it: torch.ops.blip3o.attention, which returns the scores' log-sum-exp too, float32 [B, H, T]; that
+# carries no gradient. Its backward op gives dquery, dkey and dvalue, each a filled
+# torch.empty_like(strides.last_adjacent(x)) of its x.
 def _fake_forward(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     batch, heads, tokens = query.shape[:3]
     return strides.tokens_first(query, value.shape[3]), query.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -235,8 +236,6 @@ _forward_op, _apply = differentiable(
     backward_flops=lambda dy, y, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
     setup=_setup,
     gradients=_gradients,
-    forward=_forward,
-    backward=_backward,
     hidden=True,
 )
 torch.library.register_vmap("blip3o::attention", _batched, lib=LIBRARY)

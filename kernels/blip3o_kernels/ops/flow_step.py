@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import LARGEST
+from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -67,25 +69,25 @@ def flow_step(
         checks.floating("step", step)
         checks.shape("step", step, x.shape[:1])
         checks.same_device("step", step, "x", x)
-    else:
+    elif type(step) is not float or not -LARGEST <= step <= LARGEST:
         step = checks.number("step", step)
-    guidance = checks.number("guidance", guidance)
-    compiling = torch.compiler.is_compiling()
+    if type(guidance) is not float or not -LARGEST <= guidance <= LARGEST:
+        guidance = checks.number("guidance", guidance)
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
     steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, step)
-    arguments = (x, velocity, steps, length, unconditional, guidance, previous, backend)
+    arguments = (x, velocity, steps, length, unconditional, guidance, previous)
     y: Tensor
-    if compiling or not (direct(x, velocity) and plain(steps, unconditional, previous)):
-        y = _forward_op(*arguments)
+    if compiling or not (direct(x, velocity, unconditional) and plain(steps, previous)):
+        y = _forward_op(*arguments, backend)
         return y
-    tensors = (x, velocity, steps, unconditional, previous)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        y = _apply(*arguments)
+    if torch.is_grad_enabled() and wanted(x, velocity, steps, unconditional, previous):
+        y = _apply(*arguments, backend)
         return y
-    y = body("flow_step", backend).forward(*arguments[:-1])
+    y = body("flow_step", backend).forward(*arguments)
     return y
 
 

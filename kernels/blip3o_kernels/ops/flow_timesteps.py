@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch, native, philox, triton_ops
 from ..bodies import body
+from ..checks import TINY
 from ..dispatch import Body, Op, choose, direct, transformed
 from ..registered import register
 from ..samples import Sample
@@ -68,19 +70,18 @@ def flow_timesteps(
     if distribution not in DISTRIBUTIONS:
         checks.fail("distribution", "'uniform' or 'logit_normal'", repr(distribution))
     mean = checks.number("mean", mean)
-    std, shift = (
-        checks.number(name, x, checks.TINY, "a positive, finite number") for name, x in (("std", std), ("shift", shift))
-    )
-    compiling = torch.compiler.is_compiling()
+    std = checks.number("std", std, TINY, "a positive, finite number")
+    shift = checks.number("shift", shift, TINY, "a positive, finite number")
+    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":
         return reference(positions, seed, distribution=distribution, mean=mean, std=std, shift=shift, draw=draw)
-    options = (key, distribution == "logit_normal", mean, std, shift, draw, backend)
+    options = (key, distribution == "logit_normal", mean, std, shift, draw)
     sigma: Tensor
     if compiling or not direct(positions):
-        sigma = _forward_op(positions, *options)
+        sigma = _forward_op(positions, *options, backend)
         return sigma
-    sigma = body("flow_timesteps", backend).forward(positions, *options[:-1])
+    sigma = body("flow_timesteps", backend).forward(positions, *options)
     return sigma
 
 

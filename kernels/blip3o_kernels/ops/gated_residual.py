@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import LARGEST
+from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -37,32 +39,31 @@ def gated_residual(
 ) -> Tensor:
     """residual + tanh(gate)[:, None] * norm(x), the norm only if a weight is given; see the module's docstring."""
     checks.floating("x", x)
-    if x.dim() != 3 or not x.shape[2]:
-        checks.fail("x", "shape [B, T, D] with D > 0", list(x.shape))
+    dtype, shape = x.dtype, x.shape
+    if len(shape) != 3 or not shape[2]:
+        checks.fail("x", "shape [B, T, D] with D > 0", list(shape))
+    batch, _, width = shape
     checks.like("residual", residual, "x", x)
-    checks.floating("gate", gate)
-    checks.shape("gate", gate, (x.shape[0], x.shape[2]))
-    checks.same_device("gate", gate, "x", x)
+    checks.parameter("gate", gate, (batch, width), "x", x)
     if weight is not None:
-        checks.floating("weight", weight)
-        checks.shape("weight", weight, (x.shape[2],))
-        checks.same_device("weight", weight, "x", x)
-    eps = checks.eps(eps)
-    compiling = torch.compiler.is_compiling()
+        checks.parameter("weight", weight, (width,), "x", x)
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(residual, x, gate, weight=weight, eps=eps)
-    if gate.dtype is not x.dtype or (weight is not None and weight.dtype is not x.dtype):  # one dtype for both
+    if gate.dtype is not dtype or (weight is not None and weight.dtype is not dtype):  # one dtype for both
         gate, weight = gate.to(torch.float32), None if weight is None else weight.to(torch.float32)
     y: Tensor
-    if compiling or not (direct(residual, x) and plain(gate, weight)):
+    if compiling or not (direct(residual, x, gate) and plain(weight)):
         y = _forward_op(residual, x, gate, weight, eps, backend)[0]
         return y
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (residual, x, gate, weight)):
+    if torch.is_grad_enabled() and wanted(residual, x, gate, weight):
         y = _apply(residual, x, gate, weight, eps, backend)
         return y
-    y, _ = body("gated_residual", backend).forward(residual, x, gate, weight, eps)
+    y, _ = body("gated_residual", backend).forward(residual, x, gate, weight, eps, False)
     return y
 
 

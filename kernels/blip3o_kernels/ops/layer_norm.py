@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import FLOATING, LARGEST, STRIDED
+from ..dispatch import Op, choose, direct, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -37,30 +39,48 @@ def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; see the module's docstring."""
-    checks.floating("x", x)
-    if not x.dim() or not x.shape[-1]:
-        checks.fail("x", "shape [..., D] with D > 0", list(x.shape))
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            checks.floating(name, parameter)
-            checks.shape(name, parameter, x.shape[-1:])
-            checks.same_device(name, parameter, "x", x)
-    eps = checks.eps(eps)
-    compiling = torch.compiler.is_compiling()
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
+        checks.floating("x", x)
+    dtype, shape = x.dtype, x.shape
+    if not shape or not shape[-1]:
+        checks.fail("x", "shape [..., D] with D > 0", list(shape))
+    if weight is not None and (
+        not isinstance(weight, Tensor)
+        or weight.dtype not in FLOATING
+        or weight.layout is not STRIDED
+        or weight.dim() != 1
+        or weight.numel() != shape[-1]
+        or not (weight.is_cpu and x.is_cpu)
+    ):
+        checks.parameter("weight", weight, (shape[-1],), "x", x)
+    if bias is not None and (
+        not isinstance(bias, Tensor)
+        or bias.dtype not in FLOATING
+        or bias.layout is not STRIDED
+        or bias.dim() != 1
+        or bias.numel() != shape[-1]
+        or not (bias.is_cpu and x.is_cpu)
+    ):
+        checks.parameter("bias", bias, (shape[-1],), "x", x)
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, weight, bias, eps)
-    if any(p is not None and p.dtype is not x.dtype for p in (weight, bias)):  # one dtype for both
+    # One dtype for both.
+    if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         weight, bias = (None if p is None else p.to(torch.float32) for p in (weight, bias))
     y: Tensor
-    if compiling or not (direct(x, weight) and plain(bias)):
+    if compiling or not direct(x, weight, bias):
         y = _forward_op(x, weight, bias, eps, backend)[0]
         return y
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, weight, bias)):
+    if torch.is_grad_enabled() and wanted(x, weight, bias):
         y = _apply(x, weight, bias, eps, backend)
         return y
-    y, _ = body("layer_norm", backend).forward(x, weight, bias, eps, saving=False)
+    y, _ = body("layer_norm", backend).forward(x, weight, bias, eps, False)
     return y
 
 

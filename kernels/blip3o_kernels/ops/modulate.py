@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import LARGEST
+from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -61,42 +63,45 @@ def modulate(
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift, scale and shift per sample; see the module's docstring."""
     checks.floating("x", x)
-    if x.dim() != 3 or not x.shape[2]:
-        checks.fail("x", "shape [B, T, D] with D > 0", list(x.shape))
-    batch, _, width = x.shape
-    checks.floating("scale", scale)  # None is none
-    for name, condition in (("scale", scale), ("shift", shift)):
-        if condition is not None:
-            checks.floating(name, condition)
-            checks.shape(name, condition, (batch, width))
-            checks.same_device(name, condition, "x", x)
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            checks.floating(name, parameter)
-            checks.shape(name, parameter, (width,))
-            checks.same_device(name, parameter, "x", x)
+    dtype, shape = x.dtype, x.shape
+    if len(shape) != 3 or not shape[2]:
+        checks.fail("x", "shape [B, T, D] with D > 0", list(shape))
+    batch, _, width = shape
+    checks.parameter("scale", scale, (batch, width), "x", x)
+    if shift is not None:
+        checks.parameter("shift", shift, (batch, width), "x", x)
+    if weight is not None:
+        checks.parameter("weight", weight, (width,), "x", x)
+    if bias is not None:
+        checks.parameter("bias", bias, (width,), "x", x)
     if norm not in ("rms", "layer"):
         checks.fail("norm", '"rms" or "layer"', repr(norm))
     if norm == "rms" and bias is not None:
         checks.fail("bias", 'None with norm="rms"', "a tensor")
-    eps = checks.eps(eps)
-    compiling = torch.compiler.is_compiling()
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, scale, shift, weight=weight, bias=bias, eps=eps, norm=norm)
-    if any(p is not None and p.dtype is not x.dtype for p in (scale, shift, weight, bias)):  # one dtype for all four
+    # One dtype for all four.
+    if (
+        scale.dtype is not dtype
+        or (shift is not None and shift.dtype is not dtype)
+        or (weight is not None and weight.dtype is not dtype)
+        or (bias is not None and bias.dtype is not dtype)
+    ):
         scale = scale.to(torch.float32)
         shift, weight, bias = (None if p is None else p.to(torch.float32) for p in (shift, weight, bias))
-    options = (eps, norm == "layer", backend)
     y: Tensor
-    if compiling or not (direct(x, scale) and plain(shift, weight, bias)):
-        y = _forward_op(x, scale, shift, weight, bias, *options)[0]
+    if compiling or not (direct(x, scale, weight) and plain(shift, bias)):
+        y = _forward_op(x, scale, shift, weight, bias, eps, norm == "layer", backend)[0]
         return y
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (x, scale, shift, weight, bias)):
-        y = _apply(x, scale, shift, weight, bias, *options)
+    if torch.is_grad_enabled() and wanted(x, scale, shift, weight, bias):
+        y = _apply(x, scale, shift, weight, bias, eps, norm == "layer", backend)
         return y
-    y, _ = body("modulate", backend).forward(x, scale, shift, weight, bias, *options[:-1], saving=False)
+    y, _ = body("modulate", backend).forward(x, scale, shift, weight, bias, eps, norm == "layer", False)
     return y
 
 

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import LARGEST, STRIDED
+from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
 from ..strides import tokens_first
@@ -81,34 +83,36 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """rope(norm(query)) and rope(norm(key)); see the module's docstring."""
     checks.floating("query", query)
-    if query.dim() != 4 or not query.shape[3]:
-        checks.fail("query", "shape [B, H, T, K] with K > 0", list(query.shape))
-    batch, _, tokens, head_dim = query.shape
-    checks.same_dtype("key", key, "query", query)
-    if key.dim() != 4 or key.shape != (batch, key.shape[1], tokens, head_dim):
-        checks.fail("key", f"shape [{batch}, G, {tokens}, {head_dim}]", list(key.shape))
-    checks.same_device("key", key, "query", query)
+    dtype, shape = query.dtype, query.shape
+    if len(shape) != 4 or not shape[3]:
+        checks.fail("query", "shape [B, H, T, K] with K > 0", list(shape))
+    batch, heads, tokens, head_dim = shape
+    if not isinstance(key, Tensor) or key.dtype is not dtype or key.layout is not STRIDED:
+        checks.same_dtype("key", key, "query", query)
+    shape = key.shape
+    if len(shape) != 4 or shape[0] != batch or shape[2] != tokens or shape[3] != head_dim:
+        checks.fail("key", f"shape [{batch}, G, {tokens}, {head_dim}]", list(shape))
+    if not (query.is_cpu and key.is_cpu):
+        checks.same_device("key", key, "query", query)
     if norm not in ("rms", "layer"):
         checks.fail("norm", "'rms' or 'layer'", repr(norm))
     if across not in ("head", "width"):
         checks.fail("across", "'head' or 'width'", repr(across))
-    checks.floating("query_weight", query_weight)  # None is none
-    checks.floating("key_weight", key_weight)
-    parameters = (query_weight, key_weight, query_bias, key_bias)
-    for name, parameter, x in (
-        ("query_weight", query_weight, query),
-        ("key_weight", key_weight, key),
-        ("query_bias", query_bias, query),
-        ("key_bias", key_bias, key),
-    ):
-        if parameter is not None:
-            checks.floating(name, parameter)
-            checks.shape(name, parameter, (head_dim if across == "head" else x.shape[1] * head_dim,))
-            checks.same_device(name, parameter, "query", query)
+    if across == "head":
+        query_width = key_width = (head_dim,)
+    else:
+        query_width, key_width = (heads * head_dim,), (shape[1] * head_dim,)
+    checks.parameter("query_weight", query_weight, query_width, "query", query)
+    checks.parameter("key_weight", key_weight, key_width, "query", query)
+    if query_bias is not None:
+        checks.parameter("query_bias", query_bias, query_width, "query", query)
+    if key_bias is not None:
+        checks.parameter("key_bias", key_bias, key_width, "query", query)
     rope.check_tables(cos, sin, query)
-    eps = checks.eps(eps)
+    if type(eps) is not float or not 0.0 <= eps <= LARGEST:
+        eps = checks.eps(eps)
     checks.flag("interleaved", interleaved)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, query)
     if backend == "reference":
@@ -126,17 +130,25 @@ def qk_norm_rope(
             across=across,
             interleaved=interleaved,
         )
-    if any(p is not None and p.dtype is not query.dtype for p in parameters):  # one dtype for all
-        parameters = tuple(None if p is None else p.to(torch.float32) for p in parameters)  # type: ignore[assignment]
-    arguments = (query, key, *parameters, cos, sin, eps, norm == "layer", across == "width", interleaved, backend)
+    # One dtype for all four.
+    if (
+        query_weight.dtype is not dtype
+        or key_weight.dtype is not dtype
+        or (query_bias is not None and query_bias.dtype is not dtype)
+        or (key_bias is not None and key_bias.dtype is not dtype)
+    ):
+        query_weight, key_weight = query_weight.to(torch.float32), key_weight.to(torch.float32)
+        query_bias, key_bias = (None if p is None else p.to(torch.float32) for p in (query_bias, key_bias))
+    tensors = (query, key, query_weight, key_weight, query_bias, key_bias)
+    options = (cos, sin, eps, norm == "layer", across == "width", interleaved)
     result: tuple[Tensor, Tensor]
-    if compiling or not (direct(query, key) and plain(*parameters, cos, sin)):
-        result = _forward_op(*arguments)
+    if compiling or not (direct(query, key, cos) and plain(sin, query_weight, key_weight, query_bias, key_bias)):
+        result = _forward_op(*tensors, *options, backend)
         return result
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, *parameters)):
-        result = _apply(*arguments)
+    if torch.is_grad_enabled() and wanted(*tensors):
+        result = _apply(*tensors, *options, backend)
         return result
-    result = body("qk_norm_rope", backend).forward(*arguments[:-1])
+    result = body("qk_norm_rope", backend).forward(*tensors, *options)
     return result
 
 

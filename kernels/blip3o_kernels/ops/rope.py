@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..checks import FLOATING, STRIDED
+from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
@@ -48,17 +50,20 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False)
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first R dims of x [B, H, T, K] by the angles of the tables; see the module's docstring."""
-    checks.floating("x", x)
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
+        checks.floating("x", x)
     if x.dim() != 4:
         checks.fail("x", "shape [B, H, T, K]", list(x.shape))
     check_tables(cos, sin, x)
-    checks.flag("interleaved", interleaved)
-    compiling = torch.compiler.is_compiling()
+    if interleaved is not True and interleaved is not False:
+        checks.flag("interleaved", interleaved)
+    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, cos, sin, interleaved=interleaved)
     y: Tensor
-    if compiling or not (direct(x, cos) and plain(sin)):
+    if compiling or not (direct(x, cos, sin)):
         y = _forward_op(x, cos, sin, interleaved, backend)
         return y
     if x.requires_grad and torch.is_grad_enabled():
@@ -74,15 +79,24 @@ _TABLES = (torch.float32, torch.float64)
 def check_tables(cos: Tensor, sin: Tensor, x: Tensor) -> None:
     """Raises unless cos and sin fit x [B, H, T, K]."""
     batch, _, tokens, head_dim = x.shape
-    if not isinstance(cos, Tensor) or cos.dtype not in _TABLES or cos.layout is not torch.strided:
+    if not isinstance(cos, Tensor) or cos.dtype not in _TABLES or cos.layout is not STRIDED:
         checks.mistyped("cos", "a float32 tensor", cos)
-    half = cos.shape[-1] if cos.dim() else 0
-    if cos.shape != (tokens, half) and cos.shape != (batch, tokens, half):
-        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(cos.shape))
+    shape = cos.shape
+    half = shape[-1] if shape else 0
+    if shape != (tokens, half) and shape != (batch, tokens, half):
+        checks.fail("cos", f"shape [{tokens}, R/2] or [{batch}, {tokens}, R/2]", list(shape))
     if 2 * half > head_dim:
         checks.fail("cos", f"at most {head_dim // 2} angles for head_dim {head_dim}", half)
-    checks.same_device("cos", cos, "x", x)
-    checks.like("sin", sin, "cos", cos)
+    if not (cos.is_cpu and x.is_cpu):
+        checks.same_device("cos", cos, "x", x)
+    if (
+        not isinstance(sin, Tensor)
+        or sin.dtype is not cos.dtype
+        or sin.layout is not STRIDED
+        or sin.shape != shape
+        or not (sin.is_cpu and cos.is_cpu)
+    ):
+        checks.like("sin", sin, "cos", cos)
 
 
 # As torch knows it: torch.ops.blip3o.rope.

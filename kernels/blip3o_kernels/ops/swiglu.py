@@ -16,9 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
+from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
@@ -33,12 +35,15 @@ def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up, rounded once; without up, gate [..., 2M] holds both. See the module's docstring."""
-    checks.floating("gate", gate)
-    if not gate.dim() or (up is None and gate.shape[-1] % 2):
-        checks.fail("gate", "shape [..., M], or [..., 2M] without up", list(gate.shape))
+    # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
+    if not isinstance(gate, Tensor) or gate.dtype not in FLOATING or gate.layout is not STRIDED:
+        checks.floating("gate", gate)
+    shape = gate.shape
+    if not shape or (up is None and shape[-1] % 2):
+        checks.fail("gate", "shape [..., M], or [..., 2M] without up", list(shape))
     if up is not None:
         checks.like("up", up, "gate", gate)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, gate)
     if backend == "reference":
         return reference(gate, up)
@@ -46,7 +51,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     if compiling or not direct(gate, up):
         y = _forward_op(gate, up, backend)
         return y
-    if (gate.requires_grad or (up is not None and up.requires_grad)) and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (gate.requires_grad or (up is not None and up.requires_grad)):
         y = _apply(gate, up, backend)
         return y
     y = body("swiglu", backend).forward(gate, up)

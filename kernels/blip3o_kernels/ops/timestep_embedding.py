@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
+from ..checks import LARGEST, TINY
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import differentiable
 from ..samples import Draw, Sample
@@ -40,13 +42,15 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
         checks.mistyped("timestep", "a floating-point, int64 or int32 tensor", timestep)
     if timestep.dim() != 1:
         checks.fail("timestep", "shape [B]", list(timestep.shape))
-    checks.whole("dim", dim)
+    if type(dim) is not int:
+        checks.whole("dim", dim)
     if dim < 2 or dim % 2:
         checks.fail("dim", "an even number of at least 2", dim)
-    max_period = checks.number("max_period", max_period, checks.TINY, "a positive, finite number")
-    if timestep.dtype is not torch.float64:
+    if type(max_period) is not float or not TINY <= max_period <= LARGEST:
+        max_period = checks.number("max_period", max_period, TINY, "a positive, finite number")
+    if timestep.dtype is not torch.float64 and timestep.dtype is not torch.float32:
         timestep = timestep.to(torch.float32)  # integers have no body of their own, short floats need none
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, timestep)
     if backend == "reference":

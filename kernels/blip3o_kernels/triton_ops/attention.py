@@ -129,9 +129,9 @@ def _masked(mask: Tensor | None, query: Tensor, keys: int) -> tuple[Tensor, int,
     return mask, kind, mask.expand(*query.shape[:3], keys).stride()
 
 
-def _limits(causal: bool, window: tuple[int, int], tokens: int, keys: int) -> dict[str, int | bool]:
+def _limits(causal: bool, left: int, right: int, tokens: int, keys: int) -> dict[str, int | bool]:
     """The window; a side without a limit is one that no pair can reach."""
-    left, right = window[0], 0 if causal else window[1]
+    right = 0 if causal else right
     far = tokens + keys
     limited = {"LEFT": 0 <= left < far, "RIGHT": 0 <= right < far}
     return {"left": left if limited["LEFT"] else 0, "right": right if limited["RIGHT"] else 0, **limited}
@@ -168,9 +168,11 @@ def forward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     causal: bool,
-    window: tuple[int, int],
+    left: int,
+    right: int,
     softcap: float,
     scale: float,
+    saving: bool = True,  # the log-sum-exp costs too little to have kernels without
 ) -> tuple[Tensor, Tensor]:
     query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
     query, scale = _positive(query, scale)
@@ -219,7 +221,7 @@ def forward(
             *_strides(partial, query, key, value, aligned=aligned),
             *mask_strides,
             **_scales(softcap, scale),
-            **_limits(causal, window, tokens, keys),
+            **_limits(causal, left, right, tokens, keys),
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             MASK=mask_kind,
@@ -262,7 +264,8 @@ def backward(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     causal: bool,
-    window: tuple[int, int],
+    left: int,
+    right: int,
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -281,7 +284,7 @@ def backward(
     strides = (*_strides(dy, query, key, value, aligned=aligned), *mask_strides)
     options = {
         **_scales(softcap, scale),
-        **_limits(causal, window, tokens, keys),
+        **_limits(causal, left, right, tokens, keys),
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
         "MASK": mask_kind,

@@ -100,8 +100,10 @@ def _sample_kernel(
     tl.store(dgate_ptr + sample * width + column, rounded(slope * scaled, dgate_ptr), mask=inside)
 
 
-def forward(residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row."""
+def forward(
+    residual: Tensor, x: Tensor, gate: Tensor, weight: Tensor | None, eps: float, saving: bool = True
+) -> tuple[Tensor, Tensor]:
+    """y, and what the backward pass needs: tanh(gate), and with a weight 1/rms of each row; wanted or not."""
     x, stride = strides.rows(x)
     residual, residual_stride = strides.rows(residual)
     gate, gate_stride = strides.conditions(gate)
