@@ -393,14 +393,15 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
-/* Its products: c [rows, columns] = a b, with `add` c += a b, in float32 from bfloat16, on chips with BLIP3O_AMX. Rows are
- * `step` apart. a is [rows, depth], or turned [depth, rows]; b is [columns, depth], or turned [depth, columns]. */
+/* Its products: c [rows, columns] = (a + rest) b, with `add` c += that, in float32 from bfloat16, on chips with BLIP3O_AMX.
+ * Rows are `step` apart. rest is laid out as a; a is [rows, depth], or turned [depth, rows]; b is [columns, depth], or turned [depth, columns]. */
 typedef struct {
   float* c;
   const void* a;
+  const void* rest; /* null: 0 */
   const void* b;
   float* workspace; /* threads parts of workspace_floats, a multiple of 16, of at least
-                     * (min(rows, 128) + min(columns, 1024)) * min(depth, 512) / 2, each padded to 32 */
+                     * (2 min(rows, 128) + min(columns, 1024)) * min(depth, 512) / 2, each padded to 32 */
   int64_t rows, columns, depth, c_step, a_step, b_step, workspace_floats;
   int a_turned, b_turned, add;
   int instruction_set, threads;

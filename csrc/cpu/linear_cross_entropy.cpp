@@ -205,8 +205,9 @@ static int linear_cross_entropy_product(const blip3o_linear_cross_entropy_produc
 #if BLIP3O_LANES == 16
   if (blip3o_instruction_set(a.instruction_set) != BLIP3O_AMX) return BLIP3O_BAD_INSTRUCTION_SET;
   if (a.rows < 0 || a.columns < 0 || a.depth < 1 || a.workspace_floats % 16) return BLIP3O_BAD_ARGUMENT;
-  if (a.workspace_floats < left_floats(a.rows, a.depth) + right_floats(a.columns, a.depth)) return BLIP3O_BAD_ARGUMENT;
+  if (a.workspace_floats < 2 * left_floats(a.rows, a.depth) + right_floats(a.columns, a.depth)) return BLIP3O_BAD_ARGUMENT;
   const Matrix left{static_cast<const bfloat16*>(a.a), a.a_step, a.a_turned != 0};
+  const Matrix rest{static_cast<const bfloat16*>(a.rest), a.a_step, a.a_turned != 0};
   const Matrix right{static_cast<const bfloat16*>(a.b), a.b_step, a.b_turned != 0};
   // Each thread takes a run of panels along the longer side of c.
   const bool by_rows = a.rows > a.columns;
@@ -217,10 +218,11 @@ static int linear_cross_entropy_product(const blip3o_linear_cross_entropy_produc
     const int64_t from = panels * part / parts * PANEL, to = smaller(length, panels * (part + 1) / parts * PANEL);
     float* space = a.workspace + part * a.workspace_floats;
     if (by_rows)
-      multiply_matrices(a.c + from * a.c_step, a.c_step, left.from(from, 0), right, to - from, a.columns, a.depth,
-                        a.add != 0, space);
+      multiply_matrices(a.c + from * a.c_step, a.c_step, left.from(from, 0), rest.from(from, 0), right, to - from,
+                        a.columns, a.depth, a.add != 0, space);
     else
-      multiply_matrices(a.c + from, a.c_step, left, right.from(from, 0), a.rows, to - from, a.depth, a.add != 0, space);
+      multiply_matrices(a.c + from, a.c_step, left, rest, right.from(from, 0), a.rows, to - from, a.depth, a.add != 0,
+                        space);
   }
   return BLIP3O_OK;
 #else

@@ -5,6 +5,7 @@
 // one: for every 32 terms two tiles, side by side. A block of the right factor stays in the second cache.
 
 static constexpr int64_t PANEL = 32, DEPTH = 512, LEFT_LINES = 128, RIGHT_LINES = 1024;
+static constexpr int64_t LARGE = 1 << 24;  // elements of a result that nobody finds in a cache
 
 // bfloat16 [lines, terms], rows `step` apart; if turned [terms, lines].
 struct Matrix {
@@ -13,6 +14,7 @@ struct Matrix {
   bool turned;
 
   Matrix from(int64_t line, int64_t term) const {
+    if (!at) return *this;
     return {at + (turned ? term * step + line : line * step + term), step, turned};
   }
 };
@@ -41,33 +43,49 @@ static void lay_panels(float* to, Matrix x, int64_t lines, int64_t depth) {
   }
 }
 
-// Up to 32 x 32 of a product; what would pass the end of c goes by way of a block of its own.
+// Up to 32 x 32 of a product: tiles of a, then of rest, if there is any. What would pass the end of c, or is to pass the caches
+// by, goes by way of a block of its own.
 template <bool ADD>
-static void panel_product(float* c, int64_t step, const float* a, const float* b, int64_t rows, int64_t columns,
-                          int64_t depth) {
-  const Factor left{a, TILE, 2 * TILE}, right{b, TILE, 2 * TILE};
+static void panel_product(float* c, int64_t step, const float* a, const float* rest, const float* b, int64_t rows,
+                          int64_t columns, int64_t depth, bool past_caches) {
   const int64_t terms = padded(depth, TERMS) / TERMS;
-  if (rows == PANEL && columns == PANEL) return tile_block<2, 2, ADD>(Sums::matrix(c, step), left, right, terms);
-  float block[PANEL * PANEL];
+  const auto both = [&](Sums to) {
+    const Factor left{a, TILE, 2 * TILE}, other{rest, TILE, 2 * TILE}, right{b, TILE, 2 * TILE};
+    const int64_t high = padded(rows, SIDE) / SIDE, wide = padded(columns, SIDE) / SIDE;
+    multiply_tiles<ADD, false>(to, left, right, high, wide, terms);
+    if (rest) multiply_tiles<true, false>(to, other, right, high, wide, terms);
+  };
+  const bool whole = rows == PANEL && columns == PANEL;
+  if (whole && !past_caches) return both(Sums::matrix(c, step));
+  alignas(64) float block[PANEL * PANEL];
   const size_t bytes = sizeof(float) * static_cast<size_t>(columns);
   for (int64_t row = 0; ADD && row < rows; ++row) std::memcpy(block + row * PANEL, c + row * step, bytes);
-  multiply_tiles<ADD, false>(Sums::matrix(block, PANEL), left, right, padded(rows, SIDE) / SIDE,
-                             padded(columns, SIDE) / SIDE, terms);
-  for (int64_t row = 0; row < rows; ++row) std::memcpy(c + row * step, block + row * PANEL, bytes);
+  both(Sums::matrix(block, PANEL));
+  for (int64_t row = 0; row < rows; ++row) {
+    if (!whole || !past_caches) {
+      std::memcpy(c + row * step, block + row * PANEL, bytes);
+      continue;
+    }
+    _mm512_stream_ps(c + row * step, (__m512)load(block + row * PANEL));
+    _mm512_stream_ps(c + row * step + SIDE, (__m512)load(block + row * PANEL + SIDE));
+  }
 }
 
-static inline int64_t left_floats(int64_t rows, int64_t depth) {
+static inline int64_t left_floats(int64_t rows, int64_t depth) {  // of one of its two
   return padded(smaller(rows, LEFT_LINES), PANEL) / PANEL * panel_floats(smaller(depth, DEPTH));
 }
 static inline int64_t right_floats(int64_t columns, int64_t depth) {
   return padded(smaller(columns, RIGHT_LINES), PANEL) / PANEL * panel_floats(smaller(depth, DEPTH));
 }
 
-// c [rows, columns], rows `step` apart, = a b, or c += a b. space: left_floats + right_floats.
-static void multiply_matrices(float* c, int64_t step, Matrix a, Matrix b, int64_t rows, int64_t columns, int64_t depth,
+// c [rows, columns], rows `step` apart, = (a + rest) b, or c += that; rest may be null. space: 2 left_floats + right_floats.
+static void multiply_matrices(float* c, int64_t step, Matrix a, Matrix rest, Matrix b, int64_t rows, int64_t columns, int64_t depth,
                               bool add, float* space) {
   const TileRegisters registers;
-  float *left = space, *right = space + left_floats(rows, depth);
+  const int64_t floats = left_floats(rows, depth);
+  float *left = space, *beside = rest.at ? space + floats : nullptr, *right = space + 2 * floats;
+  const bool aligned = reinterpret_cast<uintptr_t>(c) % 64 == 0 && step % SIDE == 0;
+  const bool past_caches = !add && depth <= DEPTH && aligned && rows * columns >= LARGE;
   for (int64_t j = 0; j < columns; j += RIGHT_LINES)
     for (int64_t k = 0; k < depth; k += DEPTH) {
       const int64_t wide = smaller(RIGHT_LINES, columns - j), deep = smaller(DEPTH, depth - k), panel = panel_floats(deep);
@@ -75,14 +93,15 @@ static void multiply_matrices(float* c, int64_t step, Matrix a, Matrix b, int64_
       for (int64_t i = 0; i < rows; i += LEFT_LINES) {
         const int64_t tall = smaller(LEFT_LINES, rows - i);
         lay_panels<true>(left, a.from(i, k), tall, deep);
+        if (beside) lay_panels<true>(beside, rest.from(i, k), tall, deep);
         for (int64_t column = 0; column < wide; column += PANEL)
           for (int64_t row = 0; row < tall; row += PANEL) {
-            float* block = c + (i + row) * step + j + column;
-            const float *its_left = left + row / PANEL * panel, *its_right = right + column / PANEL * panel;
-            const int64_t high = smaller(PANEL, tall - row), broad = smaller(PANEL, wide - column);
-            add || k > 0 ? panel_product<true>(block, step, its_left, its_right, high, broad, deep)
-                         : panel_product<false>(block, step, its_left, its_right, high, broad, deep);
+            const auto product = add || k > 0 ? panel_product<true> : panel_product<false>;
+            product(c + (i + row) * step + j + column, step, left + row / PANEL * panel,
+                    beside ? beside + row / PANEL * panel : nullptr, right + column / PANEL * panel,
+                    smaller(PANEL, tall - row), smaller(PANEL, wide - column), deep, past_caches);
           }
       }
     }
+  if (past_caches) _mm_sfence();
 }

@@ -28,6 +28,7 @@ from .memory import empty
 # would take as long as reading the weight does.
 LOGITS = {"cpu": 2**22, "cuda": 2**27}
 MIN_ROWS = 256
+CACHED = 2**17  # logits in a chunk that stays in a CPU's cache, worth it where dweight, too, has not many more elements
 SLICE = 2**14  # rows of dweight that a half-precision product holds beside dweight itself
 
 WIDE_RESULTS = torch.version.hip is None  # whether a GPU's half-precision products may have float32 results
@@ -35,8 +36,8 @@ WIDE_RESULTS = torch.version.hip is None  # whether a GPU's half-precision produ
 # kernel(logits, dlogits, start) writes the losses of rows start, start + 1, ... and, if it is not None, dlogits: it is
 # logits itself, or [n, V], or [2 n, V] with the upper parts before the lower ones; its rows are a stride apart.
 Kernel = Callable[[Tensor, Tensor | None, int], None]
-# multiply(c, a, b, add): c = a b, or c += a b if add; bfloat16 into float32.
-Multiply = Callable[[Tensor, Tensor, Tensor, bool], None]
+# multiply(c, a, rest, b, add): c = (a + rest) b, or c += that if add; bfloat16 into float32. No rest: None.
+Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], None]
 
 
 def chunk_rows(rows: int, vocab: int, device: str) -> int:
@@ -116,6 +117,8 @@ def _multiplied(
     kernel: Kernel, multiply: Multiply, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, step: int
 ) -> None:
     """All chunks with `multiply`."""
+    if weight.numel() <= 2 * CACHED:
+        step = min(step, max(MIN_ROWS, CACHED // weight.shape[0] // 16 * 16))
     rows, vocab = min(step, x.shape[0]), weight.shape[0]
     logits, parts = empty((rows, vocab), torch.float32), None
     if dx is not None or dweight is not None:
@@ -123,17 +126,17 @@ def _multiplied(
     for start in range(0, x.shape[0], step):
         part = x[start : start + step]
         rows = part.shape[0]
-        multiply(logits[:rows], part, weight.t(), False)
+        multiply(logits[:rows], part, None, weight.t(), False)
         if parts is None:
             kernel(logits[:rows], None, start)
             continue
         dlogits = parts.view(-1, parts.shape[2])[: 2 * rows, :vocab]
         kernel(logits[:rows], dlogits, start)
-        for i, dlogit in enumerate(dlogits.split(rows)):
-            if dx is not None:
-                multiply(dx[start : start + step], dlogit, weight, i > 0)
-            if dweight is not None:
-                multiply(dweight, dlogit.t(), part, start + i > 0)
+        high, low = dlogits.split(rows)
+        if dx is not None:
+            multiply(dx[start : start + step], high, low, weight, False)
+        if dweight is not None:
+            multiply(dweight, high.t(), low.t(), part, start > 0)
 
 
 def _without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[object]:

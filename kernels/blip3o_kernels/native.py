@@ -48,7 +48,7 @@ FORMATS = {
     "flow_step": "PPPPPPqqffiiiP",
     "flow_step_backward": "PPPPPPPPPPqqffiiiP",
     "linear_cross_entropy": "PPPPPPqqqqqqfffiiiiP",
-    "linear_cross_entropy_product": "PPPPqqqqqqqiiiiiP",
+    "linear_cross_entropy_product": "PPPPPqqqqqqqiiiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
     "rope": "PPPPqqqqqqqqqqqqiiiiiP",

@@ -17,20 +17,21 @@ _AMX = INSTRUCTION_SETS["amx"]
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
 
 
-def _multiply(c: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """c = a b, or c += a b if `add`: c float32 with contiguous rows, a and b bfloat16."""
-    if 1 not in a.stride():
+def _multiply(c: Tensor, a: Tensor, rest: Tensor | None, b: Tensor, add: bool) -> None:
+    """c = (a + rest) b, or c += that if `add`: c float32 with contiguous rows, the others bfloat16, rest laid out as a."""
+    if rest is None and 1 not in a.stride():
         a = a.contiguous()
     if 1 not in b.stride():
         b = b.contiguous()
     (rows, depth), columns = a.shape, b.shape[1]
     a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
-    lines = -(-min(rows, 128) // 32) * 32 + -(-min(columns, 1024) // 32) * 32
+    lines = -(-min(rows, 128) // 32) * 64 + -(-min(columns, 1024) // 32) * 32
     floats = lines * -(-min(depth, 512) // 32) * 16
     workspace = empty((torch.get_num_threads() * floats,), torch.float32)
     _PRODUCT(
         c.data_ptr(),
         a.data_ptr(),
+        0 if rest is None else rest.data_ptr(),
         b.data_ptr(),
         workspace.data_ptr(),
         rows,
