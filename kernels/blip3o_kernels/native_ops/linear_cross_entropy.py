@@ -18,7 +18,7 @@ _BEST = INSTRUCTION_SETS[native.instruction_set()]
 
 
 def _multiply(c: Tensor, a: Tensor, rest: Tensor | None, b: Tensor, add: bool) -> None:
-    """c = (a + rest) b, or c += that if `add`: c float32 with contiguous rows, the others bfloat16, rest laid out as a."""
+    """c = (a + rest) b, or c += that if `add`: c float32 of contiguous rows, the others bfloat16, rest laid as a."""
     if rest is None and 1 not in a.stride():
         a = a.contiguous()
     if 1 not in b.stride():
