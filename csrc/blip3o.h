@@ -17,7 +17,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 4
+#define BLIP3O_VERSION 5
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -375,13 +375,16 @@ BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arg
 /* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: the
  * logits [rows, vocab], contiguous, of rows start, start + 1, ... of `targets` ones, chunk after chunk. *loss is the mean so far:
  * the losses up to here over the number of kept rows among all, so the last chunk's is the result. With `wanted`, the logits are
- * overwritten by its gradient. */
+ * overwritten by its gradient; with `high`, that is for float32 logits alone, its value in bfloat16 goes there and what that
+ * leaves to `low`, also in bfloat16; rows of both are `stride` apart, and the logits are lost. */
 typedef struct {
   void* logits;
+  void* high; /* null: none */
+  void* low;
   double* losses; /* [targets], workspace */
   float* loss;
   const int64_t* target; /* [targets], in [0, vocab) or ignore_index */
-  int64_t targets, start, rows, vocab, ignore_index;
+  int64_t targets, start, rows, vocab, stride, ignore_index;
   float label_smoothing, z_loss, softcap; /* softcap 0: none */
   int dtype, wanted;
   int instruction_set, threads;
@@ -389,6 +392,23 @@ typedef struct {
 } blip3o_linear_cross_entropy_arguments;
 
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
+
+/* Its products: c [rows, columns] = (a + rest) b, with `add` c += that, in float32 from bfloat16, on chips with BLIP3O_AMX.
+ * Rows are `step` apart. rest is laid out as a; a is [rows, depth], or turned [depth, rows]; b is [columns, depth], or turned [depth, columns]. */
+typedef struct {
+  float* c;
+  const void* a;
+  const void* rest; /* null: 0 */
+  const void* b;
+  float* workspace; /* threads parts of workspace_floats, a multiple of 16, of at least
+                     * (2 min(rows, 128) + min(columns, 1024)) * min(depth, 512) / 2, each padded to 32 */
+  int64_t rows, columns, depth, c_step, a_step, b_step, workspace_floats;
+  int a_turned, b_turned, add;
+  int instruction_set, threads;
+  void* stream;
+} blip3o_linear_cross_entropy_product_arguments;
+
+BLIP3O_API int blip3o_cpu_linear_cross_entropy_product(const blip3o_linear_cross_entropy_product_arguments* arguments);
 
 /* swiglu: y = silu(gate) * up, all of one dtype. Rows are `width` long and apart by the strides; y is contiguous. */
 typedef struct {

@@ -166,6 +166,16 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
   }
 }
 
+// y [rows, width] = what Sums::tiles lie at `tiles`, times a factor.
+static void store_tiles(bfloat16* y, int64_t step, const float* tiles, int64_t rows, int64_t width, Floats factor) {
+  const int64_t wide = padded(width, SIDE);
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t k = 0; k < width; k += SIDE) {
+      const Floats v = load(tiles + row / SIDE * SIDE * wide + k * SIDE + row % SIDE * SIDE) * factor;
+      width - k >= SIDE ? store(y + row * step + k, v) : store(y + row * step + k, v, width - k);
+    }
+}
+
 // What the backward pass knows of a block's queries: their log-sum-exp in powers of 2, and the sums of dy y.
 struct Known {
   float log_sum[QUERIES], dot[QUERIES];

@@ -1,5 +1,5 @@
 // Matrix products of bfloat16 with sums in float32, in the tile registers of AMX.
-// Included by attention.cpp for AVX-512 alone, after product.h: no include guard, no includes.
+// Included by an op's body for AVX-512 alone, after product.h: no include guard, no includes.
 //
 //   TileRegisters     holds them configured while it lives
 //   lay_tiles         lays a matrix out for them, with zeros where it ends
@@ -116,16 +116,6 @@ static void multiply_tiles(Sums c, Factor a, Factor b, int64_t rows, int64_t col
     for (int64_t i = 0; i < rows; i += 2)
       for (int64_t j = 0; j < columns; j += 2) block(i, j);
   }
-}
-
-// y [rows, width] = what Sums::tiles lie at `tiles`, times a factor.
-static void store_tiles(bfloat16* y, int64_t step, const float* tiles, int64_t rows, int64_t width, Floats factor) {
-  const int64_t wide = padded(width, SIDE);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t k = 0; k < width; k += SIDE) {
-      const Floats v = load(tiles + row / SIDE * SIDE * wide + k * SIDE + row % SIDE * SIDE) * factor;
-      width - k >= SIDE ? store(y + row * step + k, v) : store(y + row * step + k, v, width - k);
-    }
 }
 
 // (low, high) as 32 bfloat16.

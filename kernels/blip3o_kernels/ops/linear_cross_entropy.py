@@ -34,6 +34,7 @@ from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..logits import check_target
+from ..memory import empty
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -121,9 +122,11 @@ def _gradients(context: Any, backward: Any, dloss: Tensor) -> tuple[Tensor | Non
     want_x, want_weight = context.needs_input_grad[:2]
     if (want_x and dx.shape != x.shape) or (want_weight and dweight.shape != weight.shape):
         raise RuntimeError("linear_cross_entropy: a gradient is asked for that the forward pass was told not to keep")
-    # Times 1, as most losses are, it is the kept gradients themselves; an op must not return its inputs.
-    if backward is not _backward or x.dtype is not torch.float32 or not x.is_cpu or dloss.item() != 1.0:
+    # Times 1, as most losses are, it is the kept gradients, at most rounded; an op must not return its inputs.
+    if backward is not _backward or not x.is_cpu or dloss.item() != 1.0:
         dx, dweight = backward(dloss, x, weight, dx, dweight)
+    elif x.dtype is not torch.float32:
+        dx, dweight = (empty(kept.shape, x.dtype).copy_(kept) for kept in (dx, dweight))
     return (dx if want_x else None, dweight if want_weight else None, *[None] * 9)
 
 
