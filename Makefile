@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench fuzz check-gpu-code lint clean
+.PHONY: demo test bench bench-networks fuzz check-gpu-code lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
@@ -11,9 +11,11 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest
 
-# Every op, the model and training beside their peers; the tables are printed, and kept in build/bench.
+# Every op beside its peers; then the networks. The tables are printed, and kept in build/bench.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/ops.py --memory both --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
+
+bench-networks: $(INSTALLED)
 	$(BIN)/python benchmarks/model.py --json build/bench/model.json --markdown build/bench/model.md
 	$(BIN)/python benchmarks/training.py --json build/bench/training.json --markdown build/bench/training.md
 

@@ -166,7 +166,7 @@ def table(rows: Iterable[Row], share: str, memory: bool) -> str:
             cells += [f"{part:.2f}" if part else "-" for _, part in found]
         cells += [", ".join(milliseconds(row) for row in group if row.provider != "native" and row.median_us)]
         if any(speed is not None and speed < 1 for speed, _ in found):
-            cells = [f"**{cell}**" for cell in cells]
+            cells = [f"**{cell}**" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")
         reasons |= {(row.provider, row.op, row.reason) for row in group if row.reason}
     return "\n".join([*lines, "", *(f"- {provider}, {op}: {reason}" for provider, op, reason in sorted(reasons))])

@@ -204,7 +204,7 @@ def line(rows: Sequence[Row], kept: float | None = None) -> str:
     cells += [f"{ratio:.2f}" if ratio else "-", f"{kept:.2f}" if kept else "", share]
     cells += [", ".join(f"{row.provider} {microseconds(row.median_us)}" for row in peers)]
     if ratio is not None and ratio < 1:
-        cells = [f"**{cell}**" for cell in cells]
+        cells = [f"**{cell}**" if cell else "" for cell in cells]
     return "| " + " | ".join(cells) + " |"
 
 
