@@ -46,7 +46,8 @@ class Row:
     without, over the median.  limit_share: the time the machine's binding limit allows, over the median.  memory:
     "fresh" if malloc is as it comes, which maps every large result anew, "reused" if it keeps freed memory; what we
     keep by ourselves (blip3o_kernels/memory.py) is kept in both.  checked: whether the result agreed with the
-    reference.  intensity: operations of any kind, by FLOP formulas, on a byte.
+    reference.  intensity: operations on a byte, of matrix products where
+    there are any, otherwise of any kind by FLOP formulas.
     """
 
     op: str
