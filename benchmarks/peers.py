@@ -150,6 +150,13 @@ def functional_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -
     return F.cross_entropy(F.linear(x, weight), target).float()
 
 
+def functional_attention(
+    query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, enable_gqa: bool = False
+) -> Tensor:
+    """SDPA as it is called; to pick a backend costs tens of microseconds a call, which small shapes feel."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, enable_gqa=enable_gqa)
+
+
 def sdpa(backend: SDPBackend) -> Function:
     def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, enable_gqa: bool = False) -> Tensor:
         with sdpa_kernel(backend):
@@ -181,7 +188,7 @@ PEERS: dict[str, dict[str, Function]] = {
     "gated_residual": {"diffusers": hf_gated_residual},
     "rope": {"transformers": hf_rope},
     "qk_norm_rope": {"diffusers": hf_qk_norm_rope},
-    "attention": {"transformers": hf_attention},
+    "attention": {"transformers": hf_attention, "functional": functional_attention},
     "swiglu": {"transformers": hf_swiglu},
     "timestep_embedding": {"diffusers": hf_timestep_embedding},
     "flow_timesteps": {"torch": torch_flow_timesteps},
