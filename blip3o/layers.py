@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
@@ -129,8 +128,9 @@ class _LinearAfter(torch.autograd.Function):
             return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph; under a sum torch's once_differentiable would not notice
+            raise RuntimeError("linear_after: its gradient cannot be differentiated")
         weight, *inputs = context.saved_tensors
         _, weight_wanted, bias_wanted, *wanted = context.needs_input_grad
         leaves = [x.detach().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
@@ -160,6 +160,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return patches.reshape(batch, rows * columns, channels * patch_size**2)
 
 
+TABLES = 64  # that are kept, the newest: batches may be of any size
 _tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
 
 
@@ -172,7 +173,10 @@ def _kept(key: tuple[object, ...], make: Callable[[], tuple[Tensor, Tensor]]) ->
             table = make()
         if type(table[0]) is not Tensor:  # a fake one stands for nothing later
             return table
+        if len(_tables) == TABLES:
+            del _tables[next(iter(_tables))]
         _tables[key] = table
+        return table
     return _tables[key]
 
 

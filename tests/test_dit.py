@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from blip3o import layers
 from blip3o.config import DitConfig
 from blip3o.dit import Dit
 from blip3o.presets import preset
@@ -244,3 +245,18 @@ def test_released_sizes(name: str, expected: int, queries: int) -> None:
         dit = Dit(config.dit)
     assert sum(parameter.numel() for parameter in dit.parameters()) == expected
     assert config.num_queries * config.llm.width == queries  # trained with it, counted beside it
+
+
+def test_a_product_that_recomputes_its_input_is_differentiated_once() -> None:
+    """Under a plain sum too, where the second derivative by way of the saved inputs would silently be missing."""
+    norm, linear, x = layers.RMSNorm(8, 1e-6), torch.nn.Linear(8, 4), torch.randn(3, 8, requires_grad=True)
+    total = norm.before(linear, x).sum()
+    torch.autograd.grad(total, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated"):
+        torch.autograd.grad(total, x, create_graph=True)
+
+
+def test_rotary_tables_are_kept_but_not_without_bound() -> None:
+    tables = [layers.grid_rope_table(2, 8, 1e4, torch.device("cpu"), n) for n in range(1, layers.TABLES + 10)]
+    assert len(layers._tables) <= layers.TABLES
+    assert layers.grid_rope_table(2, 8, 1e4, torch.device("cpu"), layers.TABLES + 9)[0] is tables[-1][0]
