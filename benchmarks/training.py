@@ -13,6 +13,7 @@ adds to them. MFU: the products that the cheaper plan cannot do without, at the 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import end_to_end
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o.flow import draw_sigma
+from blip3o.layers import keep_casts
 from blip3o.train.recipe import RECIPES
 
 STAGES = ("understanding", "generation")
@@ -103,8 +105,9 @@ class Contest:
         fused = "cached" in provider
         return Trainer(lambda: loss(self.network, self.batch), self.parameters, self.recipe, bfloat16, False, fused)
 
-    def at_hand(self, provider: str, optimizer: torch.optim.Optimizer) -> int:
-        """Bytes before and after every step: the weights this plan needs, the moments, and what the batch holds."""
+    def at_hand(self, provider: str, optimizer: torch.optim.Optimizer, casts: Mapping[Tensor, Tensor]) -> int:
+        """Bytes before and after every step: the weights this plan needs, the moments, what the batch holds; and the
+        casts that ours keeps."""
         moments = (x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
         held = [x for x in vars(self.batch).values() if x is not self.batch.pictures or "official" in provider]
         needed: tuple[str, ...] = (
@@ -113,10 +116,11 @@ class Contest:
         if "official" in provider:
             needed += ("clip.",)  # a tower that is not run need not be there
         weights = [x for name, x in self.network.named_parameters() if name.startswith(needed)]
-        return size(weights) + size(moments) + size(held)
+        kept = casts.values() if provider == "native" else ()
+        return size(weights) + size(moments) + size(held) + size(kept)
 
 
-def measure_stage(contest: Contest, options: argparse.Namespace) -> list[Row]:
+def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[Tensor, Tensor]) -> list[Row]:
     head = Row(contest.stage, "", "cpu", contest.dtype, contest.shape, "training")
     expected = contest.trainer("plain official").gradients()
     optimizers = {fused: contest.trainer("plain cached" if fused else "plain official").optimizer() for fused in (0, 1)}
@@ -140,7 +144,7 @@ def measure_stage(contest: Contest, options: argparse.Namespace) -> list[Row]:
     for provider, call in calls.items():
         added = end_to_end.peak(lambda call=call: call(0))  # type: ignore[misc]
         optimizer = optimizers["plain official" not in provider]
-        found[provider] = replace(found[provider], peak_mib=(contest.at_hand(provider, optimizer) + added) / MIB)
+        found[provider] = replace(found[provider], peak_mib=(contest.at_hand(provider, optimizer, casts) + added) / MIB)
     dtype = DTYPES[contest.dtype]
     yardsticks = limits.contestants(work, "cpu", dtype)
     del yardsticks[limits.COPY]
@@ -163,7 +167,8 @@ def main() -> None:
         for dtype in options.dtype:
             for stage in options.stages:
                 torch._dynamo.reset()
-                found += measure_stage(Contest(preset, stage, dtype), options)
+                with keep_casts() as casts:
+                    found += measure_stage(Contest(preset, stage, dtype), options, casts)
                 progress(measure.line([row for row in found if row.key == found[-1].key]))
     end_to_end.report("training.py", found, options, "MFU", memory=True)
 

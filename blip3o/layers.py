@@ -7,7 +7,8 @@ stay separate.
 Shapes: D the width of a token; [..., D] any leading dimensions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ __all__ = [
     "attention",
     "gated_residual",
     "grid_rope_table",
+    "keep_casts",
     "layer_norm",
     "linear_after",
     "linear_cross_entropy",
@@ -93,13 +95,45 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On a CPU torch does that in half the time of a product of matrices, in bfloat16 in a quarter where the weights are
     in the cache.
     """
-    if torch.is_grad_enabled() or x.numel() != x.shape[-1] or not x.is_cpu or weight.dtype is not x.dtype:
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled(weight.device.type):
+        return F.linear(x, weight if _casts is None or weight.requires_grad else _cast(weight), bias)
+    if torch.is_grad_enabled() or x.numel() != x.shape[-1] or not x.is_cpu or weight.dtype is not x.dtype:
         return F.linear(x, weight, bias)
     row = x.view(-1)
     y = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
     return y.view(*x.shape[:-1], -1)
+
+
+_casts: dict[Tensor, Tensor] | None = None  # of frozen weights, while `keep_casts` is on
+
+
+@contextmanager
+def keep_casts() -> Iterator[dict[Tensor, Tensor]]:
+    """Until its end, a frozen weight is cast to autocast's dtype once; none may change meanwhile. For a training loop.
+    Yields the casts, by weight.
+
+    Autocast itself keeps the casts of weights that learn, for a step, but writes a frozen one anew at every use: the
+    frozen language model's twice at every step of the generation stage.
+    """
+    global _casts
+    before, _casts = _casts, {}
+    try:
+        yield _casts
+    finally:
+        _casts = before
+
+
+def _cast(weight: Tensor) -> Tensor:
+    """The weight in autocast's dtype."""
+    dtype = torch.get_autocast_dtype(weight.device.type)
+    if _casts is None or weight.requires_grad or weight.dtype is dtype or transformed():
+        return weight.to(dtype)
+    if weight not in _casts:
+        with torch.inference_mode(False):  # so that training may save it
+            _casts[weight] = weight.detach().to(dtype)
+    return _casts[weight]
 
 
 def linear_after(linear: nn.Linear, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -120,12 +154,13 @@ class _LinearAfter(torch.autograd.Function):
         context: Any, function: Callable[..., Tensor], weight: Tensor, bias: Tensor | None, *inputs: Tensor
     ) -> Tensor:
         x, kind = function(*inputs), weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        weight = weight.to(dtype)
+        if torch.is_autocast_enabled(kind):
+            weight = _cast(weight)
+            x, bias = x.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
         context.save_for_backward(weight, *inputs)
         context.function = function
         with torch.autocast(kind, enabled=False):
-            return F.linear(x.to(dtype), weight, None if bias is None else bias.to(dtype))
+            return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(context: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

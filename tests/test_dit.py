@@ -260,3 +260,24 @@ def test_rotary_tables_are_kept_but_not_without_bound() -> None:
     tables = [layers.grid_rope_table(2, 8, 1e4, torch.device("cpu"), n) for n in range(1, layers.TABLES + 10)]
     assert len(layers._tables) <= layers.TABLES
     assert layers.grid_rope_table(2, 8, 1e4, torch.device("cpu"), layers.TABLES + 9)[0] is tables[-1][0]
+
+
+def test_casts_of_frozen_weights_are_made_once_and_change_nothing() -> None:
+    norm, frozen, learning = layers.RMSNorm(8, 1e-6), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    frozen.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+
+    def gradient() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layers.project(norm.before(frozen, x), frozen.weight)  # the same weight, by both ways to it
+            return torch.autograd.grad(norm.before(learning, y.float()).float().sum(), x)[0]
+
+    before = gradient()
+    with layers.keep_casts() as casts:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            layers.project(torch.randn(3, 8), frozen.weight)  # must not leave what autograd cannot save
+        first = gradient()
+        kept = casts[frozen.weight]
+        assert torch.equal(gradient(), first) and casts == {frozen.weight: kept}
+    assert torch.equal(first, before) and kept.dtype == torch.bfloat16
+    assert layers._casts is None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from blip3o.layers import keep_casts
 from blip3o.train.recipe import Recipe
 
 LOG_EVERY = 10  # steps
@@ -157,7 +158,7 @@ def train(
     log.parent.mkdir(parents=True, exist_ok=True)
     rewind_log(log, stage.name, start)
     bar = tqdm(total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True)
-    with _stop_requests() as stop_asked, log.open("a") as lines, bar:
+    with _stop_requests() as stop_asked, log.open("a") as lines, bar, keep_casts():
         for step in range(start, recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
