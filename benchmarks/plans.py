@@ -12,6 +12,8 @@
     frozen prompts         their pass is kept for gradients      read without gradients; only the queries' is kept
     AdamW                  torch's default, as HF's Trainer      fused
 
+Ours alone: of tokens that nothing is asked of, the last block computes keys and values only.
+
 The official code also recomputes the language model's activations (gradient checkpointing). That trades time for
 memory and is left out: a user of these sizes would not turn it on. All plans train float32 weights, autocast where
 products are bfloat16.
@@ -58,8 +60,8 @@ class Native:
     def prefill(self, ids: Tensor) -> Tensor:
         """The logits after a prompt [1, T], by which its first answer is chosen: [1, vocabulary]."""
         model = self.model
-        hidden = model.llm(model.embed(ids), None, None, model.cache(1, ids.shape[1] + 1))
-        return model.llm.logits(hidden[:, -1])
+        last, cache = torch.tensor([ids.shape[1] - 1]), model.cache(1, ids.shape[1] + 1)
+        return model.llm.logits(model.llm(model.embed(ids), None, None, cache, asked=last))
 
     def decode(self, ids: Tensor, token: Tensor) -> Step:
         """A function that gives the logits after `token` [1, 1], over and over, behind a prompt already read."""

@@ -131,7 +131,8 @@ def answer_ids(
     pad, end = model.config.pad_token, model.config.end_token
     embeddings = model.embed(ids, features)
     cache = model.cache(len(ids), ids.shape[1] + limit)
-    hidden = model.llm(embeddings, None, needed(mask), cache)[:, -1:]
+    last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+    hidden = model.llm(embeddings, None, needed(mask), cache, asked=last)[:, None]
     answers: list[Tensor] = []
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(limit):

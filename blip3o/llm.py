@@ -107,6 +107,7 @@ class LlmAttention(nn.Module):
         mask: Tensor | None,
         cache: KvCache | None,
         block: int,
+        asked: Tensor | None,
     ) -> Tensor:
         heads = (
             norm.before(self.qkv, x).view(batch, x.shape[0] // batch, -1, self.head_dim).transpose(1, 2)
@@ -120,7 +121,11 @@ class LlmAttention(nn.Module):
         mixed = attention(
             query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
         )
-        return project(mixed.transpose(1, 2).reshape(x.shape[0], -1), self.out.weight)
+        return project(_rows(mixed.transpose(1, 2).reshape(x.shape[0], -1), asked), self.out.weight)
+
+
+def _rows(x: Tensor, asked: Tensor | None) -> Tensor:
+    return x if asked is None else x.index_select(0, asked)
 
 
 class LlmMlp(nn.Module):
@@ -142,10 +147,21 @@ class LlmBlock(nn.Module):
         self.mlp = LlmMlp(config)
 
     def forward(
-        self, x: Tensor, batch: int, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KvCache | None, block: int
+        self,
+        x: Tensor,
+        batch: int,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        cache: KvCache | None,
+        block: int,
+        asked: Tensor | None,
     ) -> Tensor:
-        """x [B T, D], the tokens of `batch` rows one below the other: a linear layer's call is cheaper on a matrix."""
-        x = x + self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block)
+        """x [B T, D], the tokens of `batch` rows one below the other: a linear layer's call is cheaper on a matrix.
+
+        asked   rows of x, all if None; of the others only key and value are computed, and [asked, D] is returned.
+        """
+        x = _rows(x, asked) + self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block, asked)
         return x + self.mlp(x, self.mlp_norm)
 
 
@@ -200,20 +216,25 @@ class Llm(nn.Module):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         cache: KvCache | None = None,
+        asked: Tensor | None = None,
     ) -> Tensor:
-        """embeddings [B, T, D] -> hidden states after the last norm [B, T, D].
+        """embeddings [B, T, D] -> hidden states after the last norm [B, T, D], or [N, D] of the N tokens asked for.
 
         positions   [3, B, T] int64 from `multimodal_positions`; None: each row counts its real tokens, going on from
                     the cache.
         mask        [B, T] bool, False at padding; None: none of these tokens is padding, or it all comes last and no
                     cache will carry it on. The hidden states at padding mean nothing.
         cache       keys and values of the tokens before these; these are added to it.
+        asked       int64 [N], tokens counted through the batch (row * T + token): the last block computes no more of
+                    the others than their keys and values.
         """
         batch, tokens, width = embeddings.shape
         if mask is not None and (mask.shape != (batch, tokens) or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool [{batch}, {tokens}], got {mask.dtype} {list(mask.shape)}")
         if positions is not None and positions.shape != (3, batch, tokens):
             raise ValueError(f"positions must be [3, {batch}, {tokens}], got {list(positions.shape)}")
+        if asked is not None and (asked.dim() != 1 or asked.dtype != torch.int64):
+            raise ValueError(f"asked must be int64 [N], got {asked.dtype} {list(asked.shape)}")
         if cache is not None and cache.length + tokens > cache.capacity:
             room = cache.capacity - cache.length
             raise ValueError(f"cache has room for {room} more tokens (capacity {cache.capacity}), got {tokens}")
@@ -223,11 +244,11 @@ class Llm(nn.Module):
         visible = _visible(mask, cache, tokens)
         x = embeddings.reshape(batch * tokens, width)
         for index, block in enumerate(self.blocks):
-            x = block(x, batch, cos, sin, visible, cache, index)
+            x = block(x, batch, cos, sin, visible, cache, index, asked if index == len(self.blocks) - 1 else None)
         if cache is not None:
             cache.ended = x.requires_grad
             cache.length += 0 if cache.ended else tokens
-        return self.norm(x).view(batch, tokens, width)
+        return self.norm(x).view(batch, tokens, width) if asked is None else self.norm(x)
 
     def _rope_tables(
         self, embeddings: Tensor, positions: Tensor | None, mask: Tensor | None, cache: KvCache | None

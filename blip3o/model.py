@@ -110,12 +110,14 @@ class Blip3o(nn.Module):
             raise ValueError(f"model {self.config.name!r} reads pictures by its vision tower, not as CLIP features")
         return scatter_features(embeddings, ids, self.config.image_token, self.image_projector(features).flatten(0, 1))
 
-    def read(self, ids: Tensor, features: Tensor | None = None) -> Tensor:
-        """The language model's hidden states [B, T, W] over `ids` [B, T], padded, if at all, on the right.
+    def read(self, ids: Tensor, features: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
+        """The language model's hidden states [B, T, W] over `ids` [B, T], padded, if at all, on the right; with `asked`
+        bool [B, T] those of the N tokens asked for, [N, W].
 
         Padding after the tokens needs no mask: causal attention never looks at it.
         """
-        return self.llm(self.embed(ids, features), None, None)
+        rows = None if asked is None else asked.flatten().nonzero().squeeze(1)
+        return self.llm(self.embed(ids, features), asked=rows)
 
     def condition(self, ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
         """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
@@ -130,9 +132,10 @@ class Blip3o(nn.Module):
         learning = prompts.requires_grad or any(parameter.requires_grad for parameter in self.llm.parameters())
         if torch.is_grad_enabled() and learning:
             mask = nn.functional.pad(mask, (0, self.config.num_queries), value=True)
-            return self.llm(torch.cat([prompts, queries], dim=1), None, mask)[:, -self.config.num_queries :]
+            rows = torch.arange(mask.numel(), device=mask.device).view(mask.shape)[:, ids.shape[1] :].flatten()
+            return self.llm(torch.cat([prompts, queries], dim=1), None, mask, asked=rows).view(queries.shape)
         cache = self.cache(len(ids), ids.shape[1] + self.config.num_queries)
-        self.llm(prompts, None, needed(mask), cache)
+        self.llm(prompts, None, needed(mask), cache, asked=ids.new_empty(0))
         return self.llm(queries, None, None, cache)
 
     def cache(self, batch: int, capacity: int) -> KvCache:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o.config import LlmConfig
 from blip3o.llm import KvCache, Llm, multimodal_positions, scatter_features
@@ -195,6 +196,29 @@ def test_cache_equals_one_pass(pair, steps: list[int]) -> None:
         ours(ours.embed(ids[:, :1]), cache=cache)
 
 
+@pytest.mark.parametrize("asked", [[], [10], [3, 14, 31, 32]])
+def test_tokens_that_are_not_asked_for_cost_less_and_change_nothing(pair, asked: list[int]) -> None:
+    """Their keys and values are stored all the same; and the gradient is what it was."""
+    ours, _ = pair
+    embeddings, rows = ours.embed(texts()).detach().requires_grad_(), torch.tensor(asked, dtype=torch.int64)
+    with FlopCounterMode(display=False) as full:
+        expected = ours(embeddings).flatten(0, 1)[rows]
+    with FlopCounterMode(display=False) as counter:
+        hidden = ours(embeddings, asked=rows)
+    torch.testing.assert_close(hidden, expected, atol=LIMIT, rtol=0)
+    assert counter.get_total_flops() < 0.8 * full.get_total_flops()
+    if asked:
+        both = [torch.autograd.grad(x.square().sum(), embeddings)[0] for x in (hidden, expected)]
+        torch.testing.assert_close(*both, atol=1e-4, rtol=1e-4)
+
+    caches = [KvCache(TINY, 3, 12, device="cpu", dtype=torch.float32) for _ in range(2)]
+    with torch.no_grad():
+        ours(embeddings, cache=caches[0])
+        ours(embeddings, cache=caches[1], asked=rows)
+        nexts = [ours(embeddings[:, :1], cache=cache) for cache in caches]
+    close(*nexts)
+
+
 def test_cached_decoding_of_a_padded_batch_with_pictures(pair) -> None:
     """Prefill with left padding and pictures, then a token at a time: as each row alone, without padding or cache."""
     ours, theirs = pair
@@ -268,6 +292,8 @@ def test_wrong_arguments_are_named() -> None:
         llm(x, mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"positions must be \[3, 2, 5\], got \[2, 5\]"):
         llm(x, positions=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"asked must be int64 \[N\], got torch.bool \[2, 5\]"):
+        llm(x, asked=torch.ones(2, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="features must have width 64"):
         scatter_features(x, torch.zeros(2, 5).long(), 0, torch.zeros(10, 32))
 

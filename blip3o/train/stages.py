@@ -104,10 +104,10 @@ class ClipStage:
 def understanding_loss(model: Blip3o, ids: Tensor, targets: Tensor, features: Tensor | None) -> Tensor:
     """Cross entropy of the tokens that `targets` [B, T] asks for, after `ids` [B, T] with `features` [B, F, C] if any.
 
-    Only the hidden states of those tokens meet the output layer.
+    Only the hidden states of those tokens are computed to the end, and meet the output layer.
     """
-    hidden, asked = model.read(ids, features), targets != text.IGNORE
-    return linear_cross_entropy(hidden[asked], model.llm.output_weight, targets[asked])
+    asked = targets != text.IGNORE
+    return linear_cross_entropy(model.read(ids, features, asked), model.llm.output_weight, targets[asked])
 
 
 class UnderstandingStage:
