@@ -129,14 +129,17 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
 
 def wanted(options: argparse.Namespace) -> list[str]:
     names = providers(not options.no_compile)
-    return [name for name in names if name == "native" or not options.peers or name in options.peers]
+    return [name for name in names if name in measure.OURS or not options.peers or name in options.peers]
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    return min((row for row in rows if row.median_us and row.checked), key=lambda row: row.median_us or 0, default=None)
 
 
 def ratios(rows: Sequence[Row], plan: str) -> tuple[float | None, float | None]:
     """How many times as fast ours is as the faster of a plan's eager and compiled versions; our share of its memory."""
-    ours = next((row for row in rows if row.provider == "native" and row.median_us), None)
-    peers = [row for row in rows if row.provider.startswith(f"plain {plan}") and row.median_us and row.checked]
-    best = min(peers, key=lambda row: row.median_us or 0, default=None)
+    ours = fastest(row for row in rows if row.provider in measure.OURS)
+    best = fastest(row for row in rows if row.provider.startswith(f"plain {plan}"))
     if ours is None or best is None:
         return None, None
     memory = ours.peak_mib / best.peak_mib if ours.peak_mib and best.peak_mib else None
@@ -147,7 +150,7 @@ def milliseconds(row: Row) -> str:
     return f"{row.provider.removeprefix('plain ')} {(row.median_us or 0) / 1000:,.3g}"
 
 
-HEAD = "| task | dtype | sizes | ours, ms | x official | x cached | {share} |{memory} peers, ms |\n" + "|---" * 7 + "|"
+HEAD = "| task | dtype | sizes | ours, ms | x official | x cached | {share} |{memory} others, ms |\n" + "|---" * 7 + "|"
 
 
 def table(rows: Iterable[Row], share: str, memory: bool) -> str:
@@ -156,15 +159,15 @@ def table(rows: Iterable[Row], share: str, memory: bool) -> str:
     lines = [HEAD.format(share=share, memory=extra) + "---|" * (4 if memory else 1)]
     reasons = set()
     for group in measure.groups(rows).values():
-        first = next(row for row in group if row.provider == "native")
+        first = fastest(row for row in group if row.provider in measure.OURS) or group[0]
         found = [ratios(group, plan) for plan in PLANS]
-        cells = [first.op, first.dtype, first.shape, f"{(first.median_us or 0) / 1000:,.3g}"]
+        cells = [first.op, first.dtype, first.shape, milliseconds(first).removeprefix("native ")]
         cells += [f"{speed:.2f}" if speed else "-" for speed, _ in found]
         cells += [f"{100 * first.limit_share:.0f} %" if first.limit_share else "-"]
         if memory:
             cells += [f"{first.peak_mib:,.0f}" if first.peak_mib else "-"]
             cells += [f"{part:.2f}" if part else "-" for _, part in found]
-        cells += [", ".join(milliseconds(row) for row in group if row.provider != "native" and row.median_us)]
+        cells += [", ".join(milliseconds(row) for row in group if row is not first and row.median_us)]
         if any(speed is not None and speed < 1 for speed, _ in found):
             cells = [f"**{cell}**" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cells) + " |")

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import torch
 
-OURS = ("native", "triton")
+BACKENDS = ("native", "triton")
+OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 
 

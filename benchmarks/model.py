@@ -55,6 +55,7 @@ class Contest:
         model, network = end_to_end.build(preset, dtype)
         self.model: Blip3o = model.requires_grad_(False)
         self.network: Plain = network.requires_grad_(False)
+        self.compiled = self._compiled()
         config, draw = self.model.config, torch.Generator().manual_seed(1)
         self.ids = torch.randint(8, 100, (1, self.sizes.prompt), generator=draw)
         self.caption = torch.randint(8, 100, (1, self.sizes.caption), generator=draw)
@@ -65,9 +66,20 @@ class Contest:
         pixels = torch.randn(1, 3, side, side, generator=draw).to(dtype) if side else None
         self.picture = Picture(noise, pixels, self.sizes.steps)
 
+    def _compiled(self) -> Blip3o:
+        """Our model on the same weights, what is called step by step under torch.compile."""
+        with torch.device("meta"):
+            model = Blip3o(self.model.config)
+        model.load_state_dict(self.model.state_dict(), assign=True)
+        model.requires_grad_(False)
+        for network in (model.dit, model.decoder):
+            if network is not None:
+                network.compile()
+        return model
+
     def contestant(self, provider: str) -> Native | Official:
-        if provider == "native":
-            return Native(self.model)
+        if provider in measure.OURS:
+            return Native(self.compiled if "compile" in provider else self.model)
         plan = Cached if "cached" in provider else Official
         return plan(self.network, compiled="compile" in provider)
 
@@ -119,7 +131,8 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
     expected = [official.prefill(contest.ids) if by_logits else contest.call(task, official)()]
     found: dict[str, Row] = {}
     calls: dict[str, Callable[[int], object]] = {}
-    for provider in end_to_end.wanted(options):
+    steps = task in ("dit step", "picture") and not options.no_compile
+    for provider in [*end_to_end.wanted(options), *(["native compile"] if steps else [])]:
         who = contest.contestant(provider)
         call = contest.call(task, who)
 

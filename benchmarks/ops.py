@@ -132,7 +132,7 @@ class Contest:
 def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list[str]) -> Iterator[Peer]:
     """Our backends, then the peers; those that are not wanted are left out."""
     device = x.device.type
-    for backend in measure.OURS:
+    for backend in measure.BACKENDS:
         reason = refusal(op, backend, device, x.dtype)
         if reason or backend == choose(op, x):  # chosen without being forced, as a user's call would be
             yield Peer(backend, None if reason else op.function, reason)
