@@ -1,9 +1,13 @@
 // The hardware primitives that the kernels use: 16-byte loads, conversions, sums over a warp and over a block.
 #pragma once
 
+#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#else
+#include "../host/device.h"
+#endif
 
 #include <cstdint>
 
@@ -74,5 +78,17 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 // Remembers a launch's error for blip3o_cuda_error and turns it into a status.
 int launched();
+
+// kernel<<<blocks, threads, shared, stream>>>(arguments...), which is no C++. `shared`: bytes of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, void* stream, Arguments... arguments) {
+#ifdef __CUDACC__
+  kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+#else
+  (void)stream;
+  host::run(blocks, threads, shared, [&] { kernel(arguments...); });
+#endif
+  return launched();
+}
 
 }  // namespace blip3o

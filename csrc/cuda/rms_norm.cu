@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(blip3o_rms_norm_argume
 #pragma unroll
     for (int k = 0; k < N; ++k) square += v.v[k] * v.v[k];
   }
-  const float rstd = rsqrtf(block_sum<THREADS>(square, scratch) / static_cast<float>(a.width) + a.eps);
+  const float rstd = __frsqrt_rn(block_sum<THREADS>(square, scratch) / static_cast<float>(a.width) + a.eps);
 #pragma unroll 2
   for (int64_t i = threadIdx.x * N; i < a.width; i += THREADS * N) {
     Floats<N> v = load<N>(x + i);
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS) backward_kernel(blip3o
     }
     square = block_sum<THREADS>(square, scratch[0]);
     dot = block_sum<THREADS>(dot, scratch[1]);
-    const float rstd = rsqrtf(square / static_cast<float>(a.width) + a.eps);
+    const float rstd = __frsqrt_rn(square / static_cast<float>(a.width) + a.eps);
     const float c = dot * rstd * rstd * rstd / static_cast<float>(a.width);
     auto finish = [&](int64_t i, Floats<N>& sum) {
       const Floats<N> v = load<N>(x + i), g = load<N>(dy + i), gain = load_gain<N>(weight, i, a.offset);
@@ -105,7 +105,6 @@ __global__ void __launch_bounds__(THREADS, 512 / THREADS) backward_kernel(blip3o
         if (partial) store<N>(partial + i, sums[0]);
       }
     }
-    __syncthreads();  // the next row writes the scratch again
   }
   if (partial && CHUNKS) {
 #pragma unroll
@@ -142,34 +141,26 @@ bool wide_loads(int64_t width, int64_t stride) {
 }
 
 template <int THREADS, int N, class T, class W>
-int launch(const blip3o_rms_norm_arguments& a) {
-  const dim3 grid(static_cast<unsigned>(a.rows));
-  forward_kernel<THREADS, N, T, W><<<grid, THREADS, 0, static_cast<cudaStream_t>(a.stream)>>>(a);
-  return launched();
+int launch_rows(const blip3o_rms_norm_arguments& a) {
+  return launch(forward_kernel<THREADS, N, T, W>, static_cast<unsigned>(a.rows), THREADS, 0, a.stream, a);
 }
 
 template <int THREADS, int N, class T, class W>
-int launch(const blip3o_rms_norm_backward_arguments& a) {
-  const dim3 grid(static_cast<unsigned>(a.blocks));
-  const cudaStream_t stream = static_cast<cudaStream_t>(a.stream);
-  if (a.width <= 4 * THREADS * N)
-    backward_kernel<THREADS, N, 4, T, W><<<grid, THREADS, 0, stream>>>(a);
-  else
-    backward_kernel<THREADS, N, 0, T, W><<<grid, THREADS, 0, stream>>>(a);
-  if (a.dweight) {
-    const dim3 columns(static_cast<unsigned>((a.width + 31) / 32)), threads(32, 8);
-    sum_kernel<W><<<columns, threads, 0, stream>>>(static_cast<W*>(a.dweight), a.partial, a.blocks, a.width);
-  }
-  return launched();
+int launch_rows(const blip3o_rms_norm_backward_arguments& a) {
+  const auto kernel = a.width <= 4 * THREADS * N ? backward_kernel<THREADS, N, 4, T, W> : backward_kernel<THREADS, N, 0, T, W>;
+  const int status = launch(kernel, static_cast<unsigned>(a.blocks), THREADS, 0, a.stream, a);
+  if (status || !a.dweight) return status;
+  const dim3 columns(static_cast<unsigned>((a.width + 31) / 32));
+  return launch(sum_kernel<W>, columns, dim3(32, 8), 0, a.stream, static_cast<W*>(a.dweight), a.partial, a.blocks, a.width);
 }
 
 template <class T, class W, class Arguments>
 int launch_threads(const Arguments& a, bool wide) {
   constexpr int N = 16 / sizeof(T);
-  if (!wide) return launch<256, 1, T, W>(a);
-  if (a.width <= 64 * N) return launch<32, N, T, W>(a);
-  if (a.width <= 512 * N) return launch<128, N, T, W>(a);
-  return launch<512, N, T, W>(a);
+  if (!wide) return launch_rows<256, 1, T, W>(a);
+  if (a.width <= 64 * N) return launch_rows<32, N, T, W>(a);
+  if (a.width <= 512 * N) return launch_rows<128, N, T, W>(a);
+  return launch_rows<512, N, T, W>(a);
 }
 
 template <class T, class W>

@@ -1,0 +1,143 @@
+// See races.h. This file itself is compiled without -fsanitize=thread.
+#include "races.h"
+
+#include <elf.h>
+#include <link.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "device.h"
+
+namespace host::races {
+namespace {
+
+typedef std::vector<uint32_t> Clock;  // one number for each thread of the block
+
+struct Access {
+  int thread = -1;  // none in this block
+  uint32_t when = 0;
+};
+
+struct Byte {
+  uint64_t block = 0;              // the rest is of an earlier block, and void, unless this is the current one
+  Access write, read, other_read;  // the last, and the last of another thread
+};
+
+std::vector<Clock> clocks;
+std::vector<Byte> bytes;
+uint64_t blocks = 0;
+uintptr_t low, high;  // the library's variables: shared memory is a static variable on the host
+uintptr_t base;       // what the addresses of its code count from
+
+int find_variables(dl_phdr_info* info, size_t, void*) {
+  const uintptr_t inside = reinterpret_cast<uintptr_t>(&clocks);
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& segment = info->dlpi_phdr[i];
+    const uintptr_t start = info->dlpi_addr + segment.p_vaddr, end = start + segment.p_memsz;
+    if (segment.p_type == PT_LOAD && segment.p_flags & PF_W && start <= inside && inside < end) {
+      low = start, high = end, base = info->dlpi_addr;
+      return 1;
+    }
+  }
+  return 0;
+}
+
+void join(const std::vector<size_t>& threads) {
+  Clock all = clocks[threads[0]];
+  for (const size_t t : threads)
+    for (size_t i = 0; i < all.size(); ++i) all[i] = std::max(all[i], clocks[t][i]);
+  for (const size_t t : threads) {
+    clocks[t] = all;
+    ++clocks[t][t];
+  }
+}
+
+[[noreturn]] void report(const char* what, const void* code, const Access* before) {
+  const Place& p = here();
+  std::fprintf(stderr, "host: block (%u, %u, %u), thread (%u, %u, %u) at code 0x%zx %s", p.block.x, p.block.y, p.block.z,
+               p.thread.x, p.thread.y, p.thread.z, reinterpret_cast<uintptr_t>(code) - base, what);
+  if (before) std::fprintf(stderr, ", no barrier after thread %d's access of it", before->thread);
+  std::fputc('\n', stderr);
+  std::abort();
+}
+
+void ordered(const char* what, const void* code, const Access& before, size_t thread) {
+  if (before.thread < 0 || before.thread == static_cast<int>(thread)) return;
+  if (before.when > clocks[thread][static_cast<size_t>(before.thread)]) report(what, code, &before);
+}
+
+}  // namespace
+
+void begin(size_t threads) {
+  if (!low) dl_iterate_phdr(find_variables, nullptr);
+  clocks.assign(threads, Clock(threads, 0));
+  for (size_t t = 0; t < threads; ++t) clocks[t][t] = 1;
+  bytes.resize(high - low);
+  ++blocks;
+}
+
+void barrier() {
+  std::vector<size_t> all(clocks.size());
+  for (size_t i = 0; i < all.size(); ++i) all[i] = i;
+  join(all);
+}
+
+void meet(size_t first, uint32_t lanes) {
+  std::vector<size_t> some;
+  for (size_t lane = 0; lane < 32; ++lane)
+    if (lanes >> lane & 1) some.push_back(first + lane);
+  join(some);
+}
+
+void access(const void* p, size_t size, bool writes, const void* code) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (address < low || address + size > high || !running()) return;
+  const size_t thread = number();
+  const Access now{static_cast<int>(thread), clocks[thread][thread]};
+  for (size_t i = 0; i < size; ++i) {
+    Byte& byte = bytes[address + i - low];
+    if (byte.block != blocks) byte = Byte(), byte.block = blocks;
+    ordered(writes ? "writes shared memory" : "reads shared memory", code, byte.write, thread);
+    if (writes) {
+      ordered("writes shared memory", code, byte.read, thread);
+      ordered("writes shared memory", code, byte.other_read, thread);
+      byte.write = now;
+    } else {
+      if (byte.write.thread < 0) report("reads shared memory that no thread of its block has written", code, nullptr);
+      if (byte.read.thread != now.thread) byte.other_read = byte.read;
+      byte.read = now;
+    }
+  }
+}
+
+}  // namespace host::races
+
+// ThreadSanitizer's interface, as far as compilers call it for plain code.
+#ifdef BLIP3O_RACES
+#define ACCESS(name, size, writes)                                                        \
+  __attribute__((visibility("default"))) void __tsan_##name(void* p) {                    \
+    host::races::access(p, size, writes, __builtin_return_address(0));                    \
+  }
+#define SIZES(prefix, writes) \
+  ACCESS(prefix##1, 1, writes) ACCESS(prefix##2, 2, writes) ACCESS(prefix##4, 4, writes) ACCESS(prefix##8, 8, writes) ACCESS(prefix##16, 16, writes)
+
+extern "C" {
+SIZES(read, false)
+SIZES(write, true)
+SIZES(unaligned_read, false)
+SIZES(unaligned_write, true)
+SIZES(volatile_read, false)
+SIZES(volatile_write, true)
+void __tsan_read_range(void* p, long size) { host::races::access(p, size, false, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, long size) { host::races::access(p, size, true, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit(void*) {}
+void __tsan_vptr_update(void*, void*) {}
+void __tsan_vptr_read(void*) {}
+}
+#endif

@@ -1,0 +1,20 @@
+// Finds accesses of shared memory that nothing orders: one of two threads writes, and between the two there is no barrier.
+//
+// Compiled with -fsanitize=thread every access calls a function of ThreadSanitizer's interface; races.cpp is that interface. It
+// needs no other change of the sources, but compilers put such calls in only with that flag, which excludes AddressSanitizer:
+// so the kernels are built twice. Without the flag nothing here is ever asked.
+//
+// A thread's clock counts what it did; it also knows how far every other thread had come when they last met. An access is in
+// order if the thread knows of the other's (vector clocks: Mattern 1989; last accesses alone: FastTrack, Flanagan and Freund 2009).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace host::races {
+
+void begin(size_t threads);                    // a block
+void barrier();                                // of all its threads
+void meet(size_t first, uint32_t lanes);       // of these lanes of the warp that starts at thread `first`
+
+}  // namespace host::races
