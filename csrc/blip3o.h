@@ -113,7 +113,9 @@ typedef struct {
 } blip3o_add_rms_norm_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_add_rms_norm(const blip3o_add_rms_norm_arguments* arguments);
+BLIP3O_API int blip3o_cuda_add_rms_norm(const blip3o_add_rms_norm_arguments* arguments);
 BLIP3O_API int blip3o_cpu_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* arguments);
 
 /* modulate as kernels/blip3o_kernels/ops/modulate.py defines it, with norm="layer" where `centred` is 1. condition_dtype: that of
  * scale, shift, weight, bias and their gradients; the same as dtype, or float32. Rows of x, and rows of scale and of shift, are so
@@ -435,7 +437,9 @@ typedef struct {
 } blip3o_swiglu_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_swiglu(const blip3o_swiglu_arguments* arguments);
+BLIP3O_API int blip3o_cuda_swiglu(const blip3o_swiglu_arguments* arguments);
 BLIP3O_API int blip3o_cpu_swiglu_backward(const blip3o_swiglu_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_swiglu_backward(const blip3o_swiglu_backward_arguments* arguments);
 
 /* rope: x and y [batch, heads, tokens, head_dim], their last dimension contiguous. cos and sin float32 [tokens, half],
  * contiguous, `table_stride` apart from sample to sample (0: one table for all). The first 2 * half dims are rotated, by the
@@ -453,6 +457,7 @@ typedef struct {
 } blip3o_rope_arguments;
 
 BLIP3O_API int blip3o_cpu_rope(const blip3o_rope_arguments* arguments);
+BLIP3O_API int blip3o_cuda_rope(const blip3o_rope_arguments* arguments);
 
 /* qk_norm_rope as kernels/blip3o_kernels/ops/qk_norm_rope.py defines it. query and query_y [batch, heads, tokens, head_dim], key and
  * key_y with `groups` heads; their last dimension is contiguous, and query_y and key_y are dense as [batch, tokens, heads, head_dim].

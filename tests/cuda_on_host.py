@@ -30,8 +30,12 @@ from rebuilt import ROOT, compiler
 
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
 FAULTS = {
-    "memory": (re.compile(r"(?<=; i) < (a\.width)(?=; i \+=)"), r" < \1 + (host::fault() == NUMBER)"),
-    "races": (re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();"),
+    "memory": [
+        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
+        (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
+        (re.compile(r"([\w.]+) >= (a\.\w+)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
+    ],
+    "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
 }
 COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
 SANITIZERS = {
@@ -44,14 +48,14 @@ def with_faults(folder: Path, kind: str) -> tuple[Path, list[str]]:
     """A copy of csrc whose faults can be switched on, and where each of them is."""
     source, places = folder / "csrc", [""]
     shutil.copytree(ROOT / "csrc", source)
-    pattern, replacement = FAULTS[kind]
     for file in sorted(source.glob("cuda/*.cu*")):
         text = file.read_text()
-        for match in reversed(list(pattern.finditer(text))):
-            fault = match.expand(replacement).replace("NUMBER", str(len(places)))
-            line = text.count("\n", 0, match.start()) + 1
-            places.append(f"{file.name}:{line}: {text.splitlines()[line - 1].strip()}")
-            text = text[: match.start()] + fault + text[match.end() :]
+        for pattern, replacement in FAULTS[kind]:
+            for match in reversed(list(pattern.finditer(text))):
+                fault = match.expand(replacement).replace("NUMBER", str(len(places)))
+                line = text.count("\n", 0, match.start()) + 1
+                places.append(f"{file.name}:{line}: {text.splitlines()[line - 1].strip()}")
+                text = text[: match.start()] + fault + text[match.end() :]
         file.write_text(text)
     return source, places
 
@@ -89,8 +93,8 @@ def put_in_place(library: Path) -> None:
             importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))
 
 
-def conform() -> list[str]:
-    """What is wrong with the ops' results; prints how many there were."""
+def conform(first: bool = False) -> list[str]:
+    """What is wrong with the ops' results, or the first of it; prints how many there were."""
     import torch
     from conformance import bound, evaluate, expectation, violations
 
@@ -109,6 +113,8 @@ def conform() -> list[str]:
                     got = evaluate(op, op.function, arguments)
                 found = list(violations(got, expectation(op, "native", arguments)))
                 broken += [f"{op.name} {dtype} {sample.name}: {found}"] if found else []
+                if first and broken:
+                    return broken
                 samples += 1
         print(f"{op.name}: {samples} samples", flush=True)
     return broken
@@ -123,7 +129,7 @@ def missed(library: Path, places: list[str]) -> list[str]:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            os._exit(bool(conform()))
+            os._exit(bool(conform(first=True)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found

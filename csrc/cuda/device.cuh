@@ -74,7 +74,26 @@ __device__ inline float block_sum(float x, float* scratch) {
   return total;
 }
 
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// Whether all addresses are multiples of 16 bytes, and all sizes and strides multiples of N.
+template <class... Pointers>
+bool aligned(const Pointers*... p) {
+  return ((reinterpret_cast<uintptr_t>(p) % 16 == 0) && ...);
+}
+template <int N, class... Sizes>
+bool divisible(Sizes... sizes) {
+  return ((sizes % N == 0) && ...);
+}
+
+// run(T()) with the type of that code.
+template <class Run>
+int by_dtype(int dtype, Run run) {
+  switch (dtype) {
+    case BLIP3O_FLOAT32: return run(float());
+    case BLIP3O_BFLOAT16: return run(bfloat16());
+    case BLIP3O_FLOAT16: return run(float16());
+    default: return BLIP3O_BAD_DTYPE;
+  }
+}
 
 // Remembers a launch's error for blip3o_cuda_error and turns it into a status.
 int launched();

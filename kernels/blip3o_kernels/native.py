@@ -58,7 +58,10 @@ FORMATS = {
     "qk_norm_rope_backward": "PPPPPPPPPPPPPPPqqqqqqqqqqqqqqqqqqqqfiiiiiiiP",
 }
 # The CPU library has all of them, the CUDA library these.
-ON_CUDA = ("rms_norm", "rms_norm_backward")
+ON_CUDA = (
+    *("rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward"),
+    *("swiglu", "swiglu_backward", "rope"),
+)
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 
 
@@ -130,6 +133,19 @@ def cpu_call(op: str) -> Callable[..., None]:
 
     def checked(*arguments: float) -> None:
         status = call(pack(*arguments, forced_instruction_set(), get_num_threads(), 0))
+        if status:
+            raise failed(op.removesuffix("_backward"), status)
+
+    return checked
+
+
+def cuda_call(op: str) -> Callable[..., None]:
+    """`op` in the CUDA library, as a function of a tensor on its GPU and the struct's members up to its stream."""
+    pack, call = packer(op), function("cuda", op)
+
+    def checked(x: torch.Tensor, *arguments: float) -> None:
+        with torch.cuda.device(x.device):
+            status = call(pack(*arguments, 0, 0, torch.cuda.current_stream().cuda_stream))
         if status:
             raise failed(op.removesuffix("_backward"), status)
 

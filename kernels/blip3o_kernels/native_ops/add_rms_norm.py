@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/add_rms_norm.cpp; the contract is ops/add_rms_norm.py."""
+"""Calls csrc/cpu/add_rms_norm.cpp and csrc/cuda/add_rms_norm.cu; the contract is ops/add_rms_norm.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
 _PACK, _CPU = native.packer("add_rms_norm"), native.function("cpu", "add_rms_norm")
-_BACKWARD = native.cpu_call("add_rms_norm_backward")
+_CUDA = native.cuda_call("add_rms_norm")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("add_rms_norm_backward"), native.cuda_call("add_rms_norm_backward")
 
 
 def forward(
@@ -37,15 +38,13 @@ def forward(
         if not weight.is_contiguous():
             weight = weight.contiguous()
         gain, weight_dtype = weight.data_ptr(), DTYPES[weight.dtype]
-    # fmt: off
-    status = _CPU(
-        _PACK(
-            y.data_ptr(), added.data_ptr(), x.data_ptr(), residual.data_ptr(), gain, x.numel() // width, width, stride,
-            residual_stride, eps, weight_offset, dtype, weight_dtype, round_before_weight,
-            instruction_set(), get_num_threads(), 0,
-        )
-    )
-    # fmt: on
+    addresses = (y.data_ptr(), added.data_ptr(), x.data_ptr(), residual.data_ptr(), gain)
+    sizes = (x.numel() // width, width, stride, residual_stride)
+    options = (eps, weight_offset, dtype, weight_dtype, round_before_weight)
+    if not x.is_cpu:
+        _CUDA(x, *addresses, *sizes, *options)
+        return y, added
+    status = _CPU(_PACK(*addresses, *sizes, *options, instruction_set(), get_num_threads(), 0))
     if status:
         raise native.failed("add_rms_norm", status)
     return y, added
@@ -66,26 +65,15 @@ def backward(
     dx = empty_like(added)
     width = added.shape[-1]
     rows = added.numel() // width
-    # Sums over rows are cut by shape alone, so that threads do not change a bit.
-    blocks = max(1, min(64, rows // 32))
+    # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
+    blocks = max(1, min(64 if added.is_cpu else 256, rows // 32))
     weight = contiguous(weight)
     dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
-    partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32)
+    partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32, device=added.device)
     dtype = DTYPES[added.dtype]
-    _BACKWARD(
-        dx.data_ptr(),
-        dweight.data_ptr() if dweight.numel() else 0,
-        partial.data_ptr() if dweight.numel() else 0,
-        dy.data_ptr(),
-        address(dadded),
-        added.data_ptr(),
-        address(weight),
-        rows,
-        width,
-        blocks,
-        eps,
-        weight_offset,
-        dtype,
-        dtype if weight is None else DTYPES[weight.dtype],
-    )
+    sums = (dweight.data_ptr(), partial.data_ptr()) if dweight.numel() else (0, 0)
+    addresses = (dx.data_ptr(), *sums, dy.data_ptr(), address(dadded), added.data_ptr(), address(weight))
+    weight_dtype = dtype if weight is None else DTYPES[weight.dtype]
+    arguments = (*addresses, rows, width, blocks, eps, weight_offset, dtype, weight_dtype)
+    _BACKWARD(*arguments) if added.is_cpu else _CUDA_BACKWARD(added, *arguments)
     return dx, dweight

@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/rope.cpp; the contract is ops/rope.py."""
+"""Calls csrc/cpu/rope.cpp and csrc/cuda/rope.cu; the contract is ops/rope.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..memory import LARGE, empty_like
 from ..native import DTYPES
 from ..strides import wide
 
-_PACK, _CPU = native.packer("rope"), native.function("cpu", "rope")
+_PACK, _CPU, _CUDA = native.packer("rope"), native.function("cpu", "rope"), native.cuda_call("rope")
 
 
 def forward(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -37,15 +37,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: boo
         sin = wide(sin)
     half = cos.shape[-1]
     table = tokens * half if cos.dim() == 3 else 0
-    # fmt: off
-    status = _CPU(
-        _PACK(
-            y.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), batch, heads, tokens, head_dim, half, table,
-            y_batch, y_head, y_token, x_batch, x_head, x_token, DTYPES[x.dtype], interleaved, inverse,
-            instruction_set(), get_num_threads(), 0,
-        )
-    )
-    # fmt: on
+    addresses = (y.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr())
+    sizes = (batch, heads, tokens, head_dim, half, table, y_batch, y_head, y_token, x_batch, x_head, x_token)
+    options = (DTYPES[x.dtype], interleaved, inverse)
+    if not x.is_cpu:
+        _CUDA(x, *addresses, *sizes, *options)
+        return y
+    status = _CPU(_PACK(*addresses, *sizes, *options, instruction_set(), get_num_threads(), 0))
     if status:
         raise native.failed("rope", status)
     return y

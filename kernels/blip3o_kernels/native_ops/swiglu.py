@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/swiglu.cpp; the contract is ops/swiglu.py."""
+"""Calls csrc/cpu/swiglu.cpp and csrc/cuda/swiglu.cu; the contract is ops/swiglu.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ..native import DTYPES
 from ..strides import rows
 
 _PACK, _CPU = native.packer("swiglu"), native.function("cpu", "swiglu")
-_BACKWARD = native.cpu_call("swiglu_backward")
+_CUDA = native.cuda_call("swiglu")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("swiglu_backward"), native.cuda_call("swiglu_backward")
 
 
 def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, int, tuple[int, ...], tuple[int, ...]]:
@@ -27,6 +28,11 @@ def _operands(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor | None, i
 
 def forward(gate: Tensor, up: Tensor | None) -> Tensor:
     dtype = gate.dtype
+    if not gate.is_cpu:
+        gate, up, width, addresses, strides = _operands(gate, up)
+        y = gate.new_empty(*gate.shape[:-1], width)
+        _CUDA(gate, y.data_ptr(), *addresses, y.numel() // max(1, width), width, *strides, DTYPES[dtype])
+        return y
     if up is None and gate.is_contiguous():  # written out, as for one token the calls are the cost
         *outer, stride = gate.shape
         width, up_stride, first = stride // 2, stride, gate.data_ptr()
@@ -55,15 +61,7 @@ def backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tenso
     dgate = empty_like(gate)
     dup = gate.new_empty(0) if up is None else empty_like(up)
     second = dgate.data_ptr() + width * dgate.element_size() if up is None else dup.data_ptr()
-    _BACKWARD(
-        dgate.data_ptr(),
-        second,
-        dy.data_ptr(),
-        *addresses,
-        dy.numel() // width if width else 0,
-        width,
-        *strides,
-        2 * width if up is None else width,
-        dtype,
-    )
+    sizes = (dy.numel() // max(1, width), width, *strides, 2 * width if up is None else width)
+    arguments = (dgate.data_ptr(), second, dy.data_ptr(), *addresses, *sizes, dtype)
+    _BACKWARD(*arguments) if gate.is_cpu else _CUDA_BACKWARD(gate, *arguments)
     return dgate, dup

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
@@ -223,4 +223,4 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("no samples", (draw(0, 2, 6, 32), *table))
 
 
-OP = Op("rope", rope, reference, samples, differentiable=("x",), bodies=(NATIVE_CPU, *TRITON))
+OP = Op("rope", rope, reference, samples, differentiable=("x",), bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON))

@@ -1,0 +1,22 @@
+// The sum of x and residual and its RMS normalisation on a GPU; the contract is kernels/blip3o_kernels/ops/add_rms_norm.py.
+#include "rms.cuh"
+
+using namespace blip3o;
+
+extern "C" int blip3o_cuda_add_rms_norm(const blip3o_add_rms_norm_arguments* a) {
+  if (a->rows < 0 || a->width < 1) return BLIP3O_BAD_ARGUMENT;
+  if (!a->rows) return BLIP3O_OK;
+  return by_dtypes(a->dtype, a->weight_dtype, [&](auto t, auto w) {
+    const bool wide = divisible<16 / sizeof(t)>(a->width, a->stride, a->residual_stride) &&
+                      aligned(a->x, a->residual, a->y, a->added, a->weight);
+    return run_forward<decltype(t), decltype(w)>(*a, wide);
+  });
+}
+
+extern "C" int blip3o_cuda_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* a) {
+  if (a->rows < 0 || a->width < 1 || a->blocks < 1 || (a->dweight && !(a->partial && a->weight))) return BLIP3O_BAD_ARGUMENT;
+  return by_dtypes(a->dtype, a->weight_dtype, [&](auto t, auto w) {
+    const bool wide = divisible<16 / sizeof(t)>(a->width) && aligned(a->dy, a->dadded, a->added, a->dx, a->weight, a->partial);
+    return run_backward<decltype(t), decltype(w)>(*a, wide);
+  });
+}
