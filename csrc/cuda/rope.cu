@@ -40,13 +40,15 @@ __device__ inline void store_pairs(T* y, int64_t i, int64_t half, const Floats<N
 
 template <int N, bool INTERLEAVED, class T>
 __global__ void __launch_bounds__(THREADS) rotate_kernel(blip3o_rope_arguments a) {
-  const int64_t batch = blockIdx.x / a.tokens, token = blockIdx.x % a.tokens;
+  const unsigned tokens = static_cast<unsigned>(a.tokens);
+  const int64_t batch = blockIdx.x / tokens, token = blockIdx.x % tokens;
   const int64_t angles = batch * a.table_stride + token * a.half;
   const float sign = a.inverse ? -1.0f : 1.0f;
   const T* x = static_cast<const T*>(a.x) + batch * a.x_batch + token * a.x_token;
   T* y = static_cast<T*>(a.y) + batch * a.y_batch + token * a.y_token;
-  const int64_t parts = a.half / N, rest = a.head_dim - 2 * a.half;
-  for (int64_t item = threadIdx.x; item < a.heads * parts; item += THREADS) {
+  // 32 bits, as the launcher made sure: a division of 64 is a call.
+  const unsigned parts = static_cast<unsigned>(a.half / N), rest = static_cast<unsigned>(a.head_dim - 2 * a.half);
+  for (unsigned item = threadIdx.x; item < a.heads * parts; item += THREADS) {
     const int64_t head = item / parts, i = item % parts * N;
     const Floats<N> cos = load<N>(a.cos + angles + i), sin = load<N>(a.sin + angles + i);
     Floats<N> first, second;
@@ -59,7 +61,7 @@ __global__ void __launch_bounds__(THREADS) rotate_kernel(blip3o_rope_arguments a
     }
     store_pairs<N, INTERLEAVED>(y + head * a.y_head, i, a.half, first, second);
   }
-  for (int64_t item = threadIdx.x; item < a.heads * rest; item += THREADS) {  // dims that do not turn
+  for (unsigned item = threadIdx.x; item < a.heads * rest; item += THREADS) {  // dims that do not turn
     const int64_t head = item / rest, i = 2 * a.half + item % rest;
     y[head * a.y_head + i] = x[head * a.x_head + i];
   }
@@ -81,6 +83,7 @@ int run(const blip3o_rope_arguments& a) {
 extern "C" int blip3o_cuda_rope(const blip3o_rope_arguments* a) {
   if (a->half < 0 || 2 * a->half > a->head_dim || a->batch < 0 || a->heads < 0 || a->tokens < 0) return BLIP3O_BAD_ARGUMENT;
   if (a->tokens && a->batch > 0x7fffffff / a->tokens) return BLIP3O_BAD_ARGUMENT;
+  if (a->head_dim && a->heads > 0x7fffffff / a->head_dim) return BLIP3O_BAD_ARGUMENT;
   if (!a->batch || !a->heads || !a->tokens || !a->head_dim) return BLIP3O_OK;
   return by_dtype(a->dtype, [&](auto t) { return run<decltype(t)>(*a); });
 }
