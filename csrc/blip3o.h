@@ -47,6 +47,10 @@ BLIP3O_API void blip3o_cpu_keep(int64_t bytes);
 BLIP3O_API int64_t blip3o_cpu_release(void);
 BLIP3O_API int64_t blip3o_cpu_kept(void);
 
+/* CPython's PyMethodDef of an op's shortcut (cpu/shortcut.cpp); null if there is none. handles: what shortcut.py collects; it
+ * must live as long as the library. */
+BLIP3O_API void* blip3o_cpu_shortcut(const char* op, const void* handles);
+
 /* rms_norm as kernels/blip3o_kernels/ops/rms_norm.py defines it. dtypes: those of x, y, dx, dy, then of weight and dweight,
  * which is the same or float32. Rows of x are `stride` apart; everything else is contiguous. */
 typedef struct {

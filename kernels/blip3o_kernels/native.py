@@ -15,7 +15,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from importlib import resources
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -122,6 +122,15 @@ def memory_functions() -> Memory:
     keep.argtypes, keep.restype = [ctypes.c_int64], None
     release.restype = kept.restype = ctypes.c_int64
     return result, keep, release, kept
+
+
+def shortcut_function() -> Callable[[bytes, Any], int | None] | None:
+    """blip3o_cpu_shortcut; it calls Python, so the interpreter's lock is kept."""
+    if _CPU is None:
+        return None
+    found = ctypes.PyDLL(_CPU._name)["blip3o_cpu_shortcut"]
+    found.argtypes, found.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_void_p
+    return cast(Callable[[bytes, Any], "int | None"], found)
 
 
 def cpu_call(op: str) -> Callable[..., None]:
