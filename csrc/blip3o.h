@@ -17,7 +17,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 5
+#define BLIP3O_VERSION 6
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -327,6 +327,7 @@ typedef struct {
 /* The target's gradient is -dprediction, the weight's dloss * means / samples. */
 typedef struct {
   void* dprediction;
+  void* dtarget; /* null: not wanted */
   const float* dloss;
   const void* prediction;
   const void* target;

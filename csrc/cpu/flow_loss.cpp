@@ -46,9 +46,12 @@ static int run(const blip3o_flow_loss_backward_arguments& a) {
     const T* prediction = static_cast<const T*>(a.prediction) + start;
     const T* target = static_cast<const T*>(a.target) + start;
     T* dprediction = static_cast<T*>(a.dprediction) + start;
+    T* dtarget = a.dtarget ? static_cast<T*>(a.dtarget) + start : nullptr;
     const Floats slope = all(static_cast<float>(a.weight ? share * static_cast<double>(a.weight[sample]) : share));
     columns(length, [&](int64_t i, auto n) {
-      store(dprediction + i, slope * (load(prediction + i, n) - load(target + i, n)), n);
+      const Floats gradient = slope * (load(prediction + i, n) - load(target + i, n));
+      store(dprediction + i, gradient, n);
+      if (dtarget) store(dtarget + i, -gradient, n);
     });
   });
   return BLIP3O_OK;

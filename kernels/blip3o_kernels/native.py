@@ -22,7 +22,7 @@ import torch
 from .dispatch import INSTRUCTION_SETS, BackendError
 from .dispatch import instruction_set as forced_instruction_set
 
-VERSION = 5  # BLIP3O_VERSION
+VERSION = 6  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
@@ -44,7 +44,7 @@ FORMATS = {
     "timestep_embedding": "PPPqqdiiP",
     "timestep_embedding_backward": "PPPPqqdiiP",
     "flow_loss": "PPPPPPqqiiiP",
-    "flow_loss_backward": "PPPPPqqiiiP",
+    "flow_loss_backward": "PPPPPPqqiiiP",
     "flow_step": "PPPPPPqqffiiiP",
     "flow_step_backward": "PPPPPPPPPPqqffiiiP",
     "linear_cross_entropy": "PPPPPPqqqqqqfffiiiiP",
