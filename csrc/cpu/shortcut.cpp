@@ -2,7 +2,8 @@
 // that knows Python.
 //
 // Each function takes what the op's public function takes, behind the instruction set, and returns its result, or None for
-// everything out of the ordinary: then nothing has been done, and the ordinary way checks, explains and computes.
+// everything out of the ordinary: then nothing has been done, and the ordinary way checks, explains and computes. Some return False
+// where all is ordinary but for a gradient that is wanted.
 #include "shortcut.h"
 
 namespace {
@@ -18,7 +19,7 @@ Object rms_norm(ARGUMENTS) {
   call.require(dtype(x) >= 0 && dense(x) && x.dims);
   a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, weight), a.width = a.stride = last(x);
   call.require(row(weight, a.width, a.weight_dtype));
-  if (!call.fits) return nothing();
+  if (call.stops()) return call.stopped();
   const Result y = like(arguments[1], x);
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.x = x.data, a.weight = weight.data, a.rows = count(x) / a.width;
@@ -36,13 +37,10 @@ Object add_rms_norm(ARGUMENTS) {
   a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, weight);
   a.width = a.stride = a.residual_stride = last(x);
   call.require(row(weight, a.width, a.weight_dtype));
-  if (!call.fits) return nothing();
-  const Object both = PyTuple_New(2);
-  if (!both) return nullptr;
+  if (call.stops()) return call.stopped();
   const Result y = like(arguments[1], x), added = like(arguments[1], x);
-  if (y.object) PyTuple_SetItem(both, 0, y.object);
-  if (added.object) PyTuple_SetItem(both, 1, added.object);
-  if (!y.object || !added.object) return Py_DecRef(both), nullptr;
+  const Object pair[] = {y.object, added.object}, both = together(pair, 2);
+  if (!both) return nullptr;
   a.y = y.tensor.data, a.added = added.tensor.data;
   a.x = x.data, a.residual = residual.data, a.weight = weight.data, a.rows = count(x) / a.width;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
@@ -57,12 +55,42 @@ Object layer_norm(ARGUMENTS) {
   call.require(dtype(x) >= 0 && dense(x) && x.dims);
   a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
   call.require(row(weight, a.width, a.weight_dtype) && row(bias, a.width, a.weight_dtype));
-  if (!call.fits) return nothing();
-  const Result y = like(arguments[1], x);
-  if (!y.object) return nullptr;
-  a.y = y.tensor.data, a.x = x.data, a.weight = weight.data, a.bias = bias.data, a.rows = count(x) / a.width;
+  if (call.stops()) return call.stopped();
+  a.rows = count(x) / a.width;
+  const Result y = like(arguments[1], x), saved = call.saving ? floats(2 * a.rows) : Result(nullptr);
+  const Object both[] = {y.object, saved.object}, result = call.saving ? together(both, 2) : y.object;
+  if (!result) return nullptr;
+  a.y = y.tensor.data, a.saved = static_cast<float*>(saved.tensor.data);
+  a.x = x.data, a.weight = weight.data, a.bias = bias.data;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_layer_norm(&a), y.object);
+  return finished(blip3o_cpu_layer_norm(&a), result);
+}
+
+Object layer_norm_backward(ARGUMENTS) {  // dy, x, weight, bias, saved; both parameters given
+  Call call(arguments, given, 6);
+  blip3o_layer_norm_backward_arguments a{};
+  const DLTensor dy = call.tensor(), x = call.tensor(), weight = call.tensor(), bias = call.tensor(), saved = call.tensor();
+  call.require(dtype(x) >= 0 && dense(x) && x.dims && alike(x, dy));
+  a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
+  call.require(row(weight, a.width, a.weight_dtype) && row(bias, a.width, a.weight_dtype));
+  if (call.stops()) return nothing();
+  a.rows = count(x) / a.width;
+  a.blocks = a.rows < 64 ? 1 : a.rows / 32 > 64 ? 64 : a.rows / 32;  // as native_ops/layer_norm.py has it
+  const Result workspace = floats(3 * a.blocks * a.width, true);
+  const Result dx = like(arguments[2], x), dweight = like(arguments[3], weight), dbias = like(arguments[4], bias);
+  const Object all[] = {dx.object, dweight.object, dbias.object}, result = together(all, 3);
+  if (result && workspace.object) {
+    a.dx = dx.tensor.data, a.dweight = dweight.tensor.data, a.dbias = dbias.tensor.data;
+    a.workspace = static_cast<float*>(workspace.tensor.data), a.dy = dy.data, a.x = x.data, a.weight = weight.data;
+    a.saved = static_cast<const float*>(saved.data);
+    a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+    const int status = blip3o_cpu_layer_norm_backward(&a);
+    Py_DecRef(workspace.object);
+    return finished(status, result);
+  }
+  if (workspace.object) Py_DecRef(workspace.object);
+  if (result) Py_DecRef(result);
+  return nullptr;
 }
 
 Object modulate(ARGUMENTS) {
@@ -77,7 +105,7 @@ Object modulate(ARGUMENTS) {
   a.dtype = dtype(x), a.condition_dtype = shared_dtype(call, x, scale, scale);
   call.require(rows(scale, a.batch, a.width, a.condition_dtype) && rows(shift, a.batch, a.width, a.condition_dtype));
   call.require(row(weight, a.width, a.condition_dtype) && row(bias, a.width, a.condition_dtype));
-  if (!call.fits) return nothing();
+  if (call.stops()) return call.stopped();
   const Result y = like(arguments[1], x);
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.x = x.data, a.scale = scale.data, a.shift = shift.data, a.weight = weight.data, a.bias = bias.data;
@@ -98,7 +126,7 @@ Object gated_residual(ARGUMENTS) {
   a.dtype = dtype(x), a.condition_dtype = shared_dtype(call, x, gate, gate);
   call.require(rows(gate, a.batch, a.width, a.condition_dtype) && row(weight, a.width, a.condition_dtype));
   call.require(a.batch * (a.width + a.tokens) <= 8192);
-  if (!call.fits) return nothing();
+  if (call.stops()) return call.stopped();
   const Result y = like(arguments[2], x);
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.saved = saved, a.residual = residual.data, a.x = x.data, a.gate = gate.data, a.weight = weight.data;
@@ -115,7 +143,7 @@ Object rope(ARGUMENTS) {
   call.require(dtype(x) >= 0 && x.dims == 4 && count(x) && x.strides[3] == 1 && dtype(cos) == BLIP3O_FLOAT32 && dense(cos));
   call.require(call.fits && alike(cos, sin) && (cos.dims == 2 || (cos.dims == 3 && cos.shape[0] == x.shape[0])));
   call.require(call.fits && cos.shape[cos.dims - 2] == x.shape[2] && 2 * last(cos) <= x.shape[3]);
-  if (!call.fits) return nothing();
+  if (call.stops()) return nothing();
   const Result y = like(arguments[1], x);
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.x = x.data;
@@ -137,7 +165,7 @@ Object swiglu(ARGUMENTS) {
   call.require(packed ? last(gate) % 2 == 0 : alike(gate, up));
   const int64_t elements = call.fits ? count(gate) / (1 + packed) : 0;
   call.require(elements * (gate.bits / 8) < LARGE || !packed);
-  if (!call.fits) return nothing();
+  if (call.stops()) return call.stopped();
   int64_t shape[8];
   for (int i = 0; i < gate.dims; ++i) shape[i] = gate.shape[i];
   a.width = shape[gate.dims - 1] /= 1 + packed;
@@ -157,7 +185,7 @@ Object timestep_embedding(ARGUMENTS) {
   const int64_t dim = call.integer(2048);
   a.max_period = call.number(FLT_MIN);
   call.require(dtype(timestep) == BLIP3O_FLOAT32 && timestep.dims == 1 && dense(timestep) && dim >= 2 && dim % 2 == 0);
-  if (!call.fits) return nothing();
+  if (call.stops()) return nothing();
   const int64_t shape[2] = {timestep.shape[0], dim};
   const Result y = shaped(arguments[1], shape, 2);
   if (!y.object) return nullptr;
@@ -175,7 +203,7 @@ Object flow_timesteps(ARGUMENTS) {
   a.mean = static_cast<float>(call.number(-FLT_MAX)), a.std = static_cast<float>(call.number(FLT_MIN));
   a.shift = static_cast<float>(call.number(FLT_MIN)), a.draw = static_cast<int>(call.integer((1 << 24) - 1));
   call.require(positions.dims == 1 && positions.type == 0 && positions.bits == 64 && dense(positions));
-  if (!call.fits) return nothing();
+  if (call.stops()) return nothing();
   const Object tuple = PyTuple_New(1);
   if (!tuple) return nullptr;
   Py_IncRef(arguments[1]);
@@ -198,7 +226,7 @@ Object flow_step(ARGUMENTS) {
   const DLTensor previous = call.optional();
   call.require(dtype(x) >= 0 && x.dims && dense(x) && alike(x, velocity));
   call.require((!unconditional.data || alike(x, unconditional)) && (!previous.data || alike(x, previous)));
-  if (!call.fits) return nothing();
+  if (call.stops()) return nothing();
   const Result y = like(arguments[1], x);
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.x = x.data, a.velocity = velocity.data;
@@ -218,6 +246,7 @@ Method methods[] = {
     {"rms_norm", rms_norm, 0x80, nullptr},
     {"add_rms_norm", add_rms_norm, 0x80, nullptr},
     {"layer_norm", layer_norm, 0x80, nullptr},
+    {"layer_norm_backward", layer_norm_backward, 0x80, nullptr},
     {"modulate", modulate, 0x80, nullptr},
     {"gated_residual", gated_residual, 0x80, nullptr},
     {"rope", rope, 0x80, nullptr},

@@ -65,7 +65,7 @@ struct Handles {
   Object requires_grad, level;                             // names of attributes
   Object modes, function_modes, transforms, forward_mode;  // the last a module with `level`
   Object grad_enabled, threads, is_neg;
-  Object empty_like, large_like, new_empty, float32;  // the last: keywords for empty_like
+  Object empty_like, large_like, new_empty, empty, scratch, float32;  // the last: keywords
   Object rms, layer, uniform, logit_normal;
 } const* known;
 
@@ -74,11 +74,13 @@ const int64_t LARGE = 1 << 20;  // memory.py's
 // A call's arguments, read one after another; `fits` says whether all were ordinary so far.
 struct Call {
   Object const* next;
-  bool fits, differentiated;
+  bool fits, differentiated, wanted = false;  // the last: a gradient
+  bool saving = false;                        // whether there is one argument more, for the backward pass's sake
   int instruction_set;
 
   Call(Object const* arguments, ptrdiff_t given, ptrdiff_t expected) : next(arguments) {
-    fits = given == expected && !answer(known->modes) && !answer(known->function_modes) && !transformed();
+    saving = given == expected + 1;
+    fits = (given == expected || saving) && !answer(known->modes) && !answer(known->function_modes) && !transformed();
     differentiated = fits && answer(known->grad_enabled);
     instruction_set = fits ? static_cast<int>(PyLong_AsLongLong(*next++)) : 0;
   }
@@ -119,7 +121,9 @@ struct Call {
     const Object object = *next++;
     fits = is(object, known->tensor, known->parameter);
     if (fits && differentiated) {
-      fits = settled(PyObject_GetAttr(object, known->requires_grad)) == known->no;
+      const Object found = settled(PyObject_GetAttr(object, known->requires_grad));
+      fits = found == known->no || found == known->yes;
+      wanted = wanted || found == known->yes;
     }
     if (fits) {
       fits = settled(PyObject_CallFunctionObjArgs(known->is_neg, object, nullptr)) == known->no;
@@ -162,6 +166,14 @@ struct Call {
     const Object object = fits ? *next++ : nullptr;
     require(object == yes || object == no);
     return object == yes;
+  }
+
+  // What is returned where nothing may be computed: False if a gradient alone stands in the way, otherwise None.
+  bool stops() const { return !fits || wanted; }
+  Object stopped() const {
+    const Object answer = fits ? known->no : known->none;
+    Py_IncRef(answer);
+    return answer;
   }
 
   int threads(int64_t elements) const {
@@ -248,6 +260,30 @@ Result shaped(Object x, const int64_t* shape, int dims) {
   const Object made = tuple ? PyObject_CallFunctionObjArgs(known->new_empty, x, tuple, nullptr) : nullptr;
   if (tuple) Py_DecRef(tuple);
   return Result(made);
+}
+
+// float32 numbers: of a tensor's own, or memory of memory.py's `scratch`.
+Result floats(int64_t number, bool lent = false) {
+  const Object tuple = tuple_of(&number, 1);
+  const Object made = tuple ? PyObject_Call(lent ? known->scratch : known->empty, tuple, lent ? nullptr : known->float32) : nullptr;
+  if (tuple) Py_DecRef(tuple);
+  return Result(made);
+}
+
+// A tuple of results, which it takes over; null if one of them is.
+Object together(Object const* results, int number) {
+  Object tuple = PyTuple_New(number);
+  bool whole = tuple;
+  for (int i = 0; i < number; ++i) {
+    whole = whole && results[i];
+    if (tuple && results[i])
+      PyTuple_SetItem(tuple, i, results[i]);
+    else if (results[i])
+      Py_DecRef(results[i]);
+  }
+  if (whole) return tuple;
+  if (tuple) Py_DecRef(tuple);
+  return nullptr;
 }
 
 Object nothing() {

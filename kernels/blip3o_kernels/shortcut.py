@@ -3,7 +3,8 @@
 At decode shapes the call is the cost: what ops/ and native_ops/ ask of a tensor, attribute by attribute, takes four
 times as long as the op itself. A shortcut takes the ordinary case alone: plain CPU tensors of the dtypes and layouts
 that need no conversion, no gradient wanted, no mode and no transform active. For everything else, errors included, it
-returns None without having done anything, and the op goes its ordinary way, which gives the same bits.
+returns None without having done anything, and the op goes its ordinary way, which gives the same bits. Of some ops it
+returns False where all is ordinary but for a gradient, which saves the checks.
 
 It reads tensors through the table of C functions that torch offers to everybody (DLPack's exchange interface), and asks
 Python's objects for what is not in there; where either is missing there are no shortcuts.
@@ -32,7 +33,7 @@ _OBJECTS: tuple[object, ...] = (
     *("requires_grad", "_current_level"),
     *(_len_torch_dispatch_stack, _len_torch_function_stack, peek_interpreter_stack, forward_ad),
     *(torch.is_grad_enabled, torch.get_num_threads, Tensor.is_neg),
-    *(torch.empty_like, memory.empty_like, Tensor.new_empty, {"dtype": torch.float32}),
+    *(torch.empty_like, memory.empty_like, Tensor.new_empty, torch.empty, memory.scratch, {"dtype": torch.float32}),
     *map(sys.intern, ("rms", "layer", "uniform", "logit_normal")),
 )
 
@@ -53,7 +54,11 @@ _new_function.argtypes, _new_function.restype = [ctypes.c_void_p] * 3, ctypes.py
 
 
 def shortcut(op: str) -> Callable[..., Any]:
-    """Takes the instruction set and the arguments of `op`, all by position; its result, or None: not this way."""
+    """Takes the instruction set and the arguments of `op`, all by position; its result, or None or False: not so.
+
+    An op's backward pass, "<op>_backward", takes what native_ops/<op>.py's does. One argument more than the op has, for
+    ops that need it: the result comes with what the backward pass wants saved.
+    """
     find = native.shortcut_function()
     method = find(op.encode(), _HANDLES) if find is not None and _HANDLES is not None else None
     return _new_function(method, None, None) if method else _none

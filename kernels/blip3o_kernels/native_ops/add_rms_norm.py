@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty_like
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
@@ -69,8 +69,8 @@ def backward(
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, rows // 32))
     weight = contiguous(weight)
-    dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
-    partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32)
+    dweight = torch.empty_like(weight) if weight is not None and wanted else added.new_empty(0)
+    partial = scratch(blocks * width)
     dtype = DTYPES[added.dtype]
     _BACKWARD(
         dx.data_ptr(),

@@ -61,6 +61,8 @@ def add_rms_norm(
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         result = _shortcut(dispatch.shortcut, x, residual, weight, eps, weight_offset, round_before_weight)
+        if result is False:
+            result = _apply(x, residual, weight, eps, weight_offset, round_before_weight, "native")
         if result is not None:
             return result
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.

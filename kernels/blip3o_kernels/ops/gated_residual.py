@@ -46,6 +46,8 @@ def gated_residual(
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         y = _shortcut(dispatch.shortcut, residual, x, gate, weight, eps)
+        if y is False:
+            y = _apply(residual, x, gate, weight, eps, "native")
         if y is not None:
             return y
     checks.floating("x", x)

@@ -38,7 +38,7 @@ def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
     ).to(x.dtype)
 
 
-_shortcut = shortcut("layer_norm")
+_shortcut, _backward_shortcut = shortcut("layer_norm"), shortcut("layer_norm_backward")
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -47,6 +47,8 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         y = _shortcut(dispatch.shortcut, x, weight, bias, eps)
+        if y is False:
+            y = _apply(x, weight, bias, eps, "native")
         if y is not None:
             return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
@@ -129,6 +131,7 @@ _forward_op, _apply = differentiable(
     setup=_setup,
     gradients=_gradients,
     hidden=True,
+    shortcuts=(_shortcut, _backward_shortcut),
 )
 
 

@@ -70,6 +70,8 @@ def modulate(
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         y = _shortcut(dispatch.shortcut, x, scale, shift, weight, bias, eps, norm)
+        if y is False:
+            y = _apply(x, scale, shift, weight, bias, eps, norm == "layer", "native")
         if y is not None:
             return y
     checks.floating("x", x)

@@ -65,6 +65,8 @@ def rms_norm(
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         y = _shortcut(dispatch.shortcut, x, weight, eps, weight_offset, round_before_weight)
+        if y is False:
+            y = _apply(x, weight, eps, weight_offset, round_before_weight, "native")
         if y is not None:
             return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.

@@ -43,6 +43,8 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     compiling = is_compiling()
     if dispatch.shortcut >= 0 and not compiling:
         y = _shortcut(dispatch.shortcut, gate, up)
+        if y is False:
+            y = _apply(gate, up, "native")
         if y is not None:
             return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
