@@ -1,4 +1,5 @@
-/* The whole native interface: plain C, one function per op and direction. Knows neither Python nor torch.
+/* The whole native interface: plain C, one function per op and direction. Knows neither Python nor torch; only
+ * cpu/shortcut.cpp does, without their headers.
  *
  * Every function returns a status. Tensors are pointers, sizes and strides; strides count elements. All memory, workspaces
  * included, belongs to the caller. Functions named blip3o_cpu_* are in libblip3o_cpu, blip3o_cuda_* in libblip3o_cuda.
