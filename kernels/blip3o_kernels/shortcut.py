@@ -44,7 +44,7 @@ def _handles() -> Any:
         return None
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.argtypes, pointer.restype = [ctypes.py_object, ctypes.c_char_p], ctypes.c_void_p
-    table = pointer(Tensor.__dict__[_TABLE], b"dlpack_exchange_api")
+    table = pointer(getattr(Tensor, _TABLE), b"dlpack_exchange_api")
     return (ctypes.c_void_p * (1 + len(_OBJECTS)))(table, *map(id, _OBJECTS))
 
 
