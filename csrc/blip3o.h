@@ -1,4 +1,5 @@
-/* The whole native interface: plain C, one function per op and direction. Knows neither Python nor torch.
+/* The whole native interface: plain C, one function per op and direction. Knows neither Python nor torch; only
+ * cpu/shortcut.cpp does, without their headers.
  *
  * Every function returns a status. Tensors are pointers, sizes and strides; strides count elements. All memory, workspaces
  * included, belongs to the caller. Functions named blip3o_cpu_* are in libblip3o_cpu, blip3o_cuda_* in libblip3o_cuda.
@@ -17,7 +18,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 5
+#define BLIP3O_VERSION 6
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -46,6 +47,10 @@ BLIP3O_API void blip3o_cpu_keep(int64_t bytes);
 /* Give all that is kept back to the system; how many bytes it was. */
 BLIP3O_API int64_t blip3o_cpu_release(void);
 BLIP3O_API int64_t blip3o_cpu_kept(void);
+
+/* CPython's PyMethodDef of an op's shortcut (cpu/shortcut.cpp); null if there is none. handles: what shortcut.py collects; it
+ * must live as long as the library. */
+BLIP3O_API void* blip3o_cpu_shortcut(const char* op, const void* handles);
 
 /* rms_norm as kernels/blip3o_kernels/ops/rms_norm.py defines it. dtypes: those of x, y, dx, dy, then of weight and dweight,
  * which is the same or float32. Rows of x are `stride` apart; everything else is contiguous. */
@@ -325,6 +330,7 @@ typedef struct {
 /* The target's gradient is -dprediction, the weight's dloss * means / samples. */
 typedef struct {
   void* dprediction;
+  void* dtarget; /* null: not wanted */
   const float* dloss;
   const void* prediction;
   const void* target;

@@ -218,7 +218,7 @@ def make_copy(folder: Path, backend: str) -> Sites:
         native = folder / "csrc"
         shutil.copytree(ROOT / "csrc", native)
         for path in sorted(ROOT.glob("csrc/cpu/*")):
-            if path.stem not in ("vector", "instruction_sets", "philox", "memory"):
+            if path.stem not in ("vector", "instruction_sets", "philox", "memory", "shortcut"):
                 (native / path.relative_to(ROOT / "csrc")).write_text(instrument_cpp(path, sites))
         if backend == "native":
             for name in ("instruction_sets.h", "instruction_sets.cpp"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from random_calls import CALLS, Draw
 from torch import Tensor
 
-from blip3o_kernels import OPS, native, triton_ops, use
+from blip3o_kernels import OPS, flow_interpolate, flow_loss, layer_norm, native, triton_ops, use
 from blip3o_kernels.dispatch import INSTRUCTION_SETS, Op
 from blip3o_kernels.samples import Sample
 
@@ -165,6 +165,26 @@ def test_threads_do_not_change_a_bit(op: Op) -> None:
             if op.name in PRODUCTS_OF_TORCH:
                 torch.testing.assert_close(found.pop("gradient of x"), first["gradient of x"])
             equal(first, found, "with several threads")
+
+
+@pytest.mark.skipif(FEW or bool(native.CPU_MISSING), reason="needs the CPU library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_past_the_caches(dtype: torch.dtype) -> None:
+    """From 16 MiB on they are stored in another way (past_caches in csrc/cpu/vector.h), with the same bits."""
+    x, noise = torch.randn(2, 2**12 * (1 + (dtype is torch.bfloat16)), 1024).to(dtype)
+    sigma, weight, bias = torch.rand(len(x)), torch.randn(1024).to(dtype), torch.randn(1024).to(dtype)
+    assert x.nbytes == 2**24
+
+    def results(part: slice) -> tuple[Tensor, ...]:
+        ours, theirs = x[part].detach().requires_grad_(), noise[part].detach().requires_grad_()
+        gradients = torch.autograd.grad(flow_loss(ours, theirs, sigma[part]) * len(ours), (ours, theirs))
+        return (layer_norm(x[part], weight, bias), *flow_interpolate(x[part], noise[part], sigma[part]), *gradients)
+
+    with use("native"):
+        whole = results(slice(None))
+        for part in (slice(0, 8), slice(1016, 1032), slice(len(x) - 8, len(x))):  # powers of two: a loss scales exactly
+            for y, expected in zip(whole, results(part), strict=True):
+                assert torch.equal(y[part], expected)
 
 
 @pytest.mark.parametrize(("op", "backend"), RUNS)

@@ -14,6 +14,15 @@ static inline void store(T* p, Floats v, Whole) {
   store(p, v);
 }
 
+template <class T>
+static inline void store(T* p, Floats v, Whole, bool past_caches) {
+  past_caches ? streamed(p, v) : store(p, v);
+}
+template <class T>
+static inline void store(T* p, Floats v, int64_t n, bool) {
+  store(p, v, n);
+}
+
 static inline Floats only(Floats v, Whole) { return v; }
 static inline Floats only(Floats v, int64_t n) {  // the rest is 0
   float kept[BLIP3O_LANES];

@@ -31,6 +31,8 @@ static inline void with_noise(const Arguments& a, int64_t sample, int64_t start,
 
 template <class T>
 static int run(const blip3o_flow_interpolate_arguments& a) {
+  const bool past = past_caches(static_cast<T*>(a.x_sigma), a.samples * a.elements, a.elements) &&
+                    past_caches(static_cast<T*>(a.velocity), a.samples * a.elements, a.elements);
   chunks(a.samples, a.elements, a.threads, [&](int64_t sample, int64_t start, int64_t length, int64_t) {
     const T* x = static_cast<const T*>(a.x) + start;
     T* x_sigma = static_cast<T*>(a.x_sigma) + start;
@@ -39,9 +41,10 @@ static int run(const blip3o_flow_interpolate_arguments& a) {
     with_noise<T>(a, sample, start, length, [&](auto* noise) {
       columns(length, [&](int64_t i, auto n) {
         const Floats v = load(x + i, n), z = load(noise + i, n);
-        store(x_sigma + i, rest * v + sigma * z, n);
-        store(velocity + i, z - v, n);
+        store(x_sigma + i, rest * v + sigma * z, n, past);
+        store(velocity + i, z - v, n, past);
       });
+      if (past) fence();
     });
   });
   return BLIP3O_OK;

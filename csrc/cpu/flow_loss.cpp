@@ -41,15 +41,21 @@ static int run(const blip3o_flow_loss_arguments& a) {
 
 template <class T>
 static int run(const blip3o_flow_loss_backward_arguments& a) {
+  const bool past = past_caches(static_cast<T*>(a.dprediction), a.samples * a.elements, a.elements) &&
+                    past_caches(static_cast<T*>(a.dtarget), a.samples * a.elements, a.elements);
   const double share = 2.0 * *a.dloss / static_cast<double>(a.samples * a.elements);
   chunks(a.samples, a.elements, a.threads, [&](int64_t sample, int64_t start, int64_t length, int64_t) {
     const T* prediction = static_cast<const T*>(a.prediction) + start;
     const T* target = static_cast<const T*>(a.target) + start;
     T* dprediction = static_cast<T*>(a.dprediction) + start;
+    T* dtarget = a.dtarget ? static_cast<T*>(a.dtarget) + start : nullptr;
     const Floats slope = all(static_cast<float>(a.weight ? share * static_cast<double>(a.weight[sample]) : share));
     columns(length, [&](int64_t i, auto n) {
-      store(dprediction + i, slope * (load(prediction + i, n) - load(target + i, n)), n);
+      const Floats gradient = slope * (load(prediction + i, n) - load(target + i, n));
+      store(dprediction + i, gradient, n, past);
+      if (dtarget) store(dtarget + i, -gradient, n, past);
     });
+    if (past) fence();
   });
   return BLIP3O_OK;
 }

@@ -18,6 +18,7 @@ static int run(const blip3o_layer_norm_arguments& a) {
   const int64_t width = a.width, stride = a.stride, rows = a.rows, runs = (rows + GROUP - 1) / GROUP;
   const W* weight = static_cast<const W*>(a.weight);
   const W* bias = static_cast<const W*>(a.bias);
+  const bool past = past_caches(static_cast<T*>(a.y), rows * width, width);
   const int threads = blip3o_threads(a.threads, rows * width);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t run = 0; run < runs; ++run) {
@@ -44,9 +45,10 @@ static int run(const blip3o_layer_norm_arguments& a) {
         for (int r = 0; r < R; ++r) {
           ahead(x + (R + r) * stride + i);
           const Floats v = load(x + r * stride + i, n);
-          store(y + r * width + i, (v - mean[r]) * rstd[r] * gain + offset, n);
+          store(y + r * width + i, (v - mean[r]) * rstd[r] * gain + offset, n, past);
         }
       });
+      if (past) fence();
     });
   }
   return BLIP3O_OK;

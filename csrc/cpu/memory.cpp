@@ -37,12 +37,13 @@ struct Block {
   Block *newer, *older;  // in the list of those that nobody holds
   void* memory;
   size_t size;
+  bool offered;  // to the system
   int64_t shape_and_strides[2 * MOST_DIMS];
 };
 
 std::atomic_flag busy = ATOMIC_FLAG_INIT;  // guards what follows
-Block *newest = nullptr, *oldest = nullptr;
-size_t kept = 0;
+Block *newest = nullptr, *oldest = nullptr, *oldest_unoffered = nullptr;  // all older ones are offered
+size_t kept = 0, unoffered = 0;
 std::atomic<size_t> limit{0};
 
 bool enter() { return !busy.test_and_set(std::memory_order_acquire); }
@@ -57,6 +58,8 @@ size_t rounded(size_t size) {
 }
 
 void take(Block* block) {
+  if (!block->offered) unoffered -= block->size;
+  if (block == oldest_unoffered) oldest_unoffered = block->newer;
   (block->newer ? block->newer->older : newest) = block->older;
   (block->older ? block->older->newer : oldest) = block->newer;
   kept -= block->size;
@@ -75,6 +78,22 @@ void destroy_all(Block* block) {  // linked by `older`
   }
 }
 
+// Lets the system take the pages of the oldest blocks when it is short of memory. Those given back last are left alone, up to
+// a quarter of the limit: results that take turns would pay for it at each turn, with a fault at the next write to every page
+// where the machine is a virtual one (up to as much as the op). Nobody can take a block meanwhile, as the list is busy.
+void offer_oldest() {
+  while (oldest_unoffered && unoffered > limit.load(std::memory_order_relaxed) / 4) {
+    Block* block = oldest_unoffered;
+    oldest_unoffered = block->newer;
+    unoffered -= block->size;
+    block->offered = true;
+#if defined(MADV_FREE)
+    // A quarter of the time of writing small pages, so blocks without huge pages stay as they are.
+    if (block->size >= HUGE_PAGE) madvise(block->memory, block->size, MADV_FREE);
+#endif
+  }
+}
+
 // The oldest blocks beyond the limit, linked by `older`, for the caller to destroy when it has left.
 Block* take_excess() {
   Block* excess = nullptr;
@@ -90,18 +109,17 @@ Block* take_excess() {
 void give_back(ManagedTensor* tensor) {
   Block* block = reinterpret_cast<Block*>(tensor);
   if (block->size > limit.load(std::memory_order_relaxed)) return destroy(block);
-#if defined(MADV_FREE)
-  // The system may take these pages when it is short of memory, and does not touch them otherwise. That costs a
-  // thousandth of writing huge pages, but a quarter of writing small ones, so blocks without huge pages stay as they are.
-  if (block->size >= HUGE_PAGE) madvise(block->memory, block->size, MADV_FREE);
-#endif
   if (!enter()) return destroy(block);
   block->newer = nullptr;
   block->older = newest;
   (newest ? newest->newer : oldest) = block;
   newest = block;
+  block->offered = false;
+  if (!oldest_unoffered) oldest_unoffered = block;
   kept += block->size;
+  unoffered += block->size;
   Block* excess = take_excess();
+  offer_oldest();
   leave();
   destroy_all(excess);
 }
@@ -170,6 +188,7 @@ extern "C" void blip3o_cpu_keep(int64_t bytes) {
   limit.store(bytes < 0 ? 0 : static_cast<size_t>(bytes));
   if (!enter()) return;  // the next result that is given back will see the limit
   Block* excess = take_excess();
+  offer_oldest();
   leave();
   destroy_all(excess);
 }
@@ -178,8 +197,8 @@ extern "C" int64_t blip3o_cpu_release(void) {
   if (!enter()) return 0;
   Block* all = newest;
   const int64_t released = static_cast<int64_t>(kept);
-  newest = oldest = nullptr;
-  kept = 0;
+  newest = oldest = oldest_unoffered = nullptr;
+  kept = unoffered = 0;
   leave();
   destroy_all(all);
   return released;

@@ -4,6 +4,7 @@
 //   load(p), load(p, n)          BLIP3O_LANES or n elements, converted to float; the rest is 0
 //   ahead(p)                     a hint that p is read soon; it may lie beyond what there is
 //   store(p, v), store(p, v, n)  rounded to nearest even, NaN stays NaN
+//   streamed(p, v)               stores past the caches; fence() ends a run of that. Where past_caches(p, elements, width) says so
 //   rounded<T>(v)                what store and load again would give
 //   sum(v)                       in a fixed order
 //   exponential(v), logarithm(v), square_root(v), hyperbolic_tangent(v)
@@ -141,6 +142,33 @@ static inline void store(bfloat16* p, Floats v) {
 static inline void store(float16* p, Floats v) {
   const Halves h = to_float16(v);
   std::memcpy(p, &h, sizeof h);
+}
+
+// Whether a result of rows of `width` is stored past the caches, vector by vector: from 16 MiB on, of which whoever reads it finds
+// little in a cache. Reading each line first only to overwrite it is a third of what such a result costs.
+template <class T>
+static inline bool past_caches(const T* p, int64_t elements, int64_t width) {
+  const bool aligned = reinterpret_cast<uintptr_t>(p) % 64 == 0 && width % BLIP3O_LANES == 0;
+  return BLIP3O_LANES == 16 && aligned && elements * static_cast<int64_t>(sizeof(T)) >= 1 << 24;
+}
+#if BLIP3O_LANES == 16
+static inline void streamed(float* p, Floats v) { _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(v)); }
+template <class T>
+static inline void streamed(T* p, Floats v) {
+  __m256i halves;
+  store(reinterpret_cast<T*>(&halves), v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+#else
+template <class T>
+static inline void streamed(T* p, Floats v) {
+  store(p, v);
+}
+#endif
+static inline void fence() {
+#if BLIP3O_LANES == 16
+  _mm_sfence();
+#endif
 }
 
 template <class T>

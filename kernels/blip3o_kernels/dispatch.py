@@ -108,23 +108,34 @@ _blocks_lock = threading.Lock()
 forced: Forced | None = _blocks[0]
 
 
+def _shortcut() -> int:
+    if forced is None:
+        return 0
+    return forced.instruction_set if forced.backend == "native" else -1
+
+
+shortcut = _shortcut()  # the instruction set that shortcut.py's functions take now; -1: another backend is forced
+
+
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Run every op inside the block on `backend`: "reference", "native", "triton", or "native:avx2" and its like.
 
     Raises ValueError for an unknown word. An op that the backend does not have raises BackendError when it is called.
     """
-    global forced
+    global forced, shortcut
     mine = _parse(backend, "use")
     with _blocks_lock:
         _blocks.append(mine)
         forced = mine
+        shortcut = _shortcut()
     try:
         yield
     finally:
         with _blocks_lock:  # blocks of several threads may end in any order
             del _blocks[next(i for i, block in enumerate(_blocks) if block is mine)]
             forced = _blocks[-1]
+            shortcut = _shortcut()
 
 
 def choose(op: Op, x: Tensor) -> str:

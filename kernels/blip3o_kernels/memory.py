@@ -9,8 +9,9 @@ GPU memory from its caching allocator:
 - A result's memory is kept when torch releases it, and serves the next of about its size. torch releases it when
   nothing holds it any more: no view, graph, NumPy array or other library, so nobody can tell it from fresh memory. Only
   growing such a tensor in place, with `resize_` or as `out=`, raises, as it does for one made from a NumPy array.
-- What is kept is at most a quarter of the machine's memory, and the system is told that it may take it whenever it is
-  short of memory. `keep_results` changes the limit, `release_results` gives everything back.
+- What is kept is at most a quarter of the machine's memory, and of all but the last quarter of that the system is told
+  that it may take it whenever it is short of memory. `keep_results` changes the limit, `release_results` gives
+  everything back.
 
 Everybody else's results, torch's included, are malloc's as ever; `keep_freed_memory` changes that for the process.
 """

@@ -15,14 +15,14 @@ import ctypes
 import struct
 from collections.abc import Callable
 from importlib import resources
-from typing import cast
+from typing import Any, cast
 
 import torch
 
 from .dispatch import INSTRUCTION_SETS, BackendError
 from .dispatch import instruction_set as forced_instruction_set
 
-VERSION = 5  # BLIP3O_VERSION
+VERSION = 6  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
@@ -44,7 +44,7 @@ FORMATS = {
     "timestep_embedding": "PPPqqdiiP",
     "timestep_embedding_backward": "PPPPqqdiiP",
     "flow_loss": "PPPPPPqqiiiP",
-    "flow_loss_backward": "PPPPPqqiiiP",
+    "flow_loss_backward": "PPPPPPqqiiiP",
     "flow_step": "PPPPPPqqffiiiP",
     "flow_step_backward": "PPPPPPPPPPqqffiiiP",
     "linear_cross_entropy": "PPPPPPqqqqqqfffiiiiP",
@@ -125,6 +125,15 @@ def memory_functions() -> Memory:
     keep.argtypes, keep.restype = [ctypes.c_int64], None
     release.restype = kept.restype = ctypes.c_int64
     return result, keep, release, kept
+
+
+def shortcut_function() -> Callable[[bytes, Any], int | None] | None:
+    """blip3o_cpu_shortcut; it calls Python, so the interpreter's lock is kept."""
+    if _CPU is None:
+        return None
+    found = ctypes.PyDLL(_CPU._name)["blip3o_cpu_shortcut"]
+    found.argtypes, found.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_void_p
+    return cast(Callable[[bytes, Any], "int | None"], found)
 
 
 def cpu_call(op: str) -> Callable[..., None]:

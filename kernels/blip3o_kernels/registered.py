@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from . import dispatch
 from .bodies import body
 from .dispatch import direct
 
@@ -46,6 +47,7 @@ def differentiable(
     forward: Callable[..., Any] | None = None,
     backward: Callable[..., Any] | None = None,
     hidden: bool = False,
+    shortcuts: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
 ) -> tuple[torch._ops.OpOverload, Callable[..., Any]]:
     """An op and its backward op as torch knows them, and the same in eager mode: the `apply` of an autograd.Function.
 
@@ -53,6 +55,7 @@ def differentiable(
     setup(context, inputs, results): keeps what the gradient needs.
     gradients(context, backward, *dys): those of all inputs; `backward` is the backward op, or if it may be, the plain
     function.  hidden: all results but the first are for the backward pass alone; `apply` returns the first.
+    shortcuts: shortcut.py's, of the forward pass with all results and of the backward pass.
     """
     name = schema[: schema.index("(")]
     run_forward = forward or (lambda *inputs: body(name, inputs[-1]).forward(*inputs[:-1]))
@@ -74,13 +77,28 @@ def differentiable(
     torch.library.register_autograd(f"blip3o::{name}", op_gradients, setup_context=setup_op, lib=LIBRARY)
     torch.library.register_autograd(f"blip3o::{name}_backward", twice, lib=LIBRARY)
 
+    def shortened(way: Callable[..., Any], run: Callable[..., Any], *more: object) -> Callable[..., Any]:
+        def call(*inputs: Any) -> Any:
+            if dispatch.shortcut >= 0 and inputs[-1] == "native":
+                results = way(dispatch.shortcut, *inputs[:-1], *more)
+                if results is not None:
+                    return results
+            return run(*inputs)
+
+        return call
+
+    eager_run, eager_run_backward = run_forward, run_backward
+    if shortcuts is not None:
+        eager_run = shortened(shortcuts[0], run_forward, True)
+        eager_run_backward = shortened(shortcuts[1], run_backward)
+
     def eager_forward(context: Any, *inputs: Any) -> Any:
-        results = run_forward(*inputs)
+        results = eager_run(*inputs)
         setup(context, inputs, results)
         return results[0] if hidden else results
 
     def eager_backward(context: Any, *dys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        run = run_backward if direct(*dys) else backward_op  # type: ignore[arg-type]
+        run = eager_run_backward if direct(*dys) else backward_op  # type: ignore[arg-type]
         if not torch.is_grad_enabled():  # no create_graph: nobody can differentiate the results
             return gradients(context, run, *dys)
         with torch.no_grad():

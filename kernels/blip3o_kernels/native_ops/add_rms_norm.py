@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty_like
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
@@ -68,8 +68,11 @@ def backward(
     # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
     blocks = max(1, min(64 if added.is_cpu else 256, rows // 32))
     weight = contiguous(weight)
-    dweight = weight.new_empty(weight.shape) if weight is not None and wanted else added.new_empty(0)
-    partial = torch.empty(blocks if dweight.numel() else 0, width, dtype=torch.float32, device=added.device)
+    dweight = torch.empty_like(weight) if weight is not None and wanted else added.new_empty(0)
+    if added.is_cpu:
+        partial = scratch(blocks * width)
+    else:
+        partial = torch.empty(blocks, width, dtype=torch.float32, device=added.device)
     dtype = DTYPES[added.dtype]
     sums = (dweight.data_ptr(), partial.data_ptr()) if dweight.numel() else (0, 0)
     addresses = (dx.data_ptr(), *sums, dy.data_ptr(), address(dadded), added.data_ptr(), address(weight))

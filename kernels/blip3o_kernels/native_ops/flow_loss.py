@@ -34,12 +34,17 @@ def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[
     return loss, means
 
 
-def backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def backward(
+    dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None, to_target: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of prediction and, if it is wanted, of target (otherwise an empty tensor)."""
     prediction, target = prediction.contiguous(), target.contiguous()
     weight = contiguous(weight)
     dprediction = empty_like(prediction)
+    dtarget = empty_like(prediction) if to_target else prediction.new_empty(0)
     _BACKWARD(
         dprediction.data_ptr(),
+        dtarget.data_ptr() if to_target else 0,
         dloss.data_ptr(),
         prediction.data_ptr(),
         target.data_ptr(),
@@ -48,4 +53,4 @@ def backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor |
         prediction.shape[1:].numel(),
         DTYPES[prediction.dtype],
     )
-    return dprediction
+    return dprediction, dtarget

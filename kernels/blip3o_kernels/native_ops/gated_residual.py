@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty, empty_like, scratch
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
@@ -59,7 +59,7 @@ def backward(
     dy = dy.contiguous()
     batch, tokens, width = x.shape
     dx, dgate = empty_like(x), gate.new_empty(gate.shape)
-    dweight = gate.new_empty(0 if weight is None else width)
+    dweight = gate.new_empty(0) if weight is None else torch.empty_like(weight)
     gradients = (dx, dgate, dweight)
     if not x.numel():
         for gradient in gradients:
@@ -68,7 +68,7 @@ def backward(
     weight = contiguous(weight)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = empty((blocks * 3 * width,), torch.float32)
+    workspace = scratch(blocks * 3 * width)
     _BACKWARD(
         dx.data_ptr(),
         dgate.data_ptr(),

@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty_like
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
@@ -61,10 +61,11 @@ def backward(
     width = x.shape[-1]
     number = x.numel() // width
     dx = empty_like(x)
-    dweight, dbias = (x.new_empty(0) if p is None else p.new_empty(p.shape) for p in (weight, bias))
+    dweight = x.new_empty(0) if weight is None else torch.empty_like(weight)
+    dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, number // 32))
-    workspace = torch.empty(blocks * 3 * width, dtype=torch.float32)
+    workspace = scratch(blocks * 3 * width)
     weight = contiguous(weight)
     parameter = weight if weight is not None else bias if bias is not None else x
     _BACKWARD(

@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty, empty_like
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
@@ -79,7 +79,8 @@ def backward(
     batch, tokens, width = x.shape
     dx, dscale = empty_like(x), scale.new_empty(batch, width)
     dshift = scale.new_empty((batch, width) if shifted else 0)
-    dweight, dbias = (scale.new_empty(0 if p is None else width) for p in (weight, bias))
+    dweight = scale.new_empty(0) if weight is None else torch.empty_like(weight)
+    dbias = scale.new_empty(0) if bias is None else torch.empty_like(bias)
     gradients = (dx, dscale, dshift, dweight, dbias)
     if not x.numel():
         for gradient in gradients:
@@ -90,7 +91,7 @@ def backward(
     bias = contiguous(bias)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
     blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = empty((blocks * 5 * width,), torch.float32)
+    workspace = scratch(blocks * 5 * width)
     _BACKWARD(
         dx.data_ptr(),
         dscale.data_ptr(),

@@ -98,7 +98,7 @@ def backward(
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
     blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
-    workspace = memory.empty((blocks * _ROWS * span,), torch.float32)
+    workspace = memory.scratch(blocks * _ROWS * span)
     _BACKWARD(
         *(t.data_ptr() for t in gradients[:2]),
         *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),

@@ -7,7 +7,7 @@ from torch import Tensor, get_num_threads
 
 from .. import native, strides
 from ..dispatch import instruction_set
-from ..memory import LARGE, empty_like
+from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 
 _PACK, _PACK_BACKWARD = native.packer("rms_norm"), native.packer("rms_norm_backward")
@@ -62,7 +62,8 @@ def backward(
     if weight is not None and wanted:
         weight = weight.contiguous()
         dweight = torch.empty_like(weight)
-        partial = torch.empty(blocks, width, dtype=torch.float32, device=x.device)
+        floats = blocks * width
+        partial = scratch(floats) if x.is_cpu else torch.empty(floats, dtype=torch.float32, device=x.device)
         sums = (dweight.data_ptr(), partial.data_ptr())
     else:
         dweight = x.new_empty(0)

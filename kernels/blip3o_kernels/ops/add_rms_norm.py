@@ -25,6 +25,7 @@ from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 from . import rms_norm
 
 
@@ -43,6 +44,9 @@ def reference(
     return y, added
 
 
+_shortcut = shortcut("add_rms_norm")
+
+
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,
@@ -53,6 +57,14 @@ def add_rms_norm(
     round_before_weight: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """rms_norm(residual + x, weight, eps), and the sum itself; see the module's docstring."""
+    result: tuple[Tensor, Tensor]
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        result = _shortcut(dispatch.shortcut, x, residual, weight, eps, weight_offset, round_before_weight)
+        if result is False:
+            result = _apply(x, residual, weight, eps, weight_offset, round_before_weight, "native")
+        if result is not None:
+            return result
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
         checks.floating("x", x)
@@ -77,14 +89,12 @@ def add_rms_norm(
         weight_offset = checks.number("weight_offset", weight_offset)
     if round_before_weight is not True and round_before_weight is not False:
         checks.flag("round_before_weight", round_before_weight)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, residual, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     if weight is not None and weight.dtype is not dtype and weight.dtype is not torch.float32:
         weight = weight.to(torch.float32)
-    result: tuple[Tensor, Tensor]
     if compiling or not direct(x, residual, weight):
         result = _forward_op(x, residual, weight, eps, weight_offset, round_before_weight, backend)
         return result

@@ -59,7 +59,7 @@ def flow_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) 
 
 
 # As torch knows it: torch.ops.blip3o.flow_loss, which returns each sample's mean squared error [B] without its weight
-# too. Its backward op gives the gradient of the prediction; the target's is its negative.
+# too. Its backward op gives the gradients of the prediction and, if it is wanted, of the target.
 def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
     *tensors, context.backend = inputs
     context.save_for_backward(*tensors, results[1])
@@ -69,12 +69,12 @@ def _gradients(context: Any, backward: Any, dloss: Tensor) -> tuple[Tensor | Non
     """The gradients of prediction, target and weight that autograd asks for."""
     prediction, target, weight, means = context.saved_tensors
     to_prediction, to_target, to_weight = context.needs_input_grad[:3]
-    both: Tensor | None = None
+    dprediction = dtarget = None
     if to_prediction or to_target:
-        both = backward(dloss, prediction, target, weight, context.backend)
+        dprediction, dtarget = backward(dloss, prediction, target, weight, to_target, context.backend)
     return (
-        both if to_prediction else None,
-        -both if to_target and both is not None else None,
+        dprediction if to_prediction else None,
+        dtarget if to_target else None,
         means * (dloss / len(means)) if to_weight else None,
         None,
     )
@@ -87,11 +87,18 @@ def _fake(prediction: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     )
 
 
+def _fake_backward(
+    dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None, to_target: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    return prediction.new_empty(prediction.shape), prediction.new_empty(prediction.shape if to_target else (0,))
+
+
 _forward_op, _apply = differentiable(
     "flow_loss(Tensor prediction, Tensor target, Tensor? weight, str backend) -> (Tensor, Tensor)",
-    "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight, str backend) -> Tensor",
+    "flow_loss_backward(Tensor dloss, Tensor prediction, Tensor target, Tensor? weight, bool to_target, str backend)"
+    " -> (Tensor, Tensor)",
     fake=_fake,
-    fake_backward=lambda dloss, prediction, *_: prediction.new_empty(prediction.shape),
+    fake_backward=_fake_backward,
     flops=lambda prediction, *_, **__: 3 * torch.Size(prediction).numel(),
     backward_flops=lambda dloss, prediction, *_, **__: 2 * torch.Size(prediction).numel(),
     setup=_setup,

@@ -25,6 +25,7 @@ from ..checks import LARGEST
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(
@@ -47,6 +48,9 @@ def reference(
     return (x.to(dtype) + length * v).to(x.dtype)
 
 
+_shortcut = shortcut("flow_step")
+
+
 def flow_step(
     x: Tensor,
     velocity: Tensor,
@@ -57,6 +61,12 @@ def flow_step(
     previous: Tensor | None = None,
 ) -> Tensor:
     """x + step * v, with classifier-free guidance and Heun's average; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, x, velocity, step, unconditional, guidance, previous)
+        if y is not None:
+            return y
     checks.floating("x", x)
     if x.dim() == 0:
         checks.fail("x", "shape [B, ...]", list(x.shape))
@@ -73,14 +83,12 @@ def flow_step(
         step = checks.number("step", step)
     if type(guidance) is not float or not -LARGEST <= guidance <= LARGEST:
         guidance = checks.number("guidance", guidance)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, velocity, step, unconditional=unconditional, guidance=guidance, previous=previous)
     steps, length = (step.to(torch.float32), 0.0) if isinstance(step, Tensor) else (None, step)
     arguments = (x, velocity, steps, length, unconditional, guidance, previous)
-    y: Tensor
     if compiling or not (direct(x, velocity, unconditional) and plain(steps, previous)):
         y = _forward_op(*arguments, backend)
         return y

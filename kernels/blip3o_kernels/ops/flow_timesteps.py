@@ -28,6 +28,7 @@ from ..checks import TINY
 from ..dispatch import Body, Op, choose, direct, transformed
 from ..registered import register
 from ..samples import Sample
+from ..shortcut import shortcut
 
 DISTRIBUTIONS = ("uniform", "logit_normal")
 
@@ -51,6 +52,9 @@ def reference(
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
+_shortcut = shortcut("flow_timesteps")
+
+
 def flow_timesteps(
     positions: Tensor,
     seed: int,
@@ -62,6 +66,12 @@ def flow_timesteps(
     draw: int = 0,
 ) -> Tensor:
     """sigma [B] of the samples at `positions`; see the module's docstring."""
+    sigma: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        sigma = _shortcut(dispatch.shortcut, positions, seed, distribution, mean, std, shift, draw)
+        if sigma is not None:
+            return sigma
     philox.check_positions(positions)
     if positions.dim() != 1:
         checks.fail("positions", "shape [B]", list(positions.shape))
@@ -72,12 +82,10 @@ def flow_timesteps(
     mean = checks.number("mean", mean)
     std = checks.number("std", std, TINY, "a positive, finite number")
     shift = checks.number("shift", shift, TINY, "a positive, finite number")
-    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and not compiling and transformed() else choose(OP, positions)
     if backend == "reference":
         return reference(positions, seed, distribution=distribution, mean=mean, std=std, shift=shift, draw=draw)
     options = (key, distribution == "logit_normal", mean, std, shift, draw)
-    sigma: Tensor
     if compiling or not direct(positions):
         sigma = _forward_op(positions, *options, backend)
         return sigma

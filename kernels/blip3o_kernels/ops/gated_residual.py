@@ -24,6 +24,7 @@ from ..checks import LARGEST
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(residual: Tensor, x: Tensor, gate: Tensor, *, weight: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -34,10 +35,21 @@ def reference(residual: Tensor, x: Tensor, gate: Tensor, *, weight: Tensor | Non
     return torch.addcmul(residual.to(dtype), torch.tanh(gate.to(dtype)).unsqueeze(1), branch).to(x.dtype)
 
 
+_shortcut = shortcut("gated_residual")
+
+
 def gated_residual(
     residual: Tensor, x: Tensor, gate: Tensor, *, weight: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     """residual + tanh(gate)[:, None] * norm(x), the norm only if a weight is given; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, residual, x, gate, weight, eps)
+        if y is False:
+            y = _apply(residual, x, gate, weight, eps, "native")
+        if y is not None:
+            return y
     checks.floating("x", x)
     dtype, shape = x.dtype, x.shape
     if len(shape) != 3 or not shape[2]:
@@ -49,14 +61,12 @@ def gated_residual(
         checks.parameter("weight", weight, (width,), "x", x)
     if type(eps) is not float or not 0.0 <= eps <= LARGEST:
         eps = checks.eps(eps)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(residual, x, gate, weight=weight, eps=eps)
     if gate.dtype is not dtype or (weight is not None and weight.dtype is not dtype):  # one dtype for both
         gate, weight = gate.to(torch.float32), None if weight is None else weight.to(torch.float32)
-    y: Tensor
     if compiling or not (direct(residual, x, gate) and plain(weight)):
         y = _forward_op(residual, x, gate, weight, eps, backend)[0]
         return y

@@ -24,6 +24,7 @@ from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -37,8 +38,19 @@ def reference(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = Non
     ).to(x.dtype)
 
 
+_shortcut, _backward_shortcut = shortcut("layer_norm"), shortcut("layer_norm_backward")
+
+
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, x, weight, bias, eps)
+        if y is False:
+            y = _apply(x, weight, bias, eps, "native")
+        if y is not None:
+            return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
         checks.floating("x", x)
@@ -65,7 +77,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         checks.parameter("bias", bias, (shape[-1],), "x", x)
     if type(eps) is not float or not 0.0 <= eps <= LARGEST:
         eps = checks.eps(eps)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
@@ -73,7 +84,6 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     # One dtype for both.
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         weight, bias = (None if p is None else p.to(torch.float32) for p in (weight, bias))
-    y: Tensor
     if compiling or not direct(x, weight, bias):
         y = _forward_op(x, weight, bias, eps, backend)[0]
         return y
@@ -121,6 +131,7 @@ _forward_op, _apply = differentiable(
     setup=_setup,
     gradients=_gradients,
     hidden=True,
+    shortcuts=(_shortcut, _backward_shortcut),
 )
 
 

@@ -25,6 +25,7 @@ from ..checks import LARGEST
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(
@@ -51,6 +52,9 @@ def reference(
     return torch.addcmul(shift.to(dtype).unsqueeze(1), normed, gain).to(x.dtype)
 
 
+_shortcut = shortcut("modulate")
+
+
 def modulate(
     x: Tensor,
     scale: Tensor,
@@ -62,6 +66,14 @@ def modulate(
     norm: str = "rms",
 ) -> Tensor:
     """norm(x) * (1 + scale) + shift, scale and shift per sample; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, x, scale, shift, weight, bias, eps, norm)
+        if y is False:
+            y = _apply(x, scale, shift, weight, bias, eps, norm == "layer", "native")
+        if y is not None:
+            return y
     checks.floating("x", x)
     dtype, shape = x.dtype, x.shape
     if len(shape) != 3 or not shape[2]:
@@ -80,7 +92,6 @@ def modulate(
         checks.fail("bias", 'None with norm="rms"', "a tensor")
     if type(eps) is not float or not 0.0 <= eps <= LARGEST:
         eps = checks.eps(eps)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
@@ -94,7 +105,6 @@ def modulate(
     ):
         scale = scale.to(torch.float32)
         shift, weight, bias = (None if p is None else p.to(torch.float32) for p in (shift, weight, bias))
-    y: Tensor
     if compiling or not (direct(x, scale, weight) and plain(shift, bias)):
         y = _forward_op(x, scale, shift, weight, bias, eps, norm == "layer", backend)[0]
         return y

@@ -26,6 +26,7 @@ from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(
@@ -48,6 +49,9 @@ def reference(
     return (normed * gain).to(x.dtype)
 
 
+_shortcut = shortcut("rms_norm")
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -57,6 +61,14 @@ def rms_norm(
     round_before_weight: bool = True,
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight_offset + weight) over the last dimension; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, x, weight, eps, weight_offset, round_before_weight)
+        if y is False:
+            y = _apply(x, weight, eps, weight_offset, round_before_weight, "native")
+        if y is not None:
+            return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
         checks.floating("x", x)
@@ -76,14 +88,12 @@ def rms_norm(
         weight_offset = checks.number("weight_offset", weight_offset)
     if round_before_weight is not True and round_before_weight is not False:
         checks.flag("round_before_weight", round_before_weight)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours; docs/decisions.md has the measurement.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
     if weight is not None and weight.dtype is not dtype and weight.dtype is not torch.float32:
         weight = weight.to(torch.float32)
-    y: Tensor
     if compiling or not direct(x, weight):
         y = _forward_op(x, weight, eps, weight_offset, round_before_weight, backend)
         return y

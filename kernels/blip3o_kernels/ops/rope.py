@@ -27,6 +27,7 @@ from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
@@ -48,8 +49,17 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False)
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).to(x.dtype)
 
 
+_shortcut = shortcut("rope")
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first R dims of x [B, H, T, K] by the angles of the tables; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, x, cos, sin, interleaved)
+        if y is not None:
+            return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(x, Tensor) or x.dtype not in FLOATING or x.layout is not STRIDED:
         checks.floating("x", x)
@@ -58,11 +68,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> T
     check_tables(cos, sin, x)
     if interleaved is not True and interleaved is not False:
         checks.flag("interleaved", interleaved)
-    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, x)
     if backend == "reference":
         return reference(x, cos, sin, interleaved=interleaved)
-    y: Tensor
     if compiling or not (direct(x, cos, sin)):
         y = _forward_op(x, cos, sin, interleaved, backend)
         return y

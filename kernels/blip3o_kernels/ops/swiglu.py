@@ -24,6 +24,7 @@ from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 
 def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
@@ -33,8 +34,19 @@ def reference(gate: Tensor, up: Tensor | None = None) -> Tensor:
     return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+_shortcut = shortcut("swiglu")
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
     """silu(gate) * up, rounded once; without up, gate [..., 2M] holds both. See the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, gate, up)
+        if y is False:
+            y = _apply(gate, up, "native")
+        if y is not None:
+            return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(gate, Tensor) or gate.dtype not in FLOATING or gate.layout is not STRIDED:
         checks.floating("gate", gate)
@@ -43,11 +55,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
         checks.fail("gate", "shape [..., M], or [..., 2M] without up", list(shape))
     if up is not None:
         checks.like("up", up, "gate", gate)
-    compiling = is_compiling()
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, gate)
     if backend == "reference":
         return reference(gate, up)
-    y: Tensor
     if compiling or not direct(gate, up):
         y = _forward_op(gate, up, backend)
         return y

@@ -25,6 +25,7 @@ from ..checks import LARGEST, TINY
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 
 _DTYPES = checks.FLOATING | checks.INTEGERS
 
@@ -36,8 +37,17 @@ def reference(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor
     return torch.cat((angle.cos(), angle.sin()), dim=-1)
 
 
+_shortcut = shortcut("timestep_embedding")
+
+
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
     """[cos | sin] of the timestep at dim/2 frequencies, float32 [B, dim]; see the module's docstring."""
+    y: Tensor
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, timestep, dim, max_period)
+        if y is not None:
+            return y
     if not isinstance(timestep, Tensor) or timestep.dtype not in _DTYPES or timestep.layout is not torch.strided:
         checks.mistyped("timestep", "a floating-point, int64 or int32 tensor", timestep)
     if timestep.dim() != 1:
@@ -50,12 +60,10 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10000.0) 
         max_period = checks.number("max_period", max_period, TINY, "a positive, finite number")
     if timestep.dtype is not torch.float64 and timestep.dtype is not torch.float32:
         timestep = timestep.to(torch.float32)  # integers have no body of their own, short floats need none
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, timestep)
     if backend == "reference":
         return reference(timestep, dim, max_period)
-    y: Tensor
     if compiling or not direct(timestep):
         y = _forward_op(timestep, dim, max_period, backend)
         return y

@@ -105,7 +105,10 @@ def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[
     return loss, means
 
 
-def backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+def backward(
+    dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor | None, to_target: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of prediction and, if it is wanted, of target (otherwise an empty tensor)."""
     dprediction = prediction.new_empty(prediction.shape)
     samples, elements = prediction.shape[0], prediction.shape[1:].numel()
     each, chunk, warps = cut(elements)
@@ -123,4 +126,4 @@ def backward(dloss: Tensor, prediction: Tensor, target: Tensor, weight: Tensor |
             CHUNK=chunk,
             num_warps=warps,
         )
-    return dprediction
+    return dprediction, -dprediction if to_target else prediction.new_empty(0)

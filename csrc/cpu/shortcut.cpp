@@ -1,0 +1,270 @@
+// The shortest way from a Python call to an op; kernels/blip3o_kernels/shortcut.py tells the story. With shortcut.h this is all
+// that knows Python.
+//
+// Each function takes what the op's public function takes, behind the instruction set, and returns its result, or None for
+// everything out of the ordinary: then nothing has been done, and the ordinary way checks, explains and computes. Some return False
+// where all is ordinary but for a gradient that is wanted.
+#include "shortcut.h"
+
+namespace {
+
+#define ARGUMENTS Object, Object const *arguments, ptrdiff_t given
+
+Object rms_norm(ARGUMENTS) {
+  Call call(arguments, given, 6);
+  blip3o_rms_norm_arguments a{};
+  const DLTensor x = call.tensor(), weight = call.optional();
+  a.eps = static_cast<float>(call.number(0.0)), a.offset = static_cast<float>(call.number(-FLT_MAX));
+  a.round_before_weight = call.either(known->yes, known->no);
+  call.require(dtype(x) >= 0 && dense(x) && x.dims);
+  a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, weight), a.width = a.stride = last(x);
+  call.require(row(weight, a.width, a.weight_dtype));
+  if (call.stops()) return call.stopped();
+  const Result y = like(arguments[1], x);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.x = x.data, a.weight = weight.data, a.rows = count(x) / a.width;
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_rms_norm(&a), y.object);
+}
+
+Object add_rms_norm(ARGUMENTS) {
+  Call call(arguments, given, 7);
+  blip3o_add_rms_norm_arguments a{};
+  const DLTensor x = call.tensor(), residual = call.tensor(), weight = call.optional();
+  a.eps = static_cast<float>(call.number(0.0)), a.offset = static_cast<float>(call.number(-FLT_MAX));
+  a.round_before_weight = call.either(known->yes, known->no);
+  call.require(dtype(x) >= 0 && dense(x) && x.dims && alike(x, residual));
+  a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, weight);
+  a.width = a.stride = a.residual_stride = last(x);
+  call.require(row(weight, a.width, a.weight_dtype));
+  if (call.stops()) return call.stopped();
+  const Result y = like(arguments[1], x), added = like(arguments[1], x);
+  const Object pair[] = {y.object, added.object}, both = together(pair, 2);
+  if (!both) return nullptr;
+  a.y = y.tensor.data, a.added = added.tensor.data;
+  a.x = x.data, a.residual = residual.data, a.weight = weight.data, a.rows = count(x) / a.width;
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_add_rms_norm(&a), both);
+}
+
+Object layer_norm(ARGUMENTS) {
+  Call call(arguments, given, 5);
+  blip3o_layer_norm_arguments a{};
+  const DLTensor x = call.tensor(), weight = call.optional(), bias = call.optional();
+  a.eps = static_cast<float>(call.number(0.0));
+  call.require(dtype(x) >= 0 && dense(x) && x.dims);
+  a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
+  call.require(row(weight, a.width, a.weight_dtype) && row(bias, a.width, a.weight_dtype));
+  if (call.stops()) return call.stopped();
+  a.rows = count(x) / a.width;
+  const Result y = like(arguments[1], x), saved = call.saving ? floats(2 * a.rows) : Result(nullptr);
+  const Object both[] = {y.object, saved.object}, result = call.saving ? together(both, 2) : y.object;
+  if (!result) return nullptr;
+  a.y = y.tensor.data, a.saved = static_cast<float*>(saved.tensor.data);
+  a.x = x.data, a.weight = weight.data, a.bias = bias.data;
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_layer_norm(&a), result);
+}
+
+Object layer_norm_backward(ARGUMENTS) {  // dy, x, weight, bias, saved; both parameters given
+  Call call(arguments, given, 6);
+  blip3o_layer_norm_backward_arguments a{};
+  const DLTensor dy = call.tensor(), x = call.tensor(), weight = call.tensor(), bias = call.tensor(), saved = call.tensor();
+  call.require(dtype(x) >= 0 && dense(x) && x.dims && alike(x, dy));
+  a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
+  call.require(row(weight, a.width, a.weight_dtype) && row(bias, a.width, a.weight_dtype));
+  if (call.stops()) return nothing();
+  a.rows = count(x) / a.width;
+  a.blocks = a.rows < 64 ? 1 : a.rows / 32 > 64 ? 64 : a.rows / 32;  // as native_ops/layer_norm.py has it
+  const Result workspace = floats(3 * a.blocks * a.width, true);
+  const Result dx = like(arguments[2], x), dweight = like(arguments[3], weight), dbias = like(arguments[4], bias);
+  const Object all[] = {dx.object, dweight.object, dbias.object}, result = together(all, 3);
+  if (result && workspace.object) {
+    a.dx = dx.tensor.data, a.dweight = dweight.tensor.data, a.dbias = dbias.tensor.data;
+    a.workspace = static_cast<float*>(workspace.tensor.data), a.dy = dy.data, a.x = x.data, a.weight = weight.data;
+    a.saved = static_cast<const float*>(saved.data);
+    a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+    const int status = blip3o_cpu_layer_norm_backward(&a);
+    Py_DecRef(workspace.object);
+    return finished(status, result);
+  }
+  if (workspace.object) Py_DecRef(workspace.object);
+  if (result) Py_DecRef(result);
+  return nullptr;
+}
+
+Object modulate(ARGUMENTS) {
+  Call call(arguments, given, 8);
+  blip3o_modulate_arguments a{};
+  const DLTensor x = call.tensor(), scale = call.tensor(), shift = call.optional(), weight = call.optional();
+  const DLTensor bias = call.optional();
+  a.eps = static_cast<float>(call.number(0.0)), a.centred = call.either(known->layer, known->rms);
+  call.require(dtype(x) >= 0 && x.dims == 3 && dense(x) && (a.centred || !bias.data));
+  if (!call.fits) return nothing();
+  a.batch = x.shape[0], a.tokens = x.shape[1], a.width = a.stride = x.shape[2];
+  a.dtype = dtype(x), a.condition_dtype = shared_dtype(call, x, scale, scale);
+  call.require(rows(scale, a.batch, a.width, a.condition_dtype) && rows(shift, a.batch, a.width, a.condition_dtype));
+  call.require(row(weight, a.width, a.condition_dtype) && row(bias, a.width, a.condition_dtype));
+  if (call.stops()) return call.stopped();
+  const Result y = like(arguments[1], x);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.x = x.data, a.scale = scale.data, a.shift = shift.data, a.weight = weight.data, a.bias = bias.data;
+  a.scale_stride = scale.strides[0], a.shift_stride = shift.data ? shift.strides[0] : 0;
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_modulate(&a), y.object);
+}
+
+Object gated_residual(ARGUMENTS) {
+  Call call(arguments, given, 6);
+  blip3o_gated_residual_arguments a{};
+  float saved[8192];
+  const DLTensor residual = call.tensor(), x = call.tensor(), gate = call.tensor(), weight = call.optional();
+  a.eps = static_cast<float>(call.number(0.0));
+  call.require(dtype(x) >= 0 && x.dims == 3 && dense(x) && alike(x, residual));
+  if (!call.fits) return nothing();
+  a.batch = x.shape[0], a.tokens = x.shape[1], a.width = a.stride = a.residual_stride = x.shape[2];
+  a.dtype = dtype(x), a.condition_dtype = shared_dtype(call, x, gate, gate);
+  call.require(rows(gate, a.batch, a.width, a.condition_dtype) && row(weight, a.width, a.condition_dtype));
+  call.require(a.batch * (a.width + a.tokens) <= 8192);
+  if (call.stops()) return call.stopped();
+  const Result y = like(arguments[2], x);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.saved = saved, a.residual = residual.data, a.x = x.data, a.gate = gate.data, a.weight = weight.data;
+  a.gate_stride = gate.strides[0];
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_gated_residual(&a), y.object);
+}
+
+Object rope(ARGUMENTS) {
+  Call call(arguments, given, 5);
+  blip3o_rope_arguments a{};
+  const DLTensor x = call.tensor(), cos = call.tensor(), sin = call.tensor();
+  a.interleaved = call.either(known->yes, known->no);
+  call.require(dtype(x) >= 0 && x.dims == 4 && count(x) && x.strides[3] == 1 && dtype(cos) == BLIP3O_FLOAT32 && dense(cos));
+  call.require(call.fits && alike(cos, sin) && (cos.dims == 2 || (cos.dims == 3 && cos.shape[0] == x.shape[0])));
+  call.require(call.fits && cos.shape[cos.dims - 2] == x.shape[2] && 2 * last(cos) <= x.shape[3]);
+  if (call.stops()) return nothing();
+  const Result y = like(arguments[1], x);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.x = x.data;
+  a.cos = static_cast<const float*>(cos.data), a.sin = static_cast<const float*>(sin.data);
+  a.batch = x.shape[0], a.heads = x.shape[1], a.tokens = x.shape[2], a.head_dim = x.shape[3], a.half = last(cos);
+  a.table_stride = cos.dims == 3 ? a.tokens * a.half : 0;
+  a.y_batch = y.tensor.strides[0], a.y_head = y.tensor.strides[1], a.y_token = y.tensor.strides[2];
+  a.x_batch = x.strides[0], a.x_head = x.strides[1], a.x_token = x.strides[2];
+  a.dtype = dtype(x), a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  return finished(blip3o_cpu_rope(&a), y.object);
+}
+
+Object swiglu(ARGUMENTS) {
+  Call call(arguments, given, 3);
+  blip3o_swiglu_arguments a{};
+  const DLTensor gate = call.tensor(), up = call.optional();
+  const bool packed = !up.data;
+  call.require(dtype(gate) >= 0 && dense(gate) && gate.dims && gate.dims <= 8);
+  call.require(packed ? last(gate) % 2 == 0 : alike(gate, up));
+  const int64_t elements = call.fits ? count(gate) / (1 + packed) : 0;
+  call.require(elements * (gate.bits / 8) < LARGE || !packed);
+  if (call.stops()) return call.stopped();
+  int64_t shape[8];
+  for (int i = 0; i < gate.dims; ++i) shape[i] = gate.shape[i];
+  a.width = shape[gate.dims - 1] /= 1 + packed;
+  const Result y = packed ? shaped(arguments[1], shape, gate.dims) : like(arguments[1], gate);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.gate = gate.data, a.rows = elements / a.width, a.gate_stride = a.up_stride = last(gate);
+  a.up = packed ? static_cast<const char*>(gate.data) + a.width * (gate.bits / 8) : up.data;
+  a.dtype = dtype(gate), a.instruction_set = call.instruction_set, a.threads = call.threads(4 * elements);
+  return finished(blip3o_cpu_swiglu(&a), y.object);
+}
+
+Object timestep_embedding(ARGUMENTS) {
+  Call call(arguments, given, 4);
+  blip3o_timestep_embedding_arguments a{};
+  double frequencies[1024 + 15];
+  const DLTensor timestep = call.tensor();
+  const int64_t dim = call.integer(2048);
+  a.max_period = call.number(FLT_MIN);
+  call.require(dtype(timestep) == BLIP3O_FLOAT32 && timestep.dims == 1 && dense(timestep) && dim >= 2 && dim % 2 == 0);
+  if (call.stops()) return nothing();
+  const int64_t shape[2] = {timestep.shape[0], dim};
+  const Result y = shaped(arguments[1], shape, 2);
+  if (!y.object) return nullptr;
+  a.y = static_cast<float*>(y.tensor.data), a.frequencies = frequencies;
+  a.timestep = static_cast<const float*>(timestep.data), a.rows = shape[0], a.half = dim / 2;
+  a.instruction_set = call.instruction_set, a.threads = call.threads(16 * a.rows * a.half);
+  return finished(blip3o_cpu_timestep_embedding(&a), y.object);
+}
+
+Object flow_timesteps(ARGUMENTS) {
+  Call call(arguments, given, 8);
+  blip3o_flow_timesteps_arguments a{};
+  const DLTensor positions = call.tensor();
+  a.seed = call.integer(UINT64_MAX), a.logit_normal = call.either(known->logit_normal, known->uniform);
+  a.mean = static_cast<float>(call.number(-FLT_MAX)), a.std = static_cast<float>(call.number(FLT_MIN));
+  a.shift = static_cast<float>(call.number(FLT_MIN)), a.draw = static_cast<int>(call.integer((1 << 24) - 1));
+  call.require(positions.dims == 1 && positions.type == 0 && positions.bits == 64 && dense(positions));
+  if (call.stops()) return nothing();
+  const Object tuple = PyTuple_New(1);
+  if (!tuple) return nullptr;
+  Py_IncRef(arguments[1]);
+  PyTuple_SetItem(tuple, 0, arguments[1]);
+  const Result sigma(PyObject_Call(known->empty_like, tuple, known->float32));
+  Py_DecRef(tuple);
+  if (!sigma.object) return nullptr;
+  a.sigma = static_cast<float*>(sigma.tensor.data), a.positions = static_cast<const int64_t*>(positions.data);
+  a.samples = count(positions), a.instruction_set = call.instruction_set, a.threads = call.threads(1 << 20);
+  return finished(blip3o_cpu_flow_timesteps(&a), sigma.object);
+}
+
+Object flow_step(ARGUMENTS) {
+  Call call(arguments, given, 7);
+  blip3o_flow_step_arguments a{};
+  const DLTensor x = call.tensor(), velocity = call.tensor();
+  a.step = static_cast<float>(call.number(-FLT_MAX));
+  const DLTensor unconditional = call.optional();
+  a.guidance = static_cast<float>(call.number(-FLT_MAX));
+  const DLTensor previous = call.optional();
+  call.require(dtype(x) >= 0 && x.dims && dense(x) && alike(x, velocity));
+  call.require((!unconditional.data || alike(x, unconditional)) && (!previous.data || alike(x, previous)));
+  if (call.stops()) return nothing();
+  const Result y = like(arguments[1], x);
+  if (!y.object) return nullptr;
+  a.y = y.tensor.data, a.x = x.data, a.velocity = velocity.data;
+  a.unconditional = unconditional.data, a.previous = previous.data, a.samples = 1, a.elements = count(x);
+  a.dtype = dtype(x), a.instruction_set = call.instruction_set, a.threads = call.threads(a.elements);
+  return finished(blip3o_cpu_flow_step(&a), y.object);
+}
+
+struct Method {  // CPython's PyMethodDef
+  const char* name;
+  Object (*function)(ARGUMENTS);
+  int flags;  // 0x80: METH_FASTCALL
+  const char* documentation;
+};
+
+Method methods[] = {
+    {"rms_norm", rms_norm, 0x80, nullptr},
+    {"add_rms_norm", add_rms_norm, 0x80, nullptr},
+    {"layer_norm", layer_norm, 0x80, nullptr},
+    {"layer_norm_backward", layer_norm_backward, 0x80, nullptr},
+    {"modulate", modulate, 0x80, nullptr},
+    {"gated_residual", gated_residual, 0x80, nullptr},
+    {"rope", rope, 0x80, nullptr},
+    {"swiglu", swiglu, 0x80, nullptr},
+    {"timestep_embedding", timestep_embedding, 0x80, nullptr},
+    {"flow_timesteps", flow_timesteps, 0x80, nullptr},
+    {"flow_step", flow_step, 0x80, nullptr},
+};
+
+}  // namespace
+
+extern "C" void* blip3o_cpu_shortcut(const char* name, const void* handles) {
+  known = static_cast<const Handles*>(handles);
+  if (known->torch->major != 1 || !known->torch->tensor_from_object || !PyTuple_SetItem) return nullptr;
+  for (Method& method : methods) {
+    const char *a = method.name, *b = name;
+    while (*a && *a == *b) ++a, ++b;
+    if (*a == *b) return &method;
+  }
+  return nullptr;
+}

@@ -1,0 +1,182 @@
+"""The shortest way into the CPU library: taken where it may be, with the same bits, and never anywhere else."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conformance import bound, outputs_of, tensors_of, variants
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from blip3o_kernels import OPS, layer_norm, native, rms_norm, use
+from blip3o_kernels.dispatch import Op
+from blip3o_kernels.samples import Draw
+from blip3o_kernels.shortcut import _TABLE
+
+pytestmark = pytest.mark.skipif(bool(native.CPU_MISSING) or not hasattr(Tensor, _TABLE), reason="no shortcuts here")
+
+
+def module(op: Op) -> object:
+    return importlib.import_module(f"blip3o_kernels.ops.{op.name}")
+
+
+WITH = [op for op in OPS if hasattr(module(op), "_shortcut")]
+
+
+@contextmanager
+def shortcuts(op: Op, way: Callable[..., object]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module(op), "_shortcut", way)
+        yield
+
+
+def watched(op: Op) -> tuple[Callable[..., object], list[bool]]:
+    """The op's shortcut, and whether it was taken at each call."""
+    real, taken = vars(module(op))["_shortcut"], []
+
+    def way(*arguments: object) -> object:
+        result = real(*arguments)
+        taken.append(result is not None and result is not False)
+        return result
+
+    return way, taken
+
+
+@pytest.mark.parametrize("op", WITH, ids=lambda op: op.name)
+def test_both_ways_give_the_same(op: Op) -> None:
+    """Bits, shapes, strides and dtypes, of every sample, on the best instruction set and on the portable one."""
+    way, taken = watched(op)
+    for backend in ("native", "native:portable"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for sample in variants(op, dtype):
+                floats = any(x.is_floating_point() for x in tensors_of(bound(op, sample)).values())
+                if dtype is torch.float64 and floats:  # no native body has these
+                    continue
+                with torch.no_grad(), use(backend):
+                    with shortcuts(op, way):
+                        found = outputs_of(op.function(*sample.args, **sample.kwargs))
+                    with shortcuts(op, lambda *_: None):
+                        expected = outputs_of(op.function(*sample.args, **sample.kwargs))
+                for name, y in expected.items():
+                    assert torch.equal(found[name], y), (sample.name, name)
+                    assert found[name].stride() == y.stride() and found[name].dtype is y.dtype, (sample.name, name)
+    assert sum(taken) > len(taken) / 6
+
+
+def calls() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
+    """One ordinary call of each op."""
+    draw = Draw(torch.float32, "cpu")
+    x, condition, table = draw(2, 3, 8), draw(2, 8), draw(3, 4)
+    return {
+        "rms_norm": ((x, draw(8)), {}),
+        "add_rms_norm": ((x, x, draw(8)), {}),
+        "layer_norm": ((x, draw(8), draw(8)), {}),
+        "modulate": ((x, condition), {"weight": draw(8)}),
+        "gated_residual": ((x, x, condition), {"weight": draw(8)}),
+        "rope": ((draw(2, 2, 3, 8), table, table), {}),
+        "swiglu": ((x,), {}),
+        "timestep_embedding": ((draw(3), 8), {}),
+        "flow_timesteps": ((torch.arange(3), 1), {}),
+        "flow_step": ((x, x, 0.5), {"unconditional": x, "guidance": 2.0}),
+    }
+
+
+class Seeing(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return function(*args, **(kwargs or {}))
+
+
+class Other(Tensor):
+    pass
+
+
+@pytest.mark.parametrize("op", WITH, ids=lambda op: op.name)
+def test_only_the_ordinary_case_takes_it(op: Op) -> None:
+    way, taken = watched(op)
+    args, kwargs = calls()[op.name]
+    first = args[0]
+    assert isinstance(first, Tensor)
+
+    def takes(*leading: object, **options: object) -> bool:
+        taken.clear()
+        op.function(*leading, **{**kwargs, **options})
+        return any(taken)
+
+    with shortcuts(op, way):
+        assert takes(*args)
+        assert takes(torch.nn.Parameter(first, requires_grad=False), *args[1:])
+        for blocked in (Seeing(), torch.device("cpu"), use("reference"), forward_ad.dual_level()):
+            with blocked:
+                assert not takes(*args)
+        assert not takes(first.as_subclass(Other), *args[1:])
+        if op.differentiable:
+            wanted = first.detach().clone().requires_grad_()
+            assert not takes(wanted, *args[1:])
+            with torch.no_grad():
+                assert takes(wanted, *args[1:])
+            assert not takes(torch._neg_view(first), *args[1:])
+            torch.func.vmap(lambda x: x if takes(*args) else -x)(torch.ones(2))
+            assert not any(taken)
+
+
+def test_compiled_it_does_not_exist() -> None:
+    way, taken = watched(next(op for op in OPS if op.name == "rms_norm"))
+    with shortcuts(next(op for op in OPS if op.name == "rms_norm"), way), torch.no_grad():
+        x = torch.randn(2, 8)
+        compiled = torch.compile(lambda x: rms_norm(x) + 1, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), rms_norm(x) + 1)
+    assert len(taken) == 1  # the eager call's
+
+
+@pytest.mark.parametrize("op", WITH, ids=lambda op: op.name)
+def test_nothing_leaks(op: Op) -> None:
+    """References to arguments, to what the shortcut knows, and results: after many calls as many as before."""
+    args, kwargs = calls()[op.name]
+    strange = (torch.randn(3, 5, 7).double(), *args[1:])
+
+    def once() -> None:
+        op.function(*args, **kwargs)
+        vars(module(op))["_shortcut"](0, *strange)
+
+    def counted() -> list[int]:
+        gc.collect()
+        known = (*args, None, True, False, Tensor, torch.empty_like, torch.get_num_threads, "requires_grad")
+        return [sys.getrefcount(x) for x in known]
+
+    runs = [torch.no_grad()(once)]
+    if op.name == "layer_norm":  # its backward pass has a shortcut too
+        dy, saved = torch.ones_like(args[0]), torch.ones(12)  # type: ignore[arg-type]
+        runs.append(torch.no_grad()(lambda: module(op)._backward_shortcut(0, dy, *args, saved)))  # type: ignore[attr-defined]
+    for run in runs:
+        run()
+        before = counted()
+        for _ in range(500):
+            run()
+        assert max(abs(a - b) for a, b in zip(counted(), before, strict=True)) < 50
+
+
+def test_numbers_that_are_none() -> None:
+    """The ordinary way's errors, also behind arguments that the shortcut takes."""
+    x = torch.randn(2, 8)
+    for eps in (-1.0, float("nan"), float("inf"), 1e39):
+        with pytest.raises(ValueError, match="eps"):
+            rms_norm(x, None, eps)
+    with pytest.raises(TypeError, match="eps"):
+        layer_norm(x, None, None, torch.tensor(1e-5))  # type: ignore[arg-type]
+    torch.testing.assert_close(layer_norm(x, None, None, 1), layer_norm(x, None, None, 1.0), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="weight"):
+        rms_norm(x, torch.ones(7))
+
+
+def test_results_know_their_memory() -> None:
+    """They are torch's own: they grow in place, as do those of torch's functions."""
+    y = rms_norm(torch.randn(2, 8))
+    assert y.resize_(100).shape == (100,)
+    assert y.untyped_storage().resizable()
