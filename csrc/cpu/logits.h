@@ -1,0 +1,378 @@
+// The matrix products of fused_cross_entropy.h, which includes this inside: no include guard, no includes.
+//
+//   lay_right, lay_terms    x laid out, as right factor of logits^T = weight x^T and of dweight = dlogits^T x
+//   Logits                  the logits of up to STEP words and BLOCK rows
+//   Gradients               dlogits laid out, and its two products: PART rows of dweight, complete, or a part's share of dx
+//   put_sums                dx, when all its parts are there
+//
+// All of float in the vectors of product.h, of bfloat16 in the tiles of AMX; there dlogits is the sum of two bfloat16 numbers,
+// because one alone would cost a gradient as much as its own rounding does.
+
+#if defined(_OPENMP)
+extern "C" int omp_get_thread_num(void);
+static inline int thread_number() { return omp_get_thread_num(); }
+#else
+static inline int thread_number() { return 0; }
+#endif
+
+// Past the caches, where there is such an instruction; `fence` afterwards.
+static inline void stream(float* p, Floats v) {
+#if BLIP3O_LANES == 16
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
+}
+static inline void fence() {
+#if BLIP3O_LANES == 16
+  _mm_sfence();
+#endif
+}
+
+template <class T>
+static constexpr int64_t GROUP = std::is_same<T, float>::value ? LANES : STEP;  // rows in what a product takes at once
+
+// Floats of a row of x as right factor.
+template <class T>
+static int64_t RIGHT(const Arguments& a, const Sizes& s) {
+  return std::is_same<T, float>::value ? s.width : padded(a.width, STEP) / 2;
+}
+
+// A block of [words, columns] into rows of the result.
+static inline void put_block(float* to, int64_t step, const float* from, int64_t from_step, int64_t words, int64_t columns,
+                             bool past_caches) {
+  for (int64_t i = 0; i < words; ++i, to += step, from += from_step) {
+    int64_t c = 0;
+    for (; c + LANES <= columns; c += LANES) past_caches ? stream(to + c, load(from + c)) : store(to + c, load(from + c));
+    if (c < columns) store(to + c, load(from + c), columns - c);
+  }
+}
+
+template <class T>
+static bool passes_caches(const Arguments& a) {
+  return reinterpret_cast<uintptr_t>(a.dweight) % 64 == 0 && a.width * static_cast<int64_t>(sizeof(T)) % 64 == 0 &&
+         a.vocab * a.width >= LARGE;
+}
+
+template <class T>
+static void lay_right(float* to, const Arguments& a, const Sizes& s, int threads);
+template <class T>
+static void lay_terms(float* to, const Arguments& a, const Sizes& s, int threads);
+template <class T>
+static void put_sums(const Arguments& a, const Sizes& s, const float* sums, int threads);
+template <class T>
+struct Logits;
+template <class T>
+struct Gradients;
+
+static constexpr int64_t PANEL = 64;    // columns, of 128 rows 32 KiB
+static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor stays in the first cache
+
+template <>
+void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int threads) {
+  const float* x = static_cast<const float*>(a.x);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < s.rows; row += STEP) {
+    const int64_t block = row / BLOCK * BLOCK, n = larger(0, smaller(STEP, a.rows - row));
+    lay_columns(to + block * s.width + row - block, s.height(block), x + row * a.x_stride, a.x_stride, n, a.width);
+  }
+}
+
+template <>
+void lay_terms<float>(float* to, const Arguments& a, const Sizes& s, int threads) {
+  const float* x = static_cast<const float*>(a.x);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t i = 0; i < s.width; i += LANES)
+      store(to + (i / PANEL * s.rows + row) * PANEL + i % PANEL,
+            i < a.width ? load_some(x + row * a.x_stride + i, a.width - i) : Floats{});
+}
+
+template <>
+struct Logits<float> {
+  const float* right;
+  const int64_t height, columns, width;
+
+  Logits(const float* laid, int64_t high, float*, int64_t wide, int64_t deep)
+      : right(laid), height(high), columns(wide), width(deep) {}
+
+  void operator()(float* to, const float* weight, int64_t step, int64_t words) const {
+    for (int64_t k = 0; k < width; k += DEPTH) {
+      const auto multiply = k ? product<true, true> : product<true, false>;
+      multiply(to, height, weight + k, step, right + k * height, height, words, columns, smaller(DEPTH, width - k));
+    }
+  }
+};
+
+template <>
+struct Gradients<float> {
+  const Arguments& a;
+  const Sizes& s;
+  float* dlogits;  // block by block of rows [words, rows]
+  const float* terms;
+  float* sums;  // panel by panel of columns [rows, PANEL]
+  float* own;
+  const int64_t start, words;
+
+  float* at(int64_t row, int64_t word) const {
+    const int64_t block = row / BLOCK * BLOCK;
+    return dlogits + block * s.words + word * s.height(block) + row - block;
+  }
+  float* place(int64_t row, int64_t word, float*) const { return at(row, word); }
+  void lay(const float*, int64_t, int64_t, int64_t, int64_t) const {}
+
+  void of_weight(int64_t word, int64_t column) const {
+    const bool past_caches = passes_caches<float>(a);
+    float* to = static_cast<float*>(a.dweight) + (start + word) * a.width;
+    const int64_t end = smaller(words, word + PART), last = smaller(a.width, column + PART);
+    for (int64_t c = column; c < last; c += PANEL)
+      for (int64_t w = word; w < end; w += STEP) {
+        alignas(64) float block[STEP * PANEL];
+        const int64_t some = smaller(STEP, end - w);
+        for (int64_t row = 0; row < a.rows; row += BLOCK) {
+          const auto multiply = row ? product<true, true> : product<true, false>;
+          multiply(block, PANEL, at(row, w), s.height(row), terms + (c / PANEL * s.rows + row) * PANEL, PANEL, some, PANEL,
+                   smaller(BLOCK, a.rows - row));
+        }
+        put_block(to + (w - word) * a.width + c, a.width, block, PANEL, some, smaller(PANEL, last - c), past_caches);
+      }
+  }
+
+  void of_x(int64_t row, int64_t column) const {
+    const float* weight = static_cast<const float*>(a.weight) + start * a.weight_stride;
+    const int64_t end = smaller(a.rows, row + PART), last = smaller(a.width, column + PART);
+    for (int64_t w = 0; w < words; w += DEPTH)
+      for (int64_t c = column; c < last; c += PANEL) {
+        const int64_t some = smaller(DEPTH, words - w);
+        for (int64_t i = 0; i < some; ++i)
+          for (int64_t k = 0; k < PANEL; k += LANES)
+            store(own + i * PANEL + k,
+                  c + k < last ? load_some(weight + (w + i) * a.weight_stride + c + k, last - c - k) : Floats{});
+        for (int64_t r = row; r < end; r += BLOCK) {
+          const auto multiply = start + w ? product<false, true> : product<false, false>;
+          multiply(sums + (c / PANEL * s.rows + r) * PANEL, PANEL, at(r, w), s.height(r), own, PANEL, smaller(BLOCK, end - r),
+                   PANEL, some);
+        }
+      }
+  }
+};
+
+template <>
+void put_sums<float>(const Arguments& a, const Sizes& s, const float* sums, int threads) {
+  float* dx = static_cast<float*>(a.dx);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t c = 0; c < a.width; c += PANEL)
+      put_block(dx + row * a.width + c, a.width, sums + (c / PANEL * s.rows + row) * PANEL, PANEL, 1, smaller(PANEL, a.width - c),
+                false);
+}
+
+#if BLIP3O_LANES == 16
+#include "tiles.h"
+
+// As tile_block (tiles.h), with a left factor in two parts, the second `rest` floats behind the first.
+template <int M, int N, bool ADD>
+static inline void split_block(Sums c, Factor a, int64_t rest, Factor b, int64_t depth) {
+  const int64_t bytes = c.row_bytes;
+  float *beside = c.at + c.column_step, *below = c.at + c.step, *across = below + c.column_step;
+  if (ADD) {
+    load_tile<0>(c.at, bytes);
+    if (N > 1) load_tile<1>(beside, bytes);
+    if (M > 1) load_tile<2>(below, bytes);
+    if (M > 1 && N > 1) load_tile<3>(across, bytes);
+  } else {
+    zero_tile<0>();
+    if (N > 1) zero_tile<1>();
+    if (M > 1) zero_tile<2>();
+    if (M > 1 && N > 1) zero_tile<3>();
+  }
+  const auto part = [&](const float* left) {
+    load_tile<4>(left, a.row_bytes);
+    multiply_tile<0, 4, 6>();
+    if (N > 1) multiply_tile<1, 4, 7>();
+    if (M > 1) {
+      load_tile<5>(left + a.step, a.row_bytes);
+      multiply_tile<2, 5, 6>();
+      if (N > 1) multiply_tile<3, 5, 7>();
+    }
+  };
+  for (; depth > 0; --depth, a.at += a.term_step, b.at += b.term_step) {
+    load_tile<6>(b.at, b.row_bytes);
+    if (N > 1) load_tile<7>(b.at + b.step, b.row_bytes);
+    part(a.at);
+    part(a.at + rest);
+  }
+  store_tile<0>(c.at, bytes);
+  if (N > 1) store_tile<1>(beside, bytes);
+  if (M > 1) store_tile<2>(below, bytes);
+  if (M > 1 && N > 1) store_tile<3>(across, bytes);
+}
+
+template <bool ADD>
+static inline void split_product(Sums c, Factor a, int64_t rest, Factor b, bool tall, bool broad, int64_t depth) {
+  if (tall && broad) return split_block<2, 2, ADD>(c, a, rest, b, depth);
+  if (tall) return split_block<2, 1, ADD>(c, a, rest, b, depth);
+  if (broad) return split_block<1, 2, ADD>(c, a, rest, b, depth);
+  split_block<1, 1, ADD>(c, a, rest, b, depth);
+}
+
+static inline void put_block(bfloat16* to, int64_t step, const float* from, int64_t from_step, int64_t words, int64_t columns,
+                             bool past_caches) {
+  for (int64_t i = 0; i < words; ++i, to += step, from += from_step) {
+    const Floats low = load(from), high = load(from + SIDE);
+    if (columns == 2 * SIDE && Rounder::fits(low) && Rounder::fits(high)) {
+      const Floats both = packed(low, high);
+      float* whole = reinterpret_cast<float*>(to);
+      past_caches ? stream(whole, both) : store(whole, both);
+      continue;
+    }
+    for (int64_t c = 0; c < columns; c += SIDE)
+      columns - c >= SIDE ? store(to + c, load(from + c)) : store(to + c, load(from + c), columns - c);
+  }
+}
+
+template <>
+void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes& s, int threads) {
+  const bfloat16* x = static_cast<const bfloat16*>(a.x);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < s.rows; row += STEP)
+    lay_tiles<false, true>(to + row * padded(a.width, TERMS) / 2, x + row * a.x_stride, a.x_stride, smaller(STEP, a.rows - row),
+                           a.width);
+}
+
+template <>
+void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s, int threads) {
+  const bfloat16* x = static_cast<const bfloat16*>(a.x);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t c = 0; c < a.width; c += STEP)
+    lay_tiles<true, false>(to + c * s.rows / 2, x + c, a.x_stride, a.rows, smaller(STEP, a.width - c));
+}
+
+template <>
+struct Logits<bfloat16> {
+  const TileRegisters registers;
+  const float* right;
+  const int64_t height, columns, width;
+  float* own;
+
+  Logits(const float* laid, int64_t high, float* space, int64_t wide, int64_t deep)
+      : right(laid), height(high), columns(wide), width(deep), own(space) {}
+
+  void operator()(float* to, const bfloat16* weight, int64_t step, int64_t words) const {
+    const int64_t terms = padded(width, TERMS) / TERMS;
+    const Factor b{right, terms * TILE, TILE};
+    if (width % TERMS == 0 && words == STEP) {
+      const Factor rows{reinterpret_cast<const float*>(weight), SIDE * step / 2, TERMS / 2, 2 * step};
+      return multiply_tiles<false, false>(Sums::matrix(to, height), rows, b, 2, columns / SIDE, terms);
+    }
+    lay_tiles<false, false>(own, weight, step, words, width);
+    multiply_tiles<false, false>(Sums::matrix(to, height), rows_factor(own, width), b, 2, columns / SIDE, terms);
+  }
+};
+
+template <>
+struct Gradients<bfloat16> {
+  const Arguments& a;
+  const Sizes& s;
+  float* dlogits;  // for dweight tiles [words, rows], two parts one after the other; then for dx tiles [rows, words], again two
+  const float* terms;
+  float* sums;  // tiles [rows, columns]
+  float* own;
+  const int64_t start, words;
+
+  int64_t part() const { return s.words * s.rows / 2; }
+  float* place(int64_t, int64_t, float* logits) const { return logits; }
+
+  void lay(float* from, int64_t row, int64_t word, int64_t some, int64_t columns) const {
+    const int64_t height = s.height(row / BLOCK * BLOCK), across = s.rows / TERMS * TILE, along = s.words / TERMS * TILE;
+    for (int64_t i = some; i < STEP; ++i) std::memset(from + i * height, 0, sizeof(float) * static_cast<size_t>(columns));
+    for (int64_t c = 0; c < columns; c += SIDE) {
+      float* to = dlogits + word / SIDE * across + (row + c) / TERMS * TILE;
+      float* turned = dlogits + 2 * part() + (row + c) / SIDE * along + word / TERMS * TILE;
+      Floats upper[SIDE], lower[SIDE];
+      for (int64_t i = 0; i < STEP; i += 2) {
+        Floats high[2], low[2];
+        for (int64_t j = 0; j < 2; ++j) {
+          const Floats v = load(from + (i + j) * height + c);
+          high[j] = bits_of<Floats>((bits_of<Words>(v) + 0x8000u) & 0xffff0000u);
+          low[j] = v - high[j];
+          half(to + (i + j) / SIDE * across + (i + j) % SIDE * SIDE + c % TERMS / 2, high[j]);
+          half(to + part() + (i + j) / SIDE * across + (i + j) % SIDE * SIDE + c % TERMS / 2, low[j]);
+        }
+        upper[i / 2] = paired(high[0], high[1]);
+        lower[i / 2] = paired(low[0], low[1]);
+      }
+      transpose(upper);
+      transpose(lower);
+      for (int64_t i = 0; i < SIDE; ++i) {
+        store(turned + i * SIDE, upper[i]);
+        store(turned + part() + i * SIDE, lower[i]);
+      }
+    }
+  }
+
+  static void half(float* to, Floats v) {
+    const Halves h = Rounder::round(v);
+    std::memcpy(to, &h, sizeof h);
+  }
+
+  void of_weight(int64_t word, int64_t column) const {
+    const TileRegisters registers;
+    const bool past_caches = passes_caches<bfloat16>(a);
+    const int64_t end = smaller(words, word + PART), last = smaller(a.width, column + PART), all_terms = s.rows / TERMS;
+    bfloat16* to = static_cast<bfloat16*>(a.dweight) + start * a.width;
+    for (int64_t k = 0; k < all_terms; k += SIDE) {
+      const int64_t depth = smaller(SIDE, all_terms - k);
+      for (int64_t w = word; w < end; w += STEP)
+        for (int64_t c = column; c < last; c += STEP) {
+          alignas(64) float block[STEP * STEP];
+          float* sum = all_terms <= SIDE ? block : own + ((w - word) * PART + (c - column) * STEP);
+          const bool broad = last - c > SIDE;
+          const Factor left{dlogits + (w / SIDE * all_terms + k) * TILE, all_terms * TILE, TILE};
+          const Factor right{terms + c * s.rows / 2 + k * (broad ? 2 : 1) * TILE, TILE, (broad ? 2 : 1) * TILE};
+          const auto multiply = k ? split_product<true> : split_product<false>;
+          multiply(Sums::matrix(sum, STEP), left, part(), right, true, broad, depth);
+          if (k + depth == all_terms)
+            put_block(to + w * a.width + c, a.width, sum, STEP, smaller(STEP, end - w), smaller(STEP, last - c), past_caches);
+        }
+    }
+  }
+
+  void of_x(int64_t row, int64_t column) const {
+    const TileRegisters registers;
+    const bfloat16* weight = static_cast<const bfloat16*>(a.weight) + start * a.weight_stride;
+    const int64_t end = smaller(s.rows, row + PART), last = smaller(a.width, column + PART);
+    for (int64_t w = 0; w < words; w += PART) {
+      const int64_t some = smaller(PART, words - w), depth = padded(some, TERMS) / TERMS;
+      for (int64_t k = 0; k < depth; ++k)
+        for (int64_t c = column; c < last; c += STEP) {
+          const int64_t wide = smaller(STEP, last - c);
+          lay_tiles<true, false>(own + (c - column) * PART / 2 + k * (wide > SIDE ? 2 : 1) * TILE,
+                                 weight + (w + k * TERMS) * a.weight_stride + c, a.weight_stride,
+                                 smaller(TERMS, some - k * TERMS), wide);
+        }
+      for (int64_t c = column; c < last; c += STEP)
+        for (int64_t r = row; r < end; r += STEP) {
+          const bool broad = last - c > SIDE;
+          const int64_t along = s.words / TERMS * TILE;
+          const Sums to{sums + (r * s.width / SIDE + c) * SIDE, SIDE * s.width, TILE, 64};
+          const Factor left{dlogits + 2 * part() + r / SIDE * along + w / TERMS * TILE, along, TILE};
+          const Factor right{own + (c - column) * PART / 2, TILE, (broad ? 2 : 1) * TILE};
+          const auto multiply = start + w ? split_product<true> : split_product<false>;
+          multiply(to, left, part(), right, true, broad, depth);
+        }
+    }
+  }
+};
+
+template <>
+void put_sums<bfloat16>(const Arguments& a, const Sizes& s, const float* sums, int threads) {
+  bfloat16* dx = static_cast<bfloat16*>(a.dx);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (int64_t c = 0; c < a.width; c += SIDE) {
+      const Floats v = load(sums + (row / SIDE * s.width + c) * SIDE + row % SIDE * SIDE);
+      a.width - c >= SIDE ? store(dx + row * a.width + c, v) : store(dx + row * a.width + c, v, a.width - c);
+    }
+}
+#endif
