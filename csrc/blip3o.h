@@ -400,7 +400,7 @@ typedef struct {
   const void* weight;
   const int64_t* target; /* [rows], in [0, vocab) or ignore_index */
   float* logits;         /* rows padded to 32, times vocab; or null */
-  double* sums;          /* [3, rows] */
+  float* sums;           /* [3, rows padded to 32] */
   float* loss;
   float* workspace;
   int64_t rows, width, vocab, x_stride, weight_stride, ignore_index, workspace_floats;

@@ -29,6 +29,21 @@ struct Sizes {
 
 #include "logits.h"
 
+// e^v for v <= 0, and for a little more than 0 by rounding, to about two units in the last place.
+static inline Floats fraction(Floats v) {
+#if BLIP3O_LANES == 16
+  const Floats t = v * 1.44269504f, f = (Floats)_mm512_maskz_reduce_ps(0xffff, (__m512)t, 8);  // less the nearest integer
+  Floats p = f * 1.5353342792e-4f + 1.3398874757e-3f;
+  p = p * f + 9.6184374371e-3f;
+  p = p * f + 5.5503324703e-2f;
+  p = p * f + 2.4022647913e-1f;
+  p = p * f + 6.9314720286e-1f;
+  return (Floats)_mm512_maskz_scalef_ps(0xffff, (__m512)(p * f + 1.0f), (__m512)(t - f));
+#else
+  return exponential(v);
+#endif
+}
+
 // Of BLOCK rows: the largest logit, the sum of exponentials less that, the plain sum.
 struct Partial {
   float maximum[BLOCK], total[BLOCK], spread[BLOCK];
@@ -49,13 +64,13 @@ static void join(Partial& p, float* logits, float* kept, bool spread, float soft
       if (spread) plain += v;
       highest = at_least(highest, v);
     }
-    Floats total = load(p.total + c) * exponential(before - highest), other{};
+    Floats total = load(p.total + c) * fraction(before - highest), other{};
     int64_t i = 0;
     for (; i + 2 <= words; i += 2) {
-      total += exponential(load(logits + i * height + c) - highest);
-      other += exponential(load(logits + (i + 1) * height + c) - highest);
+      total += fraction(load(logits + i * height + c) - highest);
+      other += fraction(load(logits + (i + 1) * height + c) - highest);
     }
-    if (i < words) total += exponential(load(logits + i * height + c) - highest);
+    if (i < words) total += fraction(load(logits + i * height + c) - highest);
     store(p.maximum + c, highest);
     store(p.total + c, total + other);
     store(p.spread + c, plain);
@@ -74,15 +89,20 @@ static void forward_task(const Arguments& a, const Sizes& s, const float* right,
   const bool past_caches = a.logits && a.vocab * s.rows >= LARGE;
   alignas(64) float logits[STEP * BLOCK];
   alignas(64) Partial p;
+  int16_t heads[RUN / STEP], next[BLOCK];  // lists of the rows whose target is in a step
+  for (int64_t i = 0; i < RUN / STEP; ++i) heads[i] = -1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t word = a.target[first + r] - run * RUN;
+    if (word >= 0 && word < RUN) next[r] = heads[word / STEP], heads[word / STEP] = static_cast<int16_t>(r);
+  }
   for (int64_t r = 0; r < BLOCK; ++r) p.maximum[r] = -__FLT_MAX__, p.total[r] = p.spread[r] = 0.0f;
   Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
+  float* raw = a.sums + 2 * s.rows;
   for (int64_t word = run * RUN; word < end; word += STEP) {
     const int64_t words = smaller(STEP, end - word);
     product(logits, weight + word * a.weight_stride, a.weight_stride, words);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t chosen = a.target[first + r] - word;
-      if (chosen >= 0 && chosen < words) a.sums[2 * a.rows + first + r] = logits[chosen * height + r];
-    }
+    for (int64_t r = heads[(word - run * RUN) / STEP]; r >= 0; r = next[r])
+      raw[first + r] = logits[(a.target[first + r] - word) * height + r];
     float* kept = a.logits ? a.logits + first * a.vocab + word * height : nullptr;
     join<CAPPED>(p, logits, kept, a.label_smoothing > 0.0f, a.softcap, words, columns, height, past_caches);
   }
@@ -94,28 +114,27 @@ static void forward_task(const Arguments& a, const Sizes& s, const float* right,
   if (past_caches) fence();
 }
 
-// Of one row, of its partial sums in their order.
-static double row_loss(const Arguments& a, const Sizes& s, const float* partials, int64_t row) {
+// Of LANES rows, of their partial sums in their order.
+static void row_losses(const Arguments& a, const Sizes& s, const float* partials, double* losses, int64_t row) {
   const int64_t runs = (a.vocab + RUN - 1) / RUN, apart = runs * s.rows;
-  float maximum = -__FLT_MAX__;
-  double total = 0.0, spread = 0.0;
-  for (int64_t run = 0; run < runs; ++run) {
-    const float found = partials[run * s.rows + row];
-    maximum = found > maximum || found != found ? found : maximum;
-  }
+  Floats maximum = all(-__FLT_MAX__);
+  for (int64_t run = 0; run < runs; ++run) maximum = at_least(maximum, load(partials + run * s.rows + row));
+  Doubles total{}, spread{};
   for (int64_t run = 0; run < runs; ++run) {
     const float* p = partials + run * s.rows + row;
-    const double scale = *p == maximum ? 1.0 : std::exp(static_cast<double>(*p) - static_cast<double>(maximum));
-    total += static_cast<double>(p[apart]) * scale;
-    spread += static_cast<double>(p[2 * apart]);
+    total += __builtin_convertvector(load(p + apart) * fraction(load(p) - maximum), Doubles);
+    spread += __builtin_convertvector(load(p + 2 * apart), Doubles);
   }
-  a.sums[row] = static_cast<double>(maximum);
-  a.sums[a.rows + row] = total;
-  const double smoothing = static_cast<double>(a.label_smoothing), softcap = static_cast<double>(a.softcap);
-  const double log_sum = static_cast<double>(maximum) + std::log(total), raw = a.sums[2 * a.rows + row];
-  const double chosen = softcap > 0.0 ? softcap * std::tanh(raw / softcap) : raw;
-  return log_sum - (1.0 - smoothing) * chosen + static_cast<double>(a.z_loss) * log_sum * log_sum -
-         smoothing / static_cast<double>(a.vocab) * spread;
+  const Floats sum = __builtin_convertvector(total, Floats), raw = load(a.sums + 2 * s.rows + row);
+  store(a.sums + row, maximum);
+  store(a.sums + s.rows + row, sum);
+  const Floats chosen = a.softcap > 0.0f ? capped<true>(raw, a.softcap) : raw;
+  const double smoothing = static_cast<double>(a.label_smoothing);
+  const Doubles log_sum = __builtin_convertvector(maximum, Doubles) + __builtin_convertvector(logarithm(sum), Doubles);
+  const Doubles loss = log_sum - (1.0 - smoothing) * __builtin_convertvector(chosen, Doubles) +
+                       static_cast<double>(a.z_loss) * log_sum * log_sum -
+                       smoothing / static_cast<double>(a.vocab) * spread;
+  for (int64_t i = 0; i < smaller(LANES, a.rows - row); ++i) losses[row + i] = a.target[row + i] == a.ignore_index ? 0.0 : loss[i];
 }
 
 static int64_t kept_rows(const Arguments& a) {
@@ -138,10 +157,7 @@ static void forward(const Arguments& a) {
     float* own = space + (threads > 1 ? thread_number() : 0) * s.own();
     forward_task<T, CAPPED>(a, s, right, partials, own, task % s.blocks, task / s.blocks);
   }
-  const int few = blip3o_threads(threads, a.rows * (32 + 8 * runs));
-#pragma omp parallel for num_threads(few) schedule(static) if (few > 1)
-  for (int64_t row = 0; row < a.rows; ++row)
-    losses[row] = a.target[row] == a.ignore_index ? 0.0 : row_loss(a, s, partials, row);
+  for (int64_t row = 0; row < a.rows; row += LANES) row_losses(a, s, partials, losses, row);
   double total = 0.0;
   for (int64_t row = 0; row < a.rows; ++row) total += losses[row];
   *a.loss = static_cast<float>(total / static_cast<double>(larger(kept_rows(a), 1)));
@@ -159,18 +175,23 @@ struct Slopes {
 
   void find(const Arguments& a, int64_t rows) const {
     const double share = static_cast<double>(a.dloss) / static_cast<double>(larger(kept_rows(a), 1));
-    const double smoothing = static_cast<double>(a.label_smoothing), softcap = static_cast<double>(a.softcap);
-    for (int64_t row = 0; row < rows; ++row) {
-      const bool kept = row < a.rows && a.target[row] != a.ignore_index;
-      const double highest = kept ? a.sums[row] : 0.0, total = kept ? a.sums[a.rows + row] : 1.0;
-      const double raw = kept ? a.sums[2 * a.rows + row] : 0.0, tanh = softcap > 0.0 ? std::tanh(raw / softcap) : 0.0;
-      const double chosen = softcap > 0.0 ? softcap * tanh : raw, log_sum = highest + std::log(total);
-      const double slope = share * (1.0 + 2.0 * static_cast<double>(a.z_loss) * log_sum) / total;
-      const double spread = share * smoothing / static_cast<double>(a.vocab);
-      const double mine = std::exp(chosen - highest) * slope - spread - share * (1.0 - smoothing);
-      maximum[row] = static_cast<float>(highest), scale[row] = static_cast<float>(slope);
-      less[row] = static_cast<float>(spread), own[row] = static_cast<float>(mine * (1.0 - tanh * tanh));
-      target[row] = kept ? static_cast<int32_t>(a.target[row]) : -1, keep[row] = kept ? -1 : 0;
+    const double smoothing = static_cast<double>(a.label_smoothing), spread = share * smoothing / static_cast<double>(a.vocab);
+    for (int64_t row = 0; row < rows; row += LANES) {
+      const Floats highest = load(a.sums + row), total = load(a.sums + rows + row), raw = load(a.sums + 2 * rows + row);
+      const Floats tanh = a.softcap > 0.0f ? hyperbolic_tangent(raw / a.softcap) : Floats{};
+      const Floats chosen = a.softcap > 0.0f ? a.softcap * tanh : raw;
+      const Doubles log_sum = __builtin_convertvector(highest, Doubles) + __builtin_convertvector(logarithm(total), Doubles);
+      const Doubles slope = share * (1.0 + 2.0 * static_cast<double>(a.z_loss) * log_sum) / __builtin_convertvector(total, Doubles);
+      const Doubles likely = __builtin_convertvector(fraction(chosen - highest), Doubles);
+      const Floats mine = __builtin_convertvector(likely * slope - spread - share * (1.0 - smoothing), Floats);
+      store(maximum + row, highest);
+      store(scale + row, __builtin_convertvector(slope, Floats));
+      store(less + row, all(static_cast<float>(spread)));
+      store(own + row, mine * (1.0f - tanh * tanh));
+      for (int64_t i = row; i < row + LANES; ++i) {
+        const bool kept = i < a.rows && a.target[i] != a.ignore_index;
+        target[i] = kept ? static_cast<int32_t>(a.target[i]) : -1, keep[i] = kept ? -1 : 0;
+      }
     }
   }
 };
@@ -191,9 +212,9 @@ static void gradient_of_logits(float* to, const float* logits, const Slopes& slo
       Floats d;
       if (CAPPED) {
         const Floats t = hyperbolic_tangent(v / softcap);
-        d = (exponential(softcap * t - maximum) * scale - less) * (1.0f - t * t);
+        d = (fraction(softcap * t - maximum) * scale - less) * (1.0f - t * t);
       } else {
-        d = exponential(v - maximum) * scale - less;
+        d = fraction(v - maximum) * scale - less;
       }
       d = target == static_cast<int32_t>(word + i) ? own : d;
       store(to + i * height + c, bits_of<Floats>(bits_of<Integers>(d) & keep));

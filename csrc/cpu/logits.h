@@ -99,6 +99,8 @@ struct Logits<float> {
   void operator()(float* to, const float* weight, int64_t step, int64_t words) const {
     for (int64_t k = 0; k < width; k += DEPTH) {
       const auto multiply = k ? product<true, true> : product<true, false>;
+      for (int64_t i = STEP; i < 2 * STEP; ++i)  // the next words
+        for (int64_t l = k; l < smaller(k + DEPTH, width); l += LANES) ahead(weight + i * step + l);
       multiply(to, height, weight + k, step, right + k * height, height, words, columns, smaller(DEPTH, width - k));
     }
   }
@@ -145,9 +147,11 @@ struct Gradients<float> {
       for (int64_t c = column; c < last; c += PANEL) {
         const int64_t some = smaller(DEPTH, words - w);
         for (int64_t i = 0; i < some; ++i)
-          for (int64_t k = 0; k < PANEL; k += LANES)
-            store(own + i * PANEL + k,
-                  c + k < last ? load_some(weight + (w + i) * a.weight_stride + c + k, last - c - k) : Floats{});
+          for (int64_t k = 0; k < PANEL; k += LANES) {
+            const float* from = weight + (w + i) * a.weight_stride + c + k;
+            store(own + i * PANEL + k, c + k < last ? load_some(from, last - c - k) : Floats{});
+            ahead(from + DEPTH * a.weight_stride);
+          }
         for (int64_t r = row; r < end; r += BLOCK) {
           const auto multiply = start + w ? product<false, true> : product<false, false>;
           multiply(sums + (c / PANEL * s.rows + r) * PANEL, PANEL, at(r, w), s.height(r), own, PANEL, smaller(BLOCK, end - r),
@@ -262,11 +266,31 @@ struct Logits<bfloat16> {
     const int64_t terms = padded(width, TERMS) / TERMS;
     const Factor b{right, terms * TILE, TILE};
     if (width % TERMS == 0 && words == STEP) {
-      const Factor rows{reinterpret_cast<const float*>(weight), SIDE * step / 2, TERMS / 2, 2 * step};
-      return multiply_tiles<false, false>(Sums::matrix(to, height), rows, b, 2, columns / SIDE, terms);
+      for (int64_t c = 0; c < columns; c += STEP) in_place(to + c, weight, step, b.from(c / SIDE), c, terms);
+      return;
     }
     lay_tiles<false, false>(own, weight, step, words, width);
     multiply_tiles<false, false>(Sums::matrix(to, height), rows_factor(own, width), b, 2, columns / SIDE, terms);
+  }
+
+  // Tiles of the weight where it lies; meanwhile asks for a share of the next words.
+  void in_place(float* to, const bfloat16* weight, int64_t step, Factor b, int64_t column, int64_t terms) const {
+    const bfloat16* below = weight + SIDE * step;
+    const int64_t from = STEP * column / columns, end = STEP * (column + STEP) / columns;
+    zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+    for (int64_t k = 0; k < terms; ++k) {
+      load_tile<4>(reinterpret_cast<const float*>(weight + k * TERMS), 2 * step);
+      load_tile<6>(b.at + k * TILE, 64);
+      multiply_tile<0, 4, 6>();
+      load_tile<7>(b.at + b.step + k * TILE, 64);
+      multiply_tile<1, 4, 7>();
+      load_tile<5>(reinterpret_cast<const float*>(below + k * TERMS), 2 * step);
+      multiply_tile<2, 5, 6>();
+      multiply_tile<3, 5, 7>();
+      for (int64_t i = from; i < end; ++i) ahead(weight + (STEP + i) * step + k * TERMS);
+    }
+    store_tile<0>(to, 4 * height), store_tile<1>(to + SIDE, 4 * height);
+    store_tile<2>(to + SIDE * height, 4 * height), store_tile<3>(to + SIDE * height + SIDE, 4 * height);
   }
 };
 
@@ -274,46 +298,55 @@ template <>
 struct Gradients<bfloat16> {
   const Arguments& a;
   const Sizes& s;
-  float* dlogits;  // for dweight tiles [words, rows], two parts one after the other; then for dx tiles [rows, words], again two
+  // Tiles, each with its second part behind it: for dweight [words, rows], then for dx [words / PART][rows, PART].
+  float* dlogits;
   const float* terms;
   float* sums;  // tiles [rows, columns]
   float* own;
   const int64_t start, words;
 
-  int64_t part() const { return s.words * s.rows / 2; }
   float* place(int64_t, int64_t, float* logits) const { return logits; }
-
-  void lay(float* from, int64_t row, int64_t word, int64_t some, int64_t columns) const {
-    const int64_t height = s.height(row / BLOCK * BLOCK), across = s.rows / TERMS * TILE, along = s.words / TERMS * TILE;
-    for (int64_t i = some; i < STEP; ++i) std::memset(from + i * height, 0, sizeof(float) * static_cast<size_t>(columns));
-    for (int64_t c = 0; c < columns; c += SIDE) {
-      float* to = dlogits + word / SIDE * across + (row + c) / TERMS * TILE;
-      float* turned = dlogits + 2 * part() + (row + c) / SIDE * along + word / TERMS * TILE;
-      Floats upper[SIDE], lower[SIDE];
-      for (int64_t i = 0; i < STEP; i += 2) {
-        Floats high[2], low[2];
-        for (int64_t j = 0; j < 2; ++j) {
-          const Floats v = load(from + (i + j) * height + c);
-          high[j] = bits_of<Floats>((bits_of<Words>(v) + 0x8000u) & 0xffff0000u);
-          low[j] = v - high[j];
-          half(to + (i + j) / SIDE * across + (i + j) % SIDE * SIDE + c % TERMS / 2, high[j]);
-          half(to + part() + (i + j) / SIDE * across + (i + j) % SIDE * SIDE + c % TERMS / 2, low[j]);
-        }
-        upper[i / 2] = paired(high[0], high[1]);
-        lower[i / 2] = paired(low[0], low[1]);
-      }
-      transpose(upper);
-      transpose(lower);
-      for (int64_t i = 0; i < SIDE; ++i) {
-        store(turned + i * SIDE, upper[i]);
-        store(turned + part() + i * SIDE, lower[i]);
-      }
-    }
+  float* of_words(int64_t word, int64_t row) const {
+    return dlogits + (word / SIDE * (s.rows / TERMS) + row / TERMS) * 2 * TILE;
+  }
+  float* of_rows(int64_t row, int64_t word) const {
+    const int64_t group = word / PART, across = smaller(PART, s.words - group * PART) / TERMS;
+    return dlogits + s.words * s.rows + group * PART * s.rows + (row / SIDE * across + word % PART / TERMS) * 2 * TILE;
   }
 
-  static void half(float* to, Floats v) {
-    const Halves h = Rounder::round(v);
-    std::memcpy(to, &h, sizeof h);
+  void lay(float* from, int64_t row, int64_t word, int64_t some, int64_t columns) const {
+    const int64_t height = s.height(row / BLOCK * BLOCK);
+    for (int64_t i = some; i < STEP; ++i) std::memset(from + i * height, 0, sizeof(float) * static_cast<size_t>(columns));
+    for (int64_t c = 0; c < columns; c += STEP) {
+      Floats parts[2][2][SIDE];  // of which, of the first or the second of each four rows
+      for (int64_t i = 0; i < STEP; i += 2) {
+        Floats pair[2][2];
+        for (int64_t j = 0; j < 2; ++j) {
+          Floats high[2], low[2];
+          for (int64_t k = 0; k < 2; ++k) {
+            const Floats v = load(from + (i + j) * height + c + k * SIDE);
+            high[k] = bits_of<Floats>((bits_of<Words>(v) + 0x8000u) & 0xffff0000u);
+            low[k] = v - high[k];
+          }
+          pair[0][j] = packed(high[0], high[1]), pair[1][j] = packed(low[0], low[1]);
+          float* to = of_words(word + i + j, row + c) + i % SIDE * SIDE + j * SIDE;
+          store(to, pair[0][j]);
+          store(to + TILE, pair[1][j]);
+        }
+        for (int64_t part = 0; part < 2; ++part) {
+          parts[part][0][i / 2] = (Floats)_mm512_unpacklo_epi16((__m512i)pair[part][0], (__m512i)pair[part][1]);
+          parts[part][1][i / 2] = (Floats)_mm512_unpackhi_epi16((__m512i)pair[part][0], (__m512i)pair[part][1]);
+        }
+      }
+      for (int64_t part = 0; part < 2; ++part)
+        for (int64_t half = 0; half < 2; ++half) {
+          transpose(parts[part][half]);
+          for (int64_t i = 0; i < SIDE; ++i) {
+            const int64_t at = i / 4 * 8 + half * 4 + i % 4;  // where unpacking took it from
+            store(of_rows(row + c + at, word) + part * TILE + at % SIDE * SIDE, parts[part][half][i]);
+          }
+        }
+    }
   }
 
   void of_weight(int64_t word, int64_t column) const {
@@ -328,10 +361,10 @@ struct Gradients<bfloat16> {
           alignas(64) float block[STEP * STEP];
           float* sum = all_terms <= SIDE ? block : own + ((w - word) * PART + (c - column) * STEP);
           const bool broad = last - c > SIDE;
-          const Factor left{dlogits + (w / SIDE * all_terms + k) * TILE, all_terms * TILE, TILE};
+          const Factor left{of_words(w, k * TERMS), all_terms * 2 * TILE, 2 * TILE};
           const Factor right{terms + c * s.rows / 2 + k * (broad ? 2 : 1) * TILE, TILE, (broad ? 2 : 1) * TILE};
           const auto multiply = k ? split_product<true> : split_product<false>;
-          multiply(Sums::matrix(sum, STEP), left, part(), right, true, broad, depth);
+          multiply(Sums::matrix(sum, STEP), left, TILE, right, true, broad, depth);
           if (k + depth == all_terms)
             put_block(to + w * a.width + c, a.width, sum, STEP, smaller(STEP, end - w), smaller(STEP, last - c), past_caches);
         }
@@ -345,22 +378,31 @@ struct Gradients<bfloat16> {
     for (int64_t w = 0; w < words; w += PART) {
       const int64_t some = smaller(PART, words - w), depth = padded(some, TERMS) / TERMS;
       for (int64_t k = 0; k < depth; ++k)
-        for (int64_t c = column; c < last; c += STEP) {
-          const int64_t wide = smaller(STEP, last - c);
-          lay_tiles<true, false>(own + (c - column) * PART / 2 + k * (wide > SIDE ? 2 : 1) * TILE,
-                                 weight + (w + k * TERMS) * a.weight_stride + c, a.weight_stride,
-                                 smaller(TERMS, some - k * TERMS), wide);
-        }
+        for (int64_t c = column; c < last; c += STEP)
+          lay_pairs(own + (c - column) * PART / 2 + k * 2 * TILE, weight + (w + k * TERMS) * a.weight_stride + c,
+                    smaller(TERMS, some - k * TERMS), smaller(STEP, last - c));
       for (int64_t c = column; c < last; c += STEP)
         for (int64_t r = row; r < end; r += STEP) {
-          const bool broad = last - c > SIDE;
-          const int64_t along = s.words / TERMS * TILE;
+          const bfloat16* next = weight + (w + PART) * a.weight_stride + c;
+          const int64_t share = PART * STEP / (end - row);
+          for (int64_t i = (r - row) / STEP * share; i < (r - row) / STEP * share + share; ++i) ahead(next + i * a.weight_stride);
+          const int64_t across = smaller(PART, s.words - w) / TERMS * 2 * TILE;
           const Sums to{sums + (r * s.width / SIDE + c) * SIDE, SIDE * s.width, TILE, 64};
-          const Factor left{dlogits + 2 * part() + r / SIDE * along + w / TERMS * TILE, along, TILE};
-          const Factor right{own + (c - column) * PART / 2, TILE, (broad ? 2 : 1) * TILE};
+          const Factor left{of_rows(r, w), across, 2 * TILE}, right{own + (c - column) * PART / 2, TILE, 2 * TILE};
           const auto multiply = start + w ? split_product<true> : split_product<false>;
-          multiply(to, left, part(), right, true, broad, depth);
+          multiply(to, left, TILE, right, true, true, depth);
         }
+    }
+  }
+
+  // Up to 32 rows of the weight as two tiles of pairs, in the order that unpacking gives: the first has the first four columns
+  // of each eight. put_sums puts them back.
+  void lay_pairs(float* to, const bfloat16* weight, int64_t rows, int64_t columns) const {
+    for (int64_t i = 0; i < TERMS; i += 2, to += SIDE) {
+      const auto row = [&](int64_t r) { return r < rows ? some<TERMS>(weight + r * a.weight_stride, columns) : _mm512_setzero_si512(); };
+      const __m512i first = row(i), second = row(i + 1);
+      store(to, (Floats)_mm512_unpacklo_epi16(first, second));
+      store(to + TILE, (Floats)_mm512_unpackhi_epi16(first, second));
     }
   }
 };
@@ -370,9 +412,14 @@ void put_sums<bfloat16>(const Arguments& a, const Sizes& s, const float* sums, i
   bfloat16* dx = static_cast<bfloat16*>(a.dx);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t c = 0; c < a.width; c += SIDE) {
-      const Floats v = load(sums + (row / SIDE * s.width + c) * SIDE + row % SIDE * SIDE);
-      a.width - c >= SIDE ? store(dx + row * a.width + c, v) : store(dx + row * a.width + c, v, a.width - c);
+    for (int64_t c = 0; c < a.width; c += STEP) {
+      const float* at = sums + (row / SIDE * s.width + c) * SIDE + row % SIDE * SIDE;
+      const __m512 four = (__m512)load(at), others = (__m512)load(at + TILE);
+      const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+      alignas(64) float v[STEP];
+      store(v, (Floats)_mm512_permutex2var_ps(four, first, others));
+      store(v + SIDE, (Floats)_mm512_permutex2var_ps(four, _mm512_or_si512(first, _mm512_set1_epi32(8)), others));
+      put_block(dx + row * a.width + c, a.width, v, STEP, 1, smaller(STEP, a.width - c), false);
     }
 }
 #endif

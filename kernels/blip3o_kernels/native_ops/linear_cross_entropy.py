@@ -30,6 +30,11 @@ def logits_kept(rows: int, vocab: int, wanted: bool) -> int:
     return -(-rows // 32) * 32 * vocab if wanted and rows * vocab <= KEPT else 0
 
 
+def sums_kept(rows: int) -> int:
+    """How wide the three rows of sums are that `fused` keeps."""
+    return -(-rows // 32) * 32
+
+
 def _workspace(rows: int, width: int, vocab: int) -> Tensor:
     """What csrc/cpu/fused_cross_entropy.h wants to work in (Sizes::floats)."""
     rows, width = -(-rows // 32) * 32, -(-width // 64) * 64
@@ -56,7 +61,7 @@ def fused(
     """The loss, and for the gradients, if they are wanted, three sums of each row and maybe the logits, for
     `fused_gradients`."""
     rows, vocab = x.shape[0], weight.shape[0]
-    loss, sums = torch.empty((), dtype=torch.float32), torch.empty((3, rows), dtype=torch.float64)
+    loss, sums = torch.empty((), dtype=torch.float32), torch.zeros((3, sums_kept(rows)), dtype=torch.float32)
     kept = empty((logits_kept(rows, vocab, wanted),), torch.float32)
     if rows == 0:
         return loss.zero_(), sums, kept
