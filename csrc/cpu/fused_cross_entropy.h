@@ -10,7 +10,7 @@ typedef blip3o_linear_cross_entropy_fused_arguments Arguments;
 
 static constexpr int64_t BLOCK = 128, STEP = 32;    // rows and words of logits in the first cache
 static constexpr int64_t RUN = 512;                 // words of one partial sum
-static constexpr int64_t PART = 256;                // words, rows and columns of a task of the gradients' products
+static constexpr int64_t PART = 256;                // rows and columns of a task of the gradients' products
 static constexpr int64_t LARGE = 1 << 24;           // elements of a result that nobody finds in a cache
 
 // Padded sizes. `words`: of a round of the backward pass.
@@ -20,7 +20,7 @@ struct Sizes {
       : rows(padded(a.rows, STEP)), width(padded(a.width, 64)),
         words(smaller(padded(larger(1024, (1 << 19) / rows), PART), padded(a.vocab, STEP))), blocks((rows + BLOCK - 1) / BLOCK) {}
   int64_t height(int64_t row) const { return smaller(BLOCK, rows - row); }  // of the block that begins there
-  int64_t own() const { return PART * PART + STEP * width; }  // floats that each thread needs
+  int64_t own() const { return larger(PART * PART / 2, STEP * width); }  // floats that each thread needs
   int64_t floats(const Arguments& a) const {
     const int64_t runs = (a.vocab + RUN - 1) / RUN;
     return 3 * rows * width + larger(3 * runs * rows, 2 * words * rows + 8 * rows) + (a.threads < 1 ? 1 : a.threads) * own();
@@ -151,13 +151,16 @@ static void forward(const Arguments& a) {
   float* space = a.workspace + a.workspace_floats - (a.threads < 1 ? 1 : a.threads) * s.own();
   double* losses = reinterpret_cast<double*>(right + s.rows * s.width);
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
-  lay_right<T>(right, a, s, threads);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
-    float* own = space + (threads > 1 ? thread_number() : 0) * s.own();
-    forward_task<T, CAPPED>(a, s, right, partials, own, task % s.blocks, task / s.blocks);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    lay_right<T>(right, a, s);
+    float* own = space + thread_number() * s.own();
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < tasks; ++task)
+      forward_task<T, CAPPED>(a, s, right, partials, own, task % s.blocks, task / s.blocks);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; row += LANES) row_losses(a, s, partials, losses, row);
   }
-  for (int64_t row = 0; row < a.rows; row += LANES) row_losses(a, s, partials, losses, row);
   double total = 0.0;
   for (int64_t row = 0; row < a.rows; ++row) total += losses[row];
   *a.loss = static_cast<float>(total / static_cast<double>(larger(kept_rows(a), 1)));
@@ -232,44 +235,44 @@ static void backward(const Arguments& a) {
   const Slopes slopes(dlogits + 2 * s.words * s.rows, s.rows);
   slopes.find(a, s.rows);
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
-  if (!a.logits) lay_right<T>(right, a, s, threads);
-  if (a.dweight) lay_terms<T>(terms, a, s, threads);
   const int64_t row_parts = (a.rows + PART - 1) / PART, column_parts = (a.width + PART - 1) / PART;
-  for (int64_t start = 0; start < a.vocab; start += s.words) {
-    const int64_t words = smaller(s.words, a.vocab - start), steps = (words + STEP - 1) / STEP;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      float* own = space + (threads > 1 ? thread_number() : 0) * s.own();
+  {
+    if (!a.logits) lay_right<T>(right, a, s);
+    if (a.dweight) lay_terms<T>(terms, a, s);
+    float* own = space + thread_number() * s.own();
+    for (int64_t start = 0; start < a.vocab; start += s.words) {
+      const int64_t words = smaller(s.words, a.vocab - start), steps = (words + STEP - 1) / STEP;
       const Gradients<T> gradients{a, s, dlogits, terms, sums, own, start, words};
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < s.blocks * steps; ++task) {
-        const int64_t first = task / steps * BLOCK, word = task % steps * STEP;
+        const int64_t first = task / steps * BLOCK, word = task % steps * STEP, height = s.height(first);
         const int64_t columns = padded(smaller(BLOCK, a.rows - first), GROUP<T>), some = smaller(STEP, words - word);
         alignas(64) float logits[STEP * BLOCK];
-        const int64_t height = s.height(first);
         float* to = gradients.place(first, word, logits);
         const float* from = to;
         if (a.logits) {
           from = a.logits + first * a.vocab + (start + word) * height;
         } else {
-          Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
+          const Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
           product(to, weight + (start + word) * a.weight_stride, a.weight_stride, some);
         }
         gradient_of_logits<CAPPED>(to, from, slopes, a.softcap, start + word, some, first, columns, height);
         gradients.lay(to, first, word, some, columns);
       }
-      const int64_t whole = a.dx ? row_parts * column_parts : 0, parts = (words + PART - 1) / PART;
+      const int64_t tasks_of_x = a.dx ? row_parts * column_parts : 0;  // the longer ones first
+      const int64_t tasks = tasks_of_x + (a.dweight ? steps * column_parts : 0);
 #pragma omp for schedule(dynamic)
-      for (int64_t task = 0; task < whole + (a.dweight ? parts * column_parts : 0); ++task) {
-        if (task < whole)
-          gradients.of_x(task / column_parts * PART, task % column_parts * PART);
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t column = task % column_parts * PART;
+        if (task < tasks_of_x)
+          gradients.of_x(task / column_parts * PART, column);
         else
-          gradients.of_weight((task - whole) / column_parts * PART, (task - whole) % column_parts * PART);
+          gradients.of_weight((task - tasks_of_x) / column_parts * STEP, column);
       }
-      fence();
     }
+    fence();
   }
-  if (a.dx) put_sums<T>(a, s, sums, threads);
 }
 
 template <class T>

@@ -2,8 +2,7 @@
 //
 //   lay_right, lay_terms    x laid out, as right factor of logits^T = weight x^T and of dweight = dlogits^T x
 //   Logits                  the logits of up to STEP words and BLOCK rows
-//   Gradients               dlogits laid out, and its two products: PART rows of dweight, complete, or a part's share of dx
-//   put_sums                dx, when all its parts are there
+//   Gradients               dlogits laid out, and its two products: STEP rows of dweight, complete, or a round's share of dx
 //
 // All of float in the vectors of product.h, of bfloat16 in the tiles of AMX; there dlogits is the sum of two bfloat16 numbers,
 // because one alone would cost a gradient as much as its own rounding does.
@@ -55,11 +54,9 @@ static bool passes_caches(const Arguments& a) {
 }
 
 template <class T>
-static void lay_right(float* to, const Arguments& a, const Sizes& s, int threads);
+static void lay_right(float* to, const Arguments& a, const Sizes& s);
 template <class T>
-static void lay_terms(float* to, const Arguments& a, const Sizes& s, int threads);
-template <class T>
-static void put_sums(const Arguments& a, const Sizes& s, const float* sums, int threads);
+static void lay_terms(float* to, const Arguments& a, const Sizes& s);
 template <class T>
 struct Logits;
 template <class T>
@@ -69,9 +66,9 @@ static constexpr int64_t PANEL = 64;    // columns, of 128 rows 32 KiB
 static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor stays in the first cache
 
 template <>
-void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int threads) {
+void lay_right<float>(float* to, const Arguments& a, const Sizes& s) {
   const float* x = static_cast<const float*>(a.x);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp for schedule(static)
   for (int64_t row = 0; row < s.rows; row += STEP) {
     const int64_t block = row / BLOCK * BLOCK, n = larger(0, smaller(STEP, a.rows - row));
     lay_columns(to + block * s.width + row - block, s.height(block), x + row * a.x_stride, a.x_stride, n, a.width);
@@ -79,9 +76,9 @@ void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int threads
 }
 
 template <>
-void lay_terms<float>(float* to, const Arguments& a, const Sizes& s, int threads) {
+void lay_terms<float>(float* to, const Arguments& a, const Sizes& s) {
   const float* x = static_cast<const float*>(a.x);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp for schedule(static)
   for (int64_t row = 0; row < a.rows; ++row)
     for (int64_t i = 0; i < s.width; i += LANES)
       store(to + (i / PANEL * s.rows + row) * PANEL + i % PANEL,
@@ -126,18 +123,16 @@ struct Gradients<float> {
   void of_weight(int64_t word, int64_t column) const {
     const bool past_caches = passes_caches<float>(a);
     float* to = static_cast<float*>(a.dweight) + (start + word) * a.width;
-    const int64_t end = smaller(words, word + PART), last = smaller(a.width, column + PART);
-    for (int64_t c = column; c < last; c += PANEL)
-      for (int64_t w = word; w < end; w += STEP) {
-        alignas(64) float block[STEP * PANEL];
-        const int64_t some = smaller(STEP, end - w);
-        for (int64_t row = 0; row < a.rows; row += BLOCK) {
-          const auto multiply = row ? product<true, true> : product<true, false>;
-          multiply(block, PANEL, at(row, w), s.height(row), terms + (c / PANEL * s.rows + row) * PANEL, PANEL, some, PANEL,
-                   smaller(BLOCK, a.rows - row));
-        }
-        put_block(to + (w - word) * a.width + c, a.width, block, PANEL, some, smaller(PANEL, last - c), past_caches);
+    const int64_t some = smaller(STEP, words - word), last = smaller(a.width, column + PART);
+    for (int64_t c = column; c < last; c += PANEL) {
+      alignas(64) float block[STEP * PANEL];
+      for (int64_t row = 0; row < a.rows; row += BLOCK) {
+        const auto multiply = row ? product<true, true> : product<true, false>;
+        multiply(block, PANEL, at(row, word), s.height(row), terms + (c / PANEL * s.rows + row) * PANEL, PANEL, some, PANEL,
+                 smaller(BLOCK, a.rows - row));
       }
+      put_block(to + c, a.width, block, PANEL, some, smaller(PANEL, last - c), past_caches);
+    }
   }
 
   void of_x(int64_t row, int64_t column) const {
@@ -158,18 +153,12 @@ struct Gradients<float> {
                    PANEL, some);
         }
       }
+    if (start + words < a.vocab) return;
+    for (int64_t c = column; c < last; c += PANEL)
+      put_block(static_cast<float*>(a.dx) + row * a.width + c, a.width, sums + (c / PANEL * s.rows + row) * PANEL, PANEL, end - row,
+                smaller(PANEL, last - c), false);
   }
 };
-
-template <>
-void put_sums<float>(const Arguments& a, const Sizes& s, const float* sums, int threads) {
-  float* dx = static_cast<float*>(a.dx);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t c = 0; c < a.width; c += PANEL)
-      put_block(dx + row * a.width + c, a.width, sums + (c / PANEL * s.rows + row) * PANEL, PANEL, 1, smaller(PANEL, a.width - c),
-                false);
-}
 
 #if BLIP3O_LANES == 16
 #include "tiles.h"
@@ -236,18 +225,18 @@ static inline void put_block(bfloat16* to, int64_t step, const float* from, int6
 }
 
 template <>
-void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes& s, int threads) {
+void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes& s) {
   const bfloat16* x = static_cast<const bfloat16*>(a.x);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp for schedule(static)
   for (int64_t row = 0; row < s.rows; row += STEP)
     lay_tiles<false, true>(to + row * padded(a.width, TERMS) / 2, x + row * a.x_stride, a.x_stride, smaller(STEP, a.rows - row),
                            a.width);
 }
 
 template <>
-void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s, int threads) {
+void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s) {
   const bfloat16* x = static_cast<const bfloat16*>(a.x);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp for schedule(static)
   for (int64_t c = 0; c < a.width; c += STEP)
     lay_tiles<true, false>(to + c * s.rows / 2, x + c, a.x_stride, a.rows, smaller(STEP, a.width - c));
 }
@@ -352,22 +341,20 @@ struct Gradients<bfloat16> {
   void of_weight(int64_t word, int64_t column) const {
     const TileRegisters registers;
     const bool past_caches = passes_caches<bfloat16>(a);
-    const int64_t end = smaller(words, word + PART), last = smaller(a.width, column + PART), all_terms = s.rows / TERMS;
-    bfloat16* to = static_cast<bfloat16*>(a.dweight) + start * a.width;
-    for (int64_t k = 0; k < all_terms; k += SIDE) {
+    const int64_t last = smaller(a.width, column + PART), all_terms = s.rows / TERMS;
+    bfloat16* to = static_cast<bfloat16*>(a.dweight) + (start + word) * a.width;
+    for (int64_t k = 0; k < all_terms; k += SIDE) {  // so many tiles of terms stay in the caches
       const int64_t depth = smaller(SIDE, all_terms - k);
-      for (int64_t w = word; w < end; w += STEP)
-        for (int64_t c = column; c < last; c += STEP) {
-          alignas(64) float block[STEP * STEP];
-          float* sum = all_terms <= SIDE ? block : own + ((w - word) * PART + (c - column) * STEP);
-          const bool broad = last - c > SIDE;
-          const Factor left{of_words(w, k * TERMS), all_terms * 2 * TILE, 2 * TILE};
-          const Factor right{terms + c * s.rows / 2 + k * (broad ? 2 : 1) * TILE, TILE, (broad ? 2 : 1) * TILE};
-          const auto multiply = k ? split_product<true> : split_product<false>;
-          multiply(Sums::matrix(sum, STEP), left, TILE, right, true, broad, depth);
-          if (k + depth == all_terms)
-            put_block(to + w * a.width + c, a.width, sum, STEP, smaller(STEP, end - w), smaller(STEP, last - c), past_caches);
-        }
+      for (int64_t c = column; c < last; c += STEP) {
+        float* block = own + (c - column) * STEP;
+        const int64_t wide = last - c > SIDE ? 2 : 1;
+        const Factor left{of_words(word, k * TERMS), all_terms * 2 * TILE, 2 * TILE};
+        const Factor right{terms + c * s.rows / 2 + k * wide * TILE, TILE, wide * TILE};
+        const auto multiply = k ? split_product<true> : split_product<false>;
+        multiply(Sums::matrix(block, STEP), left, TILE, right, true, wide == 2, depth);
+        if (k + depth == all_terms)
+          put_block(to + c, a.width, block, STEP, smaller(STEP, words - word), smaller(STEP, last - c), past_caches);
+      }
     }
   }
 
@@ -393,6 +380,21 @@ struct Gradients<bfloat16> {
           multiply(to, left, TILE, right, true, true, depth);
         }
     }
+    if (start + words == a.vocab) put_sums(row, column, smaller(a.rows, end), last);
+  }
+
+  void put_sums(int64_t row, int64_t column, int64_t end, int64_t last) const {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(8));
+    for (int64_t r = row; r < end; ++r)
+      for (int64_t c = column; c < last; c += STEP) {
+        const float* from = sums + (r / SIDE * s.width + c) * SIDE + r % SIDE * SIDE;
+        const __m512 four = (__m512)load(from), others = (__m512)load(from + TILE);
+        alignas(64) float v[STEP];
+        store(v, (Floats)_mm512_permutex2var_ps(four, first, others));
+        store(v + SIDE, (Floats)_mm512_permutex2var_ps(four, second, others));
+        put_block(static_cast<bfloat16*>(a.dx) + r * a.width + c, a.width, v, STEP, 1, smaller(STEP, last - c), false);
+      }
   }
 
   // Up to 32 rows of the weight as two tiles of pairs, in the order that unpacking gives: the first has the first four columns
@@ -406,20 +408,4 @@ struct Gradients<bfloat16> {
     }
   }
 };
-
-template <>
-void put_sums<bfloat16>(const Arguments& a, const Sizes& s, const float* sums, int threads) {
-  bfloat16* dx = static_cast<bfloat16*>(a.dx);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < a.rows; ++row)
-    for (int64_t c = 0; c < a.width; c += STEP) {
-      const float* at = sums + (row / SIDE * s.width + c) * SIDE + row % SIDE * SIDE;
-      const __m512 four = (__m512)load(at), others = (__m512)load(at + TILE);
-      const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-      alignas(64) float v[STEP];
-      store(v, (Floats)_mm512_permutex2var_ps(four, first, others));
-      store(v + SIDE, (Floats)_mm512_permutex2var_ps(four, _mm512_or_si512(first, _mm512_set1_epi32(8)), others));
-      put_block(dx + row * a.width + c, a.width, v, STEP, 1, smaller(STEP, a.width - c), false);
-    }
-}
 #endif

@@ -40,7 +40,7 @@ def _workspace(rows: int, width: int, vocab: int) -> Tensor:
     rows, width = -(-rows // 32) * 32, -(-width // 64) * 64
     words = min(-(-max(1024, 2**19 // rows) // 256) * 256, -(-vocab // 32) * 32)
     forward, backward = 3 * -(-vocab // 512) * rows, 2 * words * rows + 8 * rows
-    threads = torch.get_num_threads() * (2**16 + 32 * width)
+    threads = torch.get_num_threads() * max(2**15, 32 * width)
     return empty((3 * rows * width + max(forward, backward) + threads,), torch.float32)
 
 
