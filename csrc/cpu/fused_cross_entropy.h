@@ -11,19 +11,22 @@ typedef blip3o_linear_cross_entropy_fused_arguments Arguments;
 static constexpr int64_t BLOCK = 128, STEP = 32;    // rows and words of logits in the first cache
 static constexpr int64_t RUN = 512;                 // words of one partial sum
 static constexpr int64_t PART = 256;                // rows and columns of a task of the gradients' products
+static constexpr int64_t SMALL = 1 << 17;           // floats of dweight in a cache
 static constexpr int64_t LARGE = 1 << 24;           // elements of a result that nobody finds in a cache
 
-// Padded sizes. `words`: of a round of the backward pass.
+// Padded sizes. A round of the backward pass takes `words` words of all rows; where that is the whole vocabulary, and dweight
+// stays in a cache while it is added up, it takes `round` rows, so that their gradient does, too.
 struct Sizes {
-  int64_t rows, width, words, blocks;
+  int64_t rows, width, words, round;
   explicit Sizes(const Arguments& a)
       : rows(padded(a.rows, STEP)), width(padded(a.width, 64)),
-        words(smaller(padded(larger(1024, (1 << 19) / rows), PART), padded(a.vocab, STEP))), blocks((rows + BLOCK - 1) / BLOCK) {}
+        words(smaller(padded(larger(1024, (1 << 19) / rows), PART), padded(a.vocab, STEP))),
+        round(words >= a.vocab && words * width <= SMALL ? smaller(rows, 512) : rows) {}
   int64_t height(int64_t row) const { return smaller(BLOCK, rows - row); }  // of the block that begins there
   int64_t own() const { return larger(PART * PART / 2, STEP * width); }  // floats that each thread needs
   int64_t floats(const Arguments& a) const {
     const int64_t runs = (a.vocab + RUN - 1) / RUN;
-    return 3 * rows * width + larger(3 * runs * rows, 2 * words * rows + 8 * rows) + (a.threads < 1 ? 1 : a.threads) * own();
+    return 3 * rows * width + larger(3 * runs * rows, 2 * words * rows + 8 * rows + SMALL) + (a.threads < 1 ? 1 : a.threads) * own();
   }
 };
 
@@ -146,18 +149,18 @@ static int64_t kept_rows(const Arguments& a) {
 template <class T, bool CAPPED>
 static void forward(const Arguments& a) {
   const Sizes s(a);
-  const int64_t runs = (a.vocab + RUN - 1) / RUN, tasks = runs * s.blocks;
+  const int64_t runs = (a.vocab + RUN - 1) / RUN, blocks = (a.rows + BLOCK - 1) / BLOCK, tasks = runs * blocks;
   float *right = a.workspace, *partials = right + 3 * s.rows * s.width;
   float* space = a.workspace + a.workspace_floats - (a.threads < 1 ? 1 : a.threads) * s.own();
   double* losses = reinterpret_cast<double*>(right + s.rows * s.width);
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    lay_right<T>(right, a, s);
+    lay_right<T>(right, a, s, 0, a.rows);
     float* own = space + thread_number() * s.own();
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task)
-      forward_task<T, CAPPED>(a, s, right, partials, own, task % s.blocks, task / s.blocks);
+      forward_task<T, CAPPED>(a, s, right, partials, own, task % blocks, task / blocks);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < a.rows; row += LANES) row_losses(a, s, partials, losses, row);
   }
@@ -233,40 +236,42 @@ static void backward(const Arguments& a) {
   float* dlogits = sums + s.rows * s.width;
   float* space = a.workspace + a.workspace_floats - (a.threads < 1 ? 1 : a.threads) * s.own();
   const Slopes slopes(dlogits + 2 * s.words * s.rows, s.rows);
+  float* total = dlogits + 2 * s.words * s.rows + 8 * s.rows;
   slopes.find(a, s.rows);
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
-  const int64_t row_parts = (a.rows + PART - 1) / PART, column_parts = (a.width + PART - 1) / PART;
+  const int64_t column_parts = (a.width + PART - 1) / PART, rounds = (a.vocab + s.words - 1) / s.words;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    if (!a.logits) lay_right<T>(right, a, s);
-    if (a.dweight) lay_terms<T>(terms, a, s);
     float* own = space + thread_number() * s.own();
-    for (int64_t start = 0; start < a.vocab; start += s.words) {
+    for (int64_t round = 0; round < (a.rows + s.round - 1) / s.round * rounds; ++round) {
+      const int64_t top = round / rounds * s.round, end = smaller(a.rows, top + s.round), start = round % rounds * s.words;
       const int64_t words = smaller(s.words, a.vocab - start), steps = (words + STEP - 1) / STEP;
-      const Gradients<T> gradients{a, s, dlogits, terms, sums, own, start, words};
+      const Gradients<T> gradients{a, s, dlogits, terms, sums, total, own, start, words, top, end};
+      if (!a.logits && start == 0) lay_right<T>(right, a, s, top, end);
+      if (a.dweight && start == 0) lay_terms<T>(terms, a, s, top, end);
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < s.blocks * steps; ++task) {
-        const int64_t first = task / steps * BLOCK, word = task % steps * STEP, height = s.height(first);
-        const int64_t columns = padded(smaller(BLOCK, a.rows - first), GROUP<T>), some = smaller(STEP, words - word);
+      for (int64_t task = 0; task < (end - top + BLOCK - 1) / BLOCK * steps; ++task) {
+        const int64_t first = top + task / steps * BLOCK, word = task % steps * STEP, height = s.height(first);
+        const int64_t columns = padded(smaller(BLOCK, end - first), GROUP<T>), some = smaller(STEP, words - word);
         alignas(64) float logits[STEP * BLOCK];
         float* to = gradients.place(first, word, logits);
         const float* from = to;
         if (a.logits) {
           from = a.logits + first * a.vocab + (start + word) * height;
         } else {
-          const Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
+          const Logits<T> product(right + (first - top) * RIGHT<T>(a, s), height, own, columns, a.width);
           product(to, weight + (start + word) * a.weight_stride, a.weight_stride, some);
         }
         gradient_of_logits<CAPPED>(to, from, slopes, a.softcap, start + word, some, first, columns, height);
         gradients.lay(to, first, word, some, columns);
       }
-      const int64_t tasks_of_x = a.dx ? row_parts * column_parts : 0;  // the longer ones first
+      const int64_t tasks_of_x = a.dx ? (end - top + PART - 1) / PART * column_parts : 0;  // the longer ones first
       const int64_t tasks = tasks_of_x + (a.dweight ? steps * column_parts : 0);
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < tasks; ++task) {
         const int64_t column = task % column_parts * PART;
         if (task < tasks_of_x)
-          gradients.of_x(task / column_parts * PART, column);
+          gradients.of_x(top + task / column_parts * PART, column);
         else
           gradients.of_weight((task - tasks_of_x) / column_parts * STEP, column);
       }

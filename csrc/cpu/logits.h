@@ -54,9 +54,9 @@ static bool passes_caches(const Arguments& a) {
 }
 
 template <class T>
-static void lay_right(float* to, const Arguments& a, const Sizes& s);
+static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end);
 template <class T>
-static void lay_terms(float* to, const Arguments& a, const Sizes& s);
+static void lay_terms(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end);
 template <class T>
 struct Logits;
 template <class T>
@@ -66,22 +66,22 @@ static constexpr int64_t PANEL = 64;    // columns, of 128 rows 32 KiB
 static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor stays in the first cache
 
 template <>
-void lay_right<float>(float* to, const Arguments& a, const Sizes& s) {
+void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
   const float* x = static_cast<const float*>(a.x);
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < s.rows; row += STEP) {
-    const int64_t block = row / BLOCK * BLOCK, n = larger(0, smaller(STEP, a.rows - row));
-    lay_columns(to + block * s.width + row - block, s.height(block), x + row * a.x_stride, a.x_stride, n, a.width);
+  for (int64_t row = top; row < end; row += STEP) {
+    const int64_t block = row / BLOCK * BLOCK, n = smaller(STEP, end - row);
+    lay_columns(to + (block - top) * s.width + row - block, s.height(block), x + row * a.x_stride, a.x_stride, n, a.width);
   }
 }
 
 template <>
-void lay_terms<float>(float* to, const Arguments& a, const Sizes& s) {
+void lay_terms<float>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
   const float* x = static_cast<const float*>(a.x);
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < a.rows; ++row)
+  for (int64_t row = top; row < end; ++row)
     for (int64_t i = 0; i < s.width; i += LANES)
-      store(to + (i / PANEL * s.rows + row) * PANEL + i % PANEL,
+      store(to + (i / PANEL * s.round + row - top) * PANEL + i % PANEL,
             i < a.width ? load_some(x + row * a.x_stride + i, a.width - i) : Floats{});
 }
 
@@ -110,12 +110,13 @@ struct Gradients<float> {
   float* dlogits;  // block by block of rows [words, rows]
   const float* terms;
   float* sums;  // panel by panel of columns [rows, PANEL]
+  float* total;  // of dweight, over rounds of rows
   float* own;
-  const int64_t start, words;
+  const int64_t start, words, top, end;
 
   float* at(int64_t row, int64_t word) const {
     const int64_t block = row / BLOCK * BLOCK;
-    return dlogits + block * s.words + word * s.height(block) + row - block;
+    return dlogits + (block - top) * s.words + word * s.height(block) + row - block;
   }
   float* place(int64_t row, int64_t word, float*) const { return at(row, word); }
   void lay(const float*, int64_t, int64_t, int64_t, int64_t) const {}
@@ -125,19 +126,19 @@ struct Gradients<float> {
     float* to = static_cast<float*>(a.dweight) + (start + word) * a.width;
     const int64_t some = smaller(STEP, words - word), last = smaller(a.width, column + PART);
     for (int64_t c = column; c < last; c += PANEL) {
-      alignas(64) float block[STEP * PANEL];
-      for (int64_t row = 0; row < a.rows; row += BLOCK) {
+      float* block = s.round < s.rows ? total + word * s.width + c * STEP : own;
+      for (int64_t row = top; row < end; row += BLOCK) {
         const auto multiply = row ? product<true, true> : product<true, false>;
-        multiply(block, PANEL, at(row, word), s.height(row), terms + (c / PANEL * s.rows + row) * PANEL, PANEL, some, PANEL,
-                 smaller(BLOCK, a.rows - row));
+        multiply(block, PANEL, at(row, word), s.height(row), terms + (c / PANEL * s.round + row - top) * PANEL, PANEL, some, PANEL,
+                 smaller(BLOCK, end - row));
       }
-      put_block(to + c, a.width, block, PANEL, some, smaller(PANEL, last - c), past_caches);
+      if (end == a.rows) put_block(to + c, a.width, block, PANEL, some, smaller(PANEL, last - c), past_caches);
     }
   }
 
   void of_x(int64_t row, int64_t column) const {
     const float* weight = static_cast<const float*>(a.weight) + start * a.weight_stride;
-    const int64_t end = smaller(a.rows, row + PART), last = smaller(a.width, column + PART);
+    const int64_t bottom = smaller(end, row + PART), last = smaller(a.width, column + PART);
     for (int64_t w = 0; w < words; w += DEPTH)
       for (int64_t c = column; c < last; c += PANEL) {
         const int64_t some = smaller(DEPTH, words - w);
@@ -147,15 +148,15 @@ struct Gradients<float> {
             store(own + i * PANEL + k, c + k < last ? load_some(from, last - c - k) : Floats{});
             ahead(from + DEPTH * a.weight_stride);
           }
-        for (int64_t r = row; r < end; r += BLOCK) {
+        for (int64_t r = row; r < bottom; r += BLOCK) {
           const auto multiply = start + w ? product<false, true> : product<false, false>;
-          multiply(sums + (c / PANEL * s.rows + r) * PANEL, PANEL, at(r, w), s.height(r), own, PANEL, smaller(BLOCK, end - r),
+          multiply(sums + (c / PANEL * s.round + r - top) * PANEL, PANEL, at(r, w), s.height(r), own, PANEL, smaller(BLOCK, bottom - r),
                    PANEL, some);
         }
       }
     if (start + words < a.vocab) return;
     for (int64_t c = column; c < last; c += PANEL)
-      put_block(static_cast<float*>(a.dx) + row * a.width + c, a.width, sums + (c / PANEL * s.rows + row) * PANEL, PANEL, end - row,
+      put_block(static_cast<float*>(a.dx) + row * a.width + c, a.width, sums + (c / PANEL * s.round + row - top) * PANEL, PANEL, bottom - row,
                 smaller(PANEL, last - c), false);
   }
 };
@@ -225,20 +226,20 @@ static inline void put_block(bfloat16* to, int64_t step, const float* from, int6
 }
 
 template <>
-void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes& s) {
+void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes&, int64_t top, int64_t end) {
   const bfloat16* x = static_cast<const bfloat16*>(a.x);
 #pragma omp for schedule(static)
-  for (int64_t row = 0; row < s.rows; row += STEP)
-    lay_tiles<false, true>(to + row * padded(a.width, TERMS) / 2, x + row * a.x_stride, a.x_stride, smaller(STEP, a.rows - row),
+  for (int64_t row = top; row < end; row += STEP)
+    lay_tiles<false, true>(to + (row - top) * padded(a.width, TERMS) / 2, x + row * a.x_stride, a.x_stride, smaller(STEP, end - row),
                            a.width);
 }
 
 template <>
-void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s) {
+void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
   const bfloat16* x = static_cast<const bfloat16*>(a.x);
 #pragma omp for schedule(static)
   for (int64_t c = 0; c < a.width; c += STEP)
-    lay_tiles<true, false>(to + c * s.rows / 2, x + c, a.x_stride, a.rows, smaller(STEP, a.width - c));
+    lay_tiles<true, false>(to + c * s.round / 2, x + top * a.x_stride + c, a.x_stride, end - top, smaller(STEP, a.width - c));
 }
 
 template <>
@@ -291,16 +292,17 @@ struct Gradients<bfloat16> {
   float* dlogits;
   const float* terms;
   float* sums;  // tiles [rows, columns]
+  float* total;  // of dweight, over rounds of rows
   float* own;
-  const int64_t start, words;
+  const int64_t start, words, top, end;
 
   float* place(int64_t, int64_t, float* logits) const { return logits; }
   float* of_words(int64_t word, int64_t row) const {
-    return dlogits + (word / SIDE * (s.rows / TERMS) + row / TERMS) * 2 * TILE;
+    return dlogits + (word / SIDE * (s.round / TERMS) + (row - top) / TERMS) * 2 * TILE;
   }
   float* of_rows(int64_t row, int64_t word) const {
     const int64_t group = word / PART, across = smaller(PART, s.words - group * PART) / TERMS;
-    return dlogits + s.words * s.rows + group * PART * s.rows + (row / SIDE * across + word % PART / TERMS) * 2 * TILE;
+    return dlogits + s.words * s.round + group * PART * s.round + ((row - top) / SIDE * across + word % PART / TERMS) * 2 * TILE;
   }
 
   void lay(float* from, int64_t row, int64_t word, int64_t some, int64_t columns) const {
@@ -341,18 +343,18 @@ struct Gradients<bfloat16> {
   void of_weight(int64_t word, int64_t column) const {
     const TileRegisters registers;
     const bool past_caches = passes_caches<bfloat16>(a);
-    const int64_t last = smaller(a.width, column + PART), all_terms = s.rows / TERMS;
+    const int64_t last = smaller(a.width, column + PART), all_terms = padded(end - top, TERMS) / TERMS;
     bfloat16* to = static_cast<bfloat16*>(a.dweight) + (start + word) * a.width;
     for (int64_t k = 0; k < all_terms; k += SIDE) {  // so many tiles of terms stay in the caches
       const int64_t depth = smaller(SIDE, all_terms - k);
       for (int64_t c = column; c < last; c += STEP) {
-        float* block = own + (c - column) * STEP;
+        float* block = s.round < s.rows ? total + word * s.width + c * STEP : own + (c - column) * STEP;
         const int64_t wide = last - c > SIDE ? 2 : 1;
-        const Factor left{of_words(word, k * TERMS), all_terms * 2 * TILE, 2 * TILE};
-        const Factor right{terms + c * s.rows / 2 + k * wide * TILE, TILE, wide * TILE};
-        const auto multiply = k ? split_product<true> : split_product<false>;
+        const Factor left{of_words(word, top + k * TERMS), s.round / TERMS * 2 * TILE, 2 * TILE};
+        const Factor right{terms + c * s.round / 2 + k * wide * TILE, TILE, wide * TILE};
+        const auto multiply = top + k ? split_product<true> : split_product<false>;
         multiply(Sums::matrix(block, STEP), left, TILE, right, true, wide == 2, depth);
-        if (k + depth == all_terms)
+        if (k + depth == all_terms && end == a.rows)
           put_block(to + c, a.width, block, STEP, smaller(STEP, words - word), smaller(STEP, last - c), past_caches);
       }
     }
@@ -361,7 +363,7 @@ struct Gradients<bfloat16> {
   void of_x(int64_t row, int64_t column) const {
     const TileRegisters registers;
     const bfloat16* weight = static_cast<const bfloat16*>(a.weight) + start * a.weight_stride;
-    const int64_t end = smaller(s.rows, row + PART), last = smaller(a.width, column + PART);
+    const int64_t bottom = smaller(padded(end, STEP), row + PART), last = smaller(a.width, column + PART);
     for (int64_t w = 0; w < words; w += PART) {
       const int64_t some = smaller(PART, words - w), depth = padded(some, TERMS) / TERMS;
       for (int64_t k = 0; k < depth; ++k)
@@ -369,26 +371,26 @@ struct Gradients<bfloat16> {
           lay_pairs(own + (c - column) * PART / 2 + k * 2 * TILE, weight + (w + k * TERMS) * a.weight_stride + c,
                     smaller(TERMS, some - k * TERMS), smaller(STEP, last - c));
       for (int64_t c = column; c < last; c += STEP)
-        for (int64_t r = row; r < end; r += STEP) {
+        for (int64_t r = row; r < bottom; r += STEP) {
           const bfloat16* next = weight + (w + PART) * a.weight_stride + c;
-          const int64_t share = PART * STEP / (end - row);
+          const int64_t share = PART * STEP / (bottom - row);
           for (int64_t i = (r - row) / STEP * share; i < (r - row) / STEP * share + share; ++i) ahead(next + i * a.weight_stride);
           const int64_t across = smaller(PART, s.words - w) / TERMS * 2 * TILE;
-          const Sums to{sums + (r * s.width / SIDE + c) * SIDE, SIDE * s.width, TILE, 64};
+          const Sums to{sums + ((r - top) * s.width / SIDE + c) * SIDE, SIDE * s.width, TILE, 64};
           const Factor left{of_rows(r, w), across, 2 * TILE}, right{own + (c - column) * PART / 2, TILE, 2 * TILE};
           const auto multiply = start + w ? split_product<true> : split_product<false>;
           multiply(to, left, TILE, right, true, true, depth);
         }
     }
-    if (start + words == a.vocab) put_sums(row, column, smaller(a.rows, end), last);
+    if (start + words == a.vocab) put_sums(row, column, smaller(end, bottom), last);
   }
 
-  void put_sums(int64_t row, int64_t column, int64_t end, int64_t last) const {
+  void put_sums(int64_t row, int64_t column, int64_t bottom, int64_t last) const {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_or_si512(first, _mm512_set1_epi32(8));
-    for (int64_t r = row; r < end; ++r)
+    for (int64_t r = row; r < bottom; ++r)
       for (int64_t c = column; c < last; c += STEP) {
-        const float* from = sums + (r / SIDE * s.width + c) * SIDE + r % SIDE * SIDE;
+        const float* from = sums + ((r - top) / SIDE * s.width + c) * SIDE + r % SIDE * SIDE;
         const __m512 four = (__m512)load(from), others = (__m512)load(from + TILE);
         alignas(64) float v[STEP];
         store(v, (Floats)_mm512_permutex2var_ps(four, first, others));

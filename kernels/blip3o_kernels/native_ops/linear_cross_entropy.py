@@ -15,7 +15,8 @@ _PACK, _CPU = native.packer("linear_cross_entropy"), native.function("cpu", "lin
 _PACK_FUSED = native.packer("linear_cross_entropy_fused")
 _CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
-KEPT = 2**25  # logits that are kept for the backward pass: 128 MiB. To compute more of them again takes less time than memory.
+KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
+LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
 
 
 def late(dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
@@ -25,9 +26,11 @@ def late(dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
     return least is not None and autocast is None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
 
 
-def logits_kept(rows: int, vocab: int, wanted: bool) -> int:
-    """How many floats of logits `fused` keeps, if gradients are wanted; 0 where there are too many."""
-    return -(-rows // 32) * 32 * vocab if wanted and rows * vocab <= KEPT else 0
+def logits_kept(x: Tensor, rows: int, vocab: int, wanted: bool) -> int:
+    """How many floats of logits `fused` keeps, if gradients are wanted; 0 where there are too many, or where to compute
+    them again takes less time than memory."""
+    kept = wanted and rows * vocab <= KEPT and x.shape[-1] >= LEAST_WIDTH[x.dtype]
+    return -(-rows // 32) * 32 * vocab if kept else 0
 
 
 def sums_kept(rows: int) -> int:
@@ -39,7 +42,7 @@ def _workspace(rows: int, width: int, vocab: int) -> Tensor:
     """What csrc/cpu/fused_cross_entropy.h wants to work in (Sizes::floats)."""
     rows, width = -(-rows // 32) * 32, -(-width // 64) * 64
     words = min(-(-max(1024, 2**19 // rows) // 256) * 256, -(-vocab // 32) * 32)
-    forward, backward = 3 * -(-vocab // 512) * rows, 2 * words * rows + 8 * rows
+    forward, backward = 3 * -(-vocab // 512) * rows, 2 * words * rows + 8 * rows + 2**17
     threads = torch.get_num_threads() * max(2**15, 32 * width)
     return empty((3 * rows * width + max(forward, backward) + threads,), torch.float32)
 
@@ -62,7 +65,7 @@ def fused(
     `fused_gradients`."""
     rows, vocab = x.shape[0], weight.shape[0]
     loss, sums = torch.empty((), dtype=torch.float32), torch.zeros((3, sums_kept(rows)), dtype=torch.float32)
-    kept = empty((logits_kept(rows, vocab, wanted),), torch.float32)
+    kept = empty((logits_kept(x, rows, vocab, wanted),), torch.float32)
     if rows == 0:
         return loss.zero_(), sums, kept
     options = label_smoothing, z_loss, softcap, 1.0

@@ -198,7 +198,7 @@ def _fake(
     loss = x.new_empty((), dtype=torch.float32)
     if options[-2]:
         rows = target.numel()
-        logits = x.new_empty(native.logits_kept(rows, weight.shape[0], want_x or want_weight), dtype=torch.float32)
+        logits = x.new_empty(native.logits_kept(x, rows, weight.shape[0], want_x or want_weight), dtype=torch.float32)
         return loss, x.new_empty(3, native.sums_kept(rows), dtype=torch.float32), logits
     shapes = (x.shape if want_x else (0,), weight.shape if want_weight else (0,))
     dx, dweight = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
