@@ -70,8 +70,9 @@ void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int64_t top
   const float* x = static_cast<const float*>(a.x);
 #pragma omp for schedule(static)
   for (int64_t row = top; row < end; row += STEP) {
-    const int64_t block = row / BLOCK * BLOCK, n = smaller(STEP, end - row);
-    lay_columns(to + (block - top) * s.width + row - block, s.height(block), x + row * a.x_stride, a.x_stride, n, a.width);
+    const int64_t panel = row / PANEL * PANEL;
+    lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel), x + row * a.x_stride, a.x_stride,
+                smaller(STEP, end - row), a.width);
   }
 }
 
@@ -98,7 +99,11 @@ struct Logits<float> {
       const auto multiply = k ? product<true, true> : product<true, false>;
       for (int64_t i = STEP; i < 2 * STEP; ++i)  // the next words
         for (int64_t l = k; l < smaller(k + DEPTH, width); l += LANES) ahead(weight + i * step + l);
-      multiply(to, height, weight + k, step, right + k * height, height, words, columns, smaller(DEPTH, width - k));
+      for (int64_t c = 0; c < columns; c += PANEL) {
+        const int64_t across = smaller(PANEL, height - c);
+        multiply(to + c, height, weight + k, step, right + c * padded(width, PANEL) + k * across, across, words,
+                 smaller(PANEL, columns - c), smaller(DEPTH, width - k));
+      }
     }
   }
 };
