@@ -83,7 +83,7 @@ static void join(Partial& p, float* logits, float* kept, bool spread, float soft
 }
 
 template <class T, bool CAPPED>
-static void forward_task(const Arguments& a, const Sizes& s, const float* right, float* partials, float* own, int64_t block,
+static void forward_task(const Arguments& a, const Sizes& s, float* right, float* partials, float* own, int64_t block,
                          int64_t run) {
   const T* weight = static_cast<const T*>(a.weight);
   const int64_t first = block * BLOCK, rows = smaller(BLOCK, a.rows - first), columns = padded(rows, GROUP<T>);
@@ -99,7 +99,8 @@ static void forward_task(const Arguments& a, const Sizes& s, const float* right,
     if (word >= 0 && word < RUN) next[r] = heads[word / STEP], heads[word / STEP] = static_cast<int16_t>(r);
   }
   for (int64_t r = 0; r < BLOCK; ++r) p.maximum[r] = -__FLT_MAX__, p.total[r] = p.spread[r] = 0.0f;
-  Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
+  for (int64_t row = first; runs == 1 && row < first + rows; row += STEP) lay_right<T>(right, a, s, row, 0, a.rows);
+  const Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
   float* raw = a.sums + 2 * s.rows;
   for (int64_t word = run * RUN; word < end; word += STEP) {
     const int64_t words = smaller(STEP, end - word);
@@ -156,8 +157,11 @@ static void forward(const Arguments& a) {
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    lay_right<T>(right, a, s, 0, a.rows);
     float* own = space + thread_number() * s.own();
+    if (runs > 1) {  // otherwise a block is laid out by the only task that wants it, while it is in a cache
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < a.rows; row += STEP) lay_right<T>(right, a, s, row, 0, a.rows);
+    }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; ++task)
       forward_task<T, CAPPED>(a, s, right, partials, own, task % blocks, task / blocks);
@@ -247,7 +251,10 @@ static void backward(const Arguments& a) {
       const int64_t top = round / rounds * s.round, end = smaller(a.rows, top + s.round), start = round % rounds * s.words;
       const int64_t words = smaller(s.words, a.vocab - start), steps = (words + STEP - 1) / STEP;
       const Gradients<T> gradients{a, s, dlogits, terms, sums, total, own, start, words, top, end};
-      if (!a.logits && start == 0) lay_right<T>(right, a, s, top, end);
+      if (!a.logits && start == 0) {
+#pragma omp for schedule(static)
+        for (int64_t row = top; row < end; row += STEP) lay_right<T>(right, a, s, row, top, end);
+      }
       if (a.dweight && start == 0) lay_terms<T>(terms, a, s, top, end);
 #pragma omp for schedule(static)
       for (int64_t task = 0; task < (end - top + BLOCK - 1) / BLOCK * steps; ++task) {

@@ -1,6 +1,6 @@
 // The matrix products of fused_cross_entropy.h, which includes this inside: no include guard, no includes.
 //
-//   lay_right, lay_terms    x laid out, as right factor of logits^T = weight x^T and of dweight = dlogits^T x
+//   lay_right, lay_terms    x laid out (STEP rows of it, all its rows), as right factor of logits^T = weight x^T and of dweight = dlogits^T x
 //   Logits                  the logits of up to STEP words and BLOCK rows
 //   Gradients               dlogits laid out, and its two products: STEP rows of dweight, complete, or a round's share of dx
 //
@@ -54,7 +54,7 @@ static bool passes_caches(const Arguments& a) {
 }
 
 template <class T>
-static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end);
+static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end);
 template <class T>
 static void lay_terms(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end);
 template <class T>
@@ -66,14 +66,10 @@ static constexpr int64_t PANEL = 64;    // columns, of 128 rows 32 KiB
 static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor stays in the first cache
 
 template <>
-void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
-  const float* x = static_cast<const float*>(a.x);
-#pragma omp for schedule(static)
-  for (int64_t row = top; row < end; row += STEP) {
-    const int64_t panel = row / PANEL * PANEL;
-    lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel), x + row * a.x_stride, a.x_stride,
-                smaller(STEP, end - row), a.width);
-  }
+void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end) {
+  const int64_t panel = row / PANEL * PANEL;
+  lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel),
+              static_cast<const float*>(a.x) + row * a.x_stride, a.x_stride, smaller(STEP, end - row), a.width);
 }
 
 template <>
@@ -231,12 +227,9 @@ static inline void put_block(bfloat16* to, int64_t step, const float* from, int6
 }
 
 template <>
-void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes&, int64_t top, int64_t end) {
-  const bfloat16* x = static_cast<const bfloat16*>(a.x);
-#pragma omp for schedule(static)
-  for (int64_t row = top; row < end; row += STEP)
-    lay_tiles<false, true>(to + (row - top) * padded(a.width, TERMS) / 2, x + row * a.x_stride, a.x_stride, smaller(STEP, end - row),
-                           a.width);
+void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes&, int64_t row, int64_t top, int64_t end) {
+  lay_tiles<false, true>(to + (row - top) * padded(a.width, TERMS) / 2, static_cast<const bfloat16*>(a.x) + row * a.x_stride,
+                         a.x_stride, smaller(STEP, end - row), a.width);
 }
 
 template <>
