@@ -92,10 +92,10 @@ def test_logits_are_never_whole(small_chunks: None) -> None:
         with Largest() as seen:
             native.forward(x, weight, target, -100, 0.1, 0.0, 0.0, None, wanted, wanted)
         assert seen.elements == max(16 * 1000, *(tensor.numel() for tensor in (x, weight)))
-    if native.late(x.dtype, None):  # there in blocks of 128 rows and 32 words, and gradients of 1024 words, beside which
-        x, weight, target = arguments(rows=2000, width=8, vocab=5000)  # a thread has 2^16 floats for itself
+    if native.late(torch.bfloat16, 1, True, None):  # 128 rows and 32 words, and gradients of 1024 words, at a time
+        x, weight, target = arguments(rows=2000, width=8, vocab=5000)
         with Largest() as seen:
-            linear_cross_entropy(x, weight, target).backward()
+            linear_cross_entropy(x.to(torch.bfloat16), weight.to(torch.bfloat16), target).backward()
         assert seen.elements < 2000 * 5000 / 2
 
 
@@ -153,7 +153,9 @@ def test_a_target_outside_the_vocabulary() -> None:
             with use(backend), pytest.raises(IndexError, match=rf"target: expected values in \[0, 301\).*got {wrong}"):
                 linear_cross_entropy(x, weight, target)
         with pytest.raises(IndexError, match="target: expected"):
-            torch.ops.blip3o.linear_cross_entropy(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, False, "native")
+            torch.ops.blip3o.linear_cross_entropy(
+                x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, False, "native"
+            )
 
 
 def test_infinite_logits() -> None:
@@ -196,7 +198,7 @@ def test_flops() -> None:
     x, weight, target = arguments()
     with FlopCounterMode(display=False) as counter, use("native"):
         linear_cross_entropy(x.detach(), weight, target).backward()
-    late = native.late(x.dtype, None)
+    late = native.late(x.dtype, 0, True, None)
     assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 301 + (0 if late else 301 * 24)
 
 
@@ -205,7 +207,7 @@ def test_a_retained_graph_gives_gradients_again() -> None:
     for late in (None, False, True):
         if late is None:
             loss = linear_cross_entropy(x, weight, target)
-        elif not late or native.late(x.dtype, None):
+        elif not late or native.late(x.dtype, 0, True, None):
             call = torch.ops.blip3o.linear_cross_entropy
             loss = call(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, late, "native")[0]
         (first,) = torch.autograd.grad(loss, x, retain_graph=True)

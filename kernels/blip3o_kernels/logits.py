@@ -9,8 +9,8 @@ For every chunk of rows
 
 The products are torch's. Without autocast they are exact to float32: of float32 operands or, with `split`, of bfloat16
 operands into float32, where dlogits is the sum of two bfloat16 numbers, because one alone would cost a gradient as much
-as its own rounding does. (float16 has no room for dlogits, so its operands become float32.) Under autocast x, weight, dlogits and, on a CPU, the products' results are rounded to
-autocast's dtype, as those of a linear layer are.
+as its own rounding does. (float16 has no room for dlogits, so its operands become float32.) Under autocast x, weight,
+dlogits and, on a CPU, the products' results are rounded to autocast's dtype, as those of a linear layer are.
 """
 
 from __future__ import annotations

@@ -19,11 +19,14 @@ KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
 LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
 
 
-def late(dtype: torch.dtype, autocast: torch.dtype | None) -> bool:
-    """Whether the library has the products too: of float32 in AVX-512, where they are as fast as torch's, of bfloat16 in
-    AMX."""
+def late(dtype: torch.dtype, elements: int, wanted: bool, autocast: torch.dtype | None) -> bool:
+    """Whether `fused` and `fused_gradients` are to run, for so many logits: of bfloat16 wherever the chip has AMX, of
+    float32 with AVX-512, but not for gradients of more logits than are kept. To compute them again is 4 products for
+    3, which torch's are fast enough to beat."""
+    if autocast is not None or (dtype is torch.float32 and wanted and elements > KEPT):
+        return False
     least = {torch.float32: "avx512", torch.bfloat16: "amx"}.get(dtype)
-    return least is not None and autocast is None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
+    return least is not None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
 
 
 def logits_kept(x: Tensor, rows: int, vocab: int, wanted: bool) -> int:
@@ -96,7 +99,16 @@ def fused_gradients(
         return dx, dweight.zero_()
     options = label_smoothing, z_loss, softcap, dloss
     status = _fused(
-        x, weight, target, dx if want_x else None, dweight if want_weight else None, kept, sums, None, ignore_index, options
+        x,
+        weight,
+        target,
+        dx if want_x else None,
+        dweight if want_weight else None,
+        kept,
+        sums,
+        None,
+        ignore_index,
+        options,
     )
     if status:
         raise native.failed("linear_cross_entropy", status)

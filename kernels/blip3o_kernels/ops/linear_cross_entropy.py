@@ -9,12 +9,12 @@
 x [..., D] and weight [V, D] float, one dtype; target [...] int64 or int32; a row is kept unless its target is
 ignore_index. With no kept row the loss and its gradients are 0. The result is float32 (float64 for float64 x).
 
-Gradients come in one of two ways. Where the native library has the products itself (`late`), the backward pass computes
-them, from logits that were kept if they are few, otherwise from logits computed again. Elsewhere they are computed
-together with the loss and kept in float32, and the backward pass multiplies them by what comes from above. Either way they
-are rounded once. logits.py has the size of a chunk and the products' dtypes: without autocast they are exact to float32.
-With autocast on when the op is called, its products, those of the gradients included, are rounded to autocast's dtype, as
-the reference's are. Not differentiable twice.
+Gradients come in one of two ways. Where the native library has the products itself (`late`), the backward pass
+computes them, from logits that were kept if they are few, otherwise from logits computed again. Elsewhere they are
+computed together with the loss and kept in float32, and the backward pass multiplies them by what comes from above.
+Either way they are rounded once. logits.py has the size of a chunk and the products' dtypes: without autocast they are
+exact to float32. With autocast on when the op is called, its products, those of the gradients included, are rounded to
+autocast's dtype, as the reference's are. Not differentiable twice.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option out of range: label_smoothing in [0, 1),
 z_loss >= 0, softcap > 0. A target outside [0, V) other than ignore_index raises IndexError on a CPU.
@@ -103,9 +103,9 @@ def linear_cross_entropy(
         )
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    late = backend == "native" and native.late(x.dtype, autocast)
-    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, late, backend)
     wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
+    late = backend == "native" and native.late(x.dtype, target.numel() * weight.shape[0], any(wanted), autocast)
+    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, late, backend)
     if not immediate:
         loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
         return loss
@@ -150,8 +150,8 @@ def _forward(
     late: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, and what the backward pass wants: the gradients of x and weight, float32, empty where they are not wanted;
-    or if `late` what native_ops keeps. softcap 0: none."""
+    """The loss, and what the backward pass wants: the gradients of x and weight, float32, empty where they are not
+    wanted; or if `late` what native_ops keeps. softcap 0: none."""
     flat, rows, options = x.flatten(0, -2), _rows(target), (ignore_index, label_smoothing, z_loss, softcap)
     if late:
         return native.fused(flat, weight, rows, *options, want_x or want_weight)
@@ -176,8 +176,8 @@ def _backward(
     late: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients in the dtype of x, empty where they are not wanted: the kept ones times dloss, or if `late` from what
-    is kept instead of them."""
+    """The gradients in the dtype of x, empty where they are not wanted: the kept ones times dloss, or if `late` from
+    what is kept instead of them."""
     if not late:
         return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
     options = ignore_index, label_smoothing, z_loss, softcap
@@ -217,7 +217,9 @@ def _flops(x: Any, weight: Any, target: Any, want_x: bool, want_weight: bool, *o
     return 2 * torch.Size(x).numel() * int(weight[0]) * (1 if options[-2] else 1 + want_x + want_weight)
 
 
-def _backward_flops(dloss: Any, x: Any, weight: Any, target: Any, dx: Any, dweight: Any, *options: Any, **__: Any) -> int:
+def _backward_flops(
+    dloss: Any, x: Any, weight: Any, target: Any, dx: Any, dweight: Any, *options: Any, **__: Any
+) -> int:
     if options[-2]:
         return 2 * torch.Size(x).numel() * int(weight[0]) * (options[0] + options[1])
     return torch.Size(dx).numel() + torch.Size(dweight).numel()
