@@ -383,16 +383,13 @@ BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arg
 /* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: the
  * logits [rows, vocab], contiguous, of rows start, start + 1, ... of `targets` ones, chunk after chunk. *loss is the mean so far:
  * the losses up to here over the number of kept rows among all, so the last chunk's is the result. With `wanted`, the logits are
- * overwritten by its gradient; with `high`, that is for float32 logits alone, its value in bfloat16 goes there and what that
- * leaves to `low`, also in bfloat16; rows of both are `stride` apart, and the logits are lost. */
+ * overwritten by its gradient. */
 typedef struct {
   void* logits;
-  void* high; /* null: none */
-  void* low;
   double* losses; /* [targets], workspace */
   float* loss;
   const int64_t* target; /* [targets], in [0, vocab) or ignore_index */
-  int64_t targets, start, rows, vocab, stride, ignore_index;
+  int64_t targets, start, rows, vocab, ignore_index;
   float label_smoothing, z_loss, softcap; /* softcap 0: none */
   int dtype, wanted;
   int instruction_set, threads;
@@ -401,22 +398,27 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
-/* Its products: c [rows, columns] = (a + rest) b, with `add` c += that, in float32 from bfloat16, on chips with BLIP3O_AMX.
- * Rows are `step` apart. rest is laid out as a; a is [rows, depth], or turned [depth, rows]; b is [columns, depth], or turned [depth, columns]. */
+/* All of it, products included, in float32, or in bfloat16 on chips with BLIP3O_AMX. Forward: *loss and `sums`, three numbers of
+ * each row that the backward pass wants, and with `logits` those, in an order of their own. Backward: dx and dweight, contiguous,
+ * times dloss; without `logits` they are computed again. */
 typedef struct {
-  float* c;
-  const void* a;
-  const void* rest; /* null: 0 */
-  const void* b;
-  float* workspace; /* threads parts of workspace_floats, a multiple of 16, of at least
-                     * (2 min(rows, 128) + min(columns, 1024)) * min(depth, 512) / 2, each padded to 32 */
-  int64_t rows, columns, depth, c_step, a_step, b_step, workspace_floats;
-  int a_turned, b_turned, add;
+  void* dx; /* null: not wanted */
+  void* dweight;
+  const void* x;
+  const void* weight;
+  const int64_t* target; /* [rows], in [0, vocab) or ignore_index */
+  float* logits;         /* rows padded to 32, times vocab; or null */
+  float* sums;           /* [3, rows padded to 32] */
+  float* loss;
+  float* workspace;
+  int64_t rows, width, vocab, x_stride, weight_stride, ignore_index, workspace_floats;
+  float label_smoothing, z_loss, softcap, dloss; /* softcap 0: none */
+  int dtype, backward;
   int instruction_set, threads;
   void* stream;
-} blip3o_linear_cross_entropy_product_arguments;
+} blip3o_linear_cross_entropy_fused_arguments;
 
-BLIP3O_API int blip3o_cpu_linear_cross_entropy_product(const blip3o_linear_cross_entropy_product_arguments* arguments);
+BLIP3O_API int blip3o_cpu_linear_cross_entropy_fused(const blip3o_linear_cross_entropy_fused_arguments* arguments);
 
 /* swiglu: y = silu(gate) * up, all of one dtype. Rows are `width` long and apart by the strides; y is contiguous. */
 typedef struct {

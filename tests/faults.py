@@ -45,6 +45,11 @@ HARMLESS = {
     ("timestep_embedding", "timestep_embedding.py", "quarter = "): "any quarter of a turn near by will do",
     ("qk_norm_rope", "normalise.h", "left[r]"): "it mends the last bits of a mean",
     ("attention", "scores.h", "return quotient + (x - quotient * sum)"): "it mends the last bit of a quotient",
+    (
+        "linear_cross_entropy",
+        "fused_cross_entropy.h",
+        "f * 1.535",
+    ): "the end of a series, below the last bit of bfloat16",
     ("attention", "attention_tiles.h", "p = p * f + 5.59"): "the end of a series, below the last bit of bfloat16",
 }
 

@@ -30,9 +30,10 @@ def arguments(rows: int = 40, width: int = 24, vocab: int = 301, seed: int = 0) 
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Chunks of 16 rows."""
+    """Chunks of 16 rows, no logits kept."""
     monkeypatch.setattr(logits, "MIN_ROWS", 1)
     monkeypatch.setitem(logits.LOGITS, "cpu", 1)
+    monkeypatch.setattr(native, "KEPT", 0)
     yield
 
 
@@ -58,7 +59,7 @@ def test_many_chunks(small_chunks: None) -> None:
     """The same loss and gradients as in one chunk: sums of chunks, with the mean over all of them."""
     for wanted in ((True, True), (True, False), (False, True), (False, False)):
         results = []
-        for backend in ("reference", "native"):
+        for backend in ("reference", "native", "native:avx2"):
             x, weight, target = arguments(rows=70)
             x.requires_grad_(wanted[0])
             weight.requires_grad_(wanted[1])
@@ -67,9 +68,10 @@ def test_many_chunks(small_chunks: None) -> None:
             if any(wanted):
                 (3 * loss).backward()
             results.append((loss.detach(), x.grad, weight.grad))
-        for got, expected in zip(*results, strict=True):
-            assert (got is None) == (expected is None)
-            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        for expected, *others in zip(*results, strict=True):
+            for got in others:
+                assert (got is None) == (expected is None)
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
@@ -90,6 +92,11 @@ def test_logits_are_never_whole(small_chunks: None) -> None:
         with Largest() as seen:
             native.forward(x, weight, target, -100, 0.1, 0.0, 0.0, None, wanted, wanted)
         assert seen.elements == max(16 * 1000, *(tensor.numel() for tensor in (x, weight)))
+    if native.late(torch.bfloat16, 1, True, None):  # 128 rows and 32 words, and gradients of 1024 words, at a time
+        x, weight, target = arguments(rows=2000, width=8, vocab=5000)
+        with Largest() as seen:
+            linear_cross_entropy(x.to(torch.bfloat16), weight.to(torch.bfloat16), target).backward()
+        assert seen.elements < 2000 * 5000 / 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -146,7 +153,9 @@ def test_a_target_outside_the_vocabulary() -> None:
             with use(backend), pytest.raises(IndexError, match=rf"target: expected values in \[0, 301\).*got {wrong}"):
                 linear_cross_entropy(x, weight, target)
         with pytest.raises(IndexError, match="target: expected"):
-            torch.ops.blip3o.linear_cross_entropy(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, "native")
+            torch.ops.blip3o.linear_cross_entropy(
+                x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, False, "native"
+            )
 
 
 def test_infinite_logits() -> None:
@@ -189,20 +198,22 @@ def test_flops() -> None:
     x, weight, target = arguments()
     with FlopCounterMode(display=False) as counter, use("native"):
         linear_cross_entropy(x.detach(), weight, target).backward()
-    assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 301 + 301 * 24
+    late = native.late(x.dtype, 0, True, None)
+    assert counter.get_total_flops() == 2 * 2 * 40 * 24 * 301 + (0 if late else 301 * 24)
 
 
 def test_a_retained_graph_gives_gradients_again() -> None:
     x, weight, target = arguments()
-    for direct in (True, False):
-        if direct:
+    for late in (None, False, True):
+        if late is None:
             loss = linear_cross_entropy(x, weight, target)
-        else:
+        elif not late or native.late(x.dtype, 0, True, None):
             call = torch.ops.blip3o.linear_cross_entropy
-            loss = call(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, "native")[0]
+            loss = call(x, weight, target, True, True, -100, 0.0, 0.0, 0.0, None, late, "native")[0]
         (first,) = torch.autograd.grad(loss, x, retain_graph=True)
         (second,) = torch.autograd.grad(2 * loss, x, retain_graph=True)
         assert torch.equal(second, 2 * first)
-    unkept = torch.ops.blip3o.linear_cross_entropy(x, weight, target, False, True, -100, 0.0, 0.0, 0.0, None, "native")
+    call = torch.ops.blip3o.linear_cross_entropy
+    unkept = call(x, weight, target, False, True, -100, 0.0, 0.0, 0.0, None, False, "native")
     with pytest.raises(RuntimeError, match="told not to keep"):
         unkept[0].backward()

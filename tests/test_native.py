@@ -42,7 +42,7 @@ def test_interface_is_the_header() -> None:
     for name in native.FORMATS:
         for kind in ("cpu", "cuda"):
             declaration = f"int blip3o_{kind}_{name}(const blip3o_{name}_arguments* arguments);"
-            assert (declaration in header) == ((re.sub("_(backward|product)$", "", name), kind) in bodies), declaration
+            assert (declaration in header) == ((re.sub("_(backward|fused)$", "", name), kind) in bodies), declaration
     for constant, value in (("VERSION", native.VERSION), ("CHUNK", native.CHUNK)):
         assert f"#define BLIP3O_{constant} {value}\n" in header
     for dtype, code in native.DTYPES.items():

@@ -1,8 +1,7 @@
 // Cross entropy of a chunk of logits on a CPU; the contract is kernels/blip3o_kernels/ops/linear_cross_entropy.py.
 //
 // Three passes over a row, which stays in cache: the maximum, the sum of exponentials, the gradient in place of the logits. Label
-// smoothing takes one more. Without a gradient the last one is not taken. On chips with AMX it also has the products before and
-// after, of bfloat16 into float32 (panels.h).
+// smoothing takes one more. Without a gradient the last one is not taken. fused_cross_entropy.h has the products, too.
 #ifndef BLIP3O_LANES
 #define BLIP3O_BODY "linear_cross_entropy.cpp"
 #include "instruction_sets.h"
@@ -10,23 +9,21 @@
 extern "C" int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* a) {
   BLIP3O_RUN(a->instruction_set, linear_cross_entropy(*a))
 }
-extern "C" int blip3o_cpu_linear_cross_entropy_product(const blip3o_linear_cross_entropy_product_arguments* a) {
-  BLIP3O_RUN(a->instruction_set, linear_cross_entropy_product(*a))
+extern "C" int blip3o_cpu_linear_cross_entropy_fused(const blip3o_linear_cross_entropy_fused_arguments* a) {
+  BLIP3O_RUN(a->instruction_set, linear_cross_entropy_fused(*a))
 }
 
 #else  // once per instruction set
 
 #include "columns.h"
 #include "product.h"
-#if BLIP3O_LANES == 16
-#include "tiles.h"
-#include "panels.h"
-#endif
 
 template <bool CAPPED>
 static inline Floats capped(Floats v, float softcap) {
   return CAPPED ? softcap * hyperbolic_tangent(v / softcap) : v;
 }
+
+#include "fused_cross_entropy.h"
 
 static inline Floats ended(Floats v, Whole) { return v; }
 static inline Floats ended(Floats v, int64_t n) {  // the rest is -infinity
@@ -94,10 +91,10 @@ static inline double exponentials(T* logits, int64_t vocab, float maximum, float
   });
 }
 
-// The loss of the row; with `wanted`, its logits, or their exponentials, become their gradient, in two parts if SPLIT.
-template <class T, bool CAPPED, bool SPLIT>
-static inline double third_pass(const Row& row, const blip3o_linear_cross_entropy_arguments& a, T* logits, bfloat16* high,
-                                bfloat16* low, int64_t target, double share) {
+// The loss of the row; with `wanted`, its logits, or their exponentials, become their gradient.
+template <class T, bool CAPPED>
+static inline double third_pass(const Row& row, const blip3o_linear_cross_entropy_arguments& a, T* logits, int64_t target,
+                                double share) {
   const double smoothing = static_cast<double>(a.label_smoothing), z_loss = static_cast<double>(a.z_loss);
   const double vocab = static_cast<double>(a.vocab), softcap = static_cast<double>(a.softcap);
   const double log_sum = static_cast<double>(row.maximum) + std::log(row.total), raw = static_cast<double>(row.raw);
@@ -110,30 +107,25 @@ static inline double third_pass(const Row& row, const blip3o_linear_cross_entrop
   const double spread = share * smoothing / vocab;
   const Floats scale = all(static_cast<float>(slope)), less = all(static_cast<float>(spread));
   const float maximum = row.maximum, cap = a.softcap;
-  const auto put = [&](int64_t i, Floats v, auto n) {
-    if (!SPLIT) return store(logits + i, v, n);
-    store(high + i, v, n);
-    store(low + i, v - rounded<bfloat16>(v), n);
-  };
   columns(a.vocab, [&](int64_t i, auto n) {
     const Floats v = load(logits + i, n);
     if (CAPPED) {
       const Floats t = hyperbolic_tangent(v / cap);
-      put(i, (exponential(cap * t - maximum) * scale - less) * (1.0f - t * t), n);
+      store(logits + i, (exponential(cap * t - maximum) * scale - less) * (1.0f - t * t), n);
     } else {
-      put(i, (IN_PLACE<T, CAPPED> ? v : exponential(v - maximum)) * scale - less, n);
+      store(logits + i, (IN_PLACE<T, CAPPED> ? v : exponential(v - maximum)) * scale - less, n);
     }
   });
   const double likely = static_cast<double>(exponential(all(static_cast<float>(chosen) - maximum))[0]);
   const double own = likely * slope - spread - share * (1.0 - smoothing);
-  put(target, all(static_cast<float>(own * (1.0 - tanh * tanh))), int64_t{1});
+  store(logits + target, all(static_cast<float>(own * (1.0 - tanh * tanh))), int64_t{1});
   return loss;
 }
 
 // Each pass over all `rows`, at most MOST, before the next: the end of a short row's pass is a chain that nothing else hides.
 static constexpr int64_t MOST = 16;
 
-template <class T, bool CAPPED, bool SPLIT>
+template <class T, bool CAPPED>
 static void some_rows(const blip3o_linear_cross_entropy_arguments& a, int64_t start, int64_t rows, double share) {
   T* logits = static_cast<T*>(a.logits) + start * a.vocab;
   const int64_t* target = a.target + a.start + start;
@@ -152,23 +144,16 @@ static void some_rows(const blip3o_linear_cross_entropy_arguments& a, int64_t st
   const size_t length = static_cast<size_t>(a.vocab);
   for (int64_t r = 0; r < rows; ++r) {
     T* row = logits + r * a.vocab;
-    bfloat16* high = SPLIT ? static_cast<bfloat16*>(a.high) + (start + r) * a.stride : nullptr;
-    bfloat16* low = SPLIT ? static_cast<bfloat16*>(a.low) + (start + r) * a.stride : nullptr;
     if (target[r] != a.ignore_index) {
-      losses[r] = third_pass<T, CAPPED, SPLIT>(found[r], a, row, high, low, target[r], share);
+      losses[r] = third_pass<T, CAPPED>(found[r], a, row, target[r], share);
     } else {
       losses[r] = 0.0;
-      if (SPLIT) {
-        std::memset(static_cast<void*>(high), 0, length * sizeof *high);
-        std::memset(static_cast<void*>(low), 0, length * sizeof *low);
-      } else if (a.wanted) {
-        std::memset(static_cast<void*>(row), 0, length * sizeof(T));
-      }
+      if (a.wanted) std::memset(static_cast<void*>(row), 0, length * sizeof(T));
     }
   }
 }
 
-template <class T, bool SPLIT>
+template <class T>
 static int run(const blip3o_linear_cross_entropy_arguments& a) {
   const int64_t fitting = 65536 / a.vocab, each = fitting < 1 ? 1 : (fitting < MOST ? fitting : MOST);
   const int64_t runs = (a.rows + each - 1) / each;
@@ -179,8 +164,7 @@ static int run(const blip3o_linear_cross_entropy_arguments& a) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t start = run * each, rows = a.rows - start < each ? a.rows - start : each;
-    a.softcap > 0.0f ? some_rows<T, true, SPLIT>(a, start, rows, share)
-                     : some_rows<T, false, SPLIT>(a, start, rows, share);
+    a.softcap > 0.0f ? some_rows<T, true>(a, start, rows, share) : some_rows<T, false>(a, start, rows, share);
   }
   double total = 0.0;
   for (int64_t row = 0; row < a.start + a.rows; ++row) total += a.losses[row];
@@ -194,41 +178,7 @@ static int linear_cross_entropy(const blip3o_linear_cross_entropy_arguments& a) 
     const int64_t target = a.target[a.start + row];
     if (target != a.ignore_index && (target < 0 || target >= a.vocab)) return BLIP3O_BAD_ARGUMENT;
   }
-  if (a.high) {
-    if (a.dtype != BLIP3O_FLOAT32) return BLIP3O_BAD_DTYPE;
-    return a.wanted && a.low && a.stride >= a.vocab ? run<float, true>(a) : BLIP3O_BAD_ARGUMENT;
-  }
-  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t), false>(a); });
-}
-
-static int linear_cross_entropy_product(const blip3o_linear_cross_entropy_product_arguments& a) {
-#if BLIP3O_LANES == 16
-  if (blip3o_instruction_set(a.instruction_set) != BLIP3O_AMX) return BLIP3O_BAD_INSTRUCTION_SET;
-  if (a.rows < 0 || a.columns < 0 || a.depth < 1 || a.workspace_floats % 16) return BLIP3O_BAD_ARGUMENT;
-  if (a.workspace_floats < 2 * left_floats(a.rows, a.depth) + right_floats(a.columns, a.depth)) return BLIP3O_BAD_ARGUMENT;
-  const Matrix left{static_cast<const bfloat16*>(a.a), a.a_step, a.a_turned != 0};
-  const Matrix rest{static_cast<const bfloat16*>(a.rest), a.a_step, a.a_turned != 0};
-  const Matrix right{static_cast<const bfloat16*>(a.b), a.b_step, a.b_turned != 0};
-  // Each thread takes a run of panels along the longer side of c.
-  const bool by_rows = a.rows > a.columns;
-  const int64_t length = by_rows ? a.rows : a.columns, panels = padded(length, PANEL) / PANEL;
-  const int parts = static_cast<int>(smaller(blip3o_threads(a.threads, a.rows * a.columns * a.depth / 64), panels));
-#pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
-  for (int part = 0; part < parts; ++part) {
-    const int64_t from = panels * part / parts * PANEL, to = smaller(length, panels * (part + 1) / parts * PANEL);
-    float* space = a.workspace + part * a.workspace_floats;
-    if (by_rows)
-      multiply_matrices(a.c + from * a.c_step, a.c_step, left.from(from, 0), rest.from(from, 0), right, to - from,
-                        a.columns, a.depth, a.add != 0, space);
-    else
-      multiply_matrices(a.c + from, a.c_step, left, rest, right.from(from, 0), a.rows, to - from, a.depth, a.add != 0,
-                        space);
-  }
-  return BLIP3O_OK;
-#else
-  (void)a;
-  return BLIP3O_BAD_INSTRUCTION_SET;
-#endif
+  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });
 }
 
 #endif

@@ -19,7 +19,7 @@ static inline void tile(float* c, int64_t c_step, const float* a, int64_t a_step
                         int64_t depth) {
   Floats sums[M][N];
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m][n] = ADD ? load(c + m * c_step + n * LANES) : Floats{};
+    for (int n = 0; n < N; ++n) sums[m][n] = Floats{};
   const int64_t row_step = ROWS_APART ? a_step : 1, k_step = ROWS_APART ? 1 : a_step;
   for (int64_t k = 0; k < depth; ++k, b += b_step) {
     Floats right[N];
@@ -30,7 +30,10 @@ static inline void tile(float* c, int64_t c_step, const float* a, int64_t a_step
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) store(c + m * c_step + n * LANES, sums[m][n]);
+    for (int n = 0; n < N; ++n) {  // added at the end: a long sum in parts loses fewer digits
+      float* at = c + m * c_step + n * LANES;
+      store(at, ADD ? load(at) + sums[m][n] : sums[m][n]);
+    }
 }
 
 // All rows of N vectors of columns.

@@ -7,11 +7,10 @@ For every chunk of rows
     dx        = dlogits weight                    float32
     dweight  += dlogits^T x                       float32
 
-The products are torch's, or of bfloat16 on a CPU the body's. Without autocast they are exact to float32: of float32
-operands or, with `split` or `multiply`, of bfloat16 operands into float32, where dlogits is the sum of two bfloat16
-numbers, because one alone would cost a gradient as much as its own rounding does. (float16 has no room for dlogits, so
-its operands become float32.) Under autocast x, weight, dlogits and, on a CPU, the products' results are rounded to
-autocast's dtype, as those of a linear layer are.
+The products are torch's. Without autocast they are exact to float32: of float32 operands or, with `split`, of bfloat16
+operands into float32, where dlogits is the sum of two bfloat16 numbers, because one alone would cost a gradient as much
+as its own rounding does. (float16 has no room for dlogits, so its operands become float32.) Under autocast x, weight,
+dlogits and, on a CPU, the products' results are rounded to autocast's dtype, as those of a linear layer are.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from .memory import empty
 # would take as long as reading the weight does.
 LOGITS = {"cpu": 2**22, "cuda": 2**27}
 MIN_ROWS = 256
-CACHED = 2**17  # logits in a chunk that stays in a CPU's cache, worth it where dweight, too, has not many more elements
 SLICE = 2**14  # rows of dweight that a half-precision product holds beside dweight itself
 
 WIDE_RESULTS = torch.version.hip is None  # whether a GPU's half-precision products may have float32 results
@@ -36,8 +34,6 @@ WIDE_RESULTS = torch.version.hip is None  # whether a GPU's half-precision produ
 # kernel(logits, dlogits, start) writes the losses of rows start, start + 1, ... and, if it is not None, dlogits: it is
 # logits itself, or [n, V], or [2 n, V] with the upper parts before the lower ones; its rows are a stride apart.
 Kernel = Callable[[Tensor, Tensor | None, int], None]
-# multiply(c, a, rest, b, add): c = (a + rest) b, or c += that if add; bfloat16 into float32. No rest: None.
-Multiply = Callable[[Tensor, Tensor, Tensor | None, Tensor, bool], None]
 
 
 def chunk_rows(rows: int, vocab: int, device: str) -> int:
@@ -63,26 +59,17 @@ def gradients(
     want_weight: bool,
     *,
     split: bool,
-    multiply: Multiply | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx [N, D] and dweight [V, D] in float32 for x [N, D] and weight [V, D]; empty where not wanted.
-
-    `multiply`, of a body that has it, is for bfloat16 without autocast.
-    """
+    """dx [N, D] and dweight [V, D] in float32 for x [N, D] and weight [V, D]; empty where not wanted."""
     rows, vocab = x.shape[0], weight.shape[0]
     operand = autocast or (torch.bfloat16 if split and x.dtype is torch.bfloat16 else torch.float32)
     parts = 2 if autocast is None and operand is torch.bfloat16 else 1
-    if autocast is not None or x.dtype is not torch.bfloat16:
-        multiply = None
-    weight = weight if multiply else weight.to(operand)
+    weight = weight.to(operand)
     dx = empty((rows, x.shape[1]) if want_x else (0,), torch.float32, x.device)
     dweight = empty(weight.shape if want_weight else (0,), torch.float32, x.device)
     if rows == 0:
         dweight.zero_()
     step = chunk_rows(rows, vocab, x.device.type)
-    if multiply:
-        _multiplied(kernel, multiply, x, weight, dx if want_x else None, dweight if want_weight else None, step)
-        return dx, dweight
     with _without_autocast(x.device.type, autocast):
         for start in range(0, rows, step):
             part = x[start : start + step].to(operand)
@@ -111,32 +98,6 @@ def gradients(
                     product = _product(columns.t(), part, autocast)
                     sums.copy_(product) if start == 0 else sums.add_(product)
     return dx, dweight
-
-
-def _multiplied(
-    kernel: Kernel, multiply: Multiply, x: Tensor, weight: Tensor, dx: Tensor | None, dweight: Tensor | None, step: int
-) -> None:
-    """All chunks with `multiply`."""
-    if weight.numel() <= 2 * CACHED:
-        step = min(step, max(MIN_ROWS, CACHED // weight.shape[0] // 16 * 16))
-    rows, vocab = min(step, x.shape[0]), weight.shape[0]
-    logits, parts = empty((rows, vocab), torch.float32), None
-    if dx is not None or dweight is not None:
-        parts = empty((2, rows, -(-vocab // 64) * 64), torch.bfloat16)
-    for start in range(0, x.shape[0], step):
-        part = x[start : start + step]
-        rows = part.shape[0]
-        multiply(logits[:rows], part, None, weight.t(), False)
-        if parts is None:
-            kernel(logits[:rows], None, start)
-            continue
-        dlogits = parts.view(-1, parts.shape[2])[: 2 * rows, :vocab]
-        kernel(logits[:rows], dlogits, start)
-        high, low = dlogits.split(rows)
-        if dx is not None:
-            multiply(dx[start : start + step], high, low, weight, False)
-        if dweight is not None:
-            multiply(dweight, high.t(), low.t(), part, start > 0)
 
 
 def _without_autocast(device: str, autocast: torch.dtype | None) -> AbstractContextManager[object]:

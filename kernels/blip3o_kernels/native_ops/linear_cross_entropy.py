@@ -1,5 +1,5 @@
-"""Calls csrc/cpu/linear_cross_entropy.cpp between the products of logits.py; the contract is
-ops/linear_cross_entropy.py."""
+"""Calls csrc/cpu/linear_cross_entropy.cpp between the products of logits.py, or fused_cross_entropy.h, which has
+them too; the contract is ops/linear_cross_entropy.py."""
 
 from __future__ import annotations
 
@@ -12,38 +12,150 @@ from ..memory import empty
 from ..native import DTYPES
 
 _PACK, _CPU = native.packer("linear_cross_entropy"), native.function("cpu", "linear_cross_entropy")
-_PRODUCT = native.cpu_call("linear_cross_entropy_product")
-_AMX = INSTRUCTION_SETS["amx"]
+_PACK_FUSED = native.packer("linear_cross_entropy_fused")
+_CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
+KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
+LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
 
 
-def _multiply(c: Tensor, a: Tensor, rest: Tensor | None, b: Tensor, add: bool) -> None:
-    """c = (a + rest) b, or c += that if `add`: c float32 of contiguous rows, the others bfloat16, rest laid as a."""
-    if rest is None and 1 not in a.stride():
-        a = a.contiguous()
-    if 1 not in b.stride():
-        b = b.contiguous()
-    (rows, depth), columns = a.shape, b.shape[1]
-    a_turned, b_turned = a.stride(1) != 1, b.stride(0) != 1
-    lines = -(-min(rows, 128) // 32) * 64 + -(-min(columns, 1024) // 32) * 32
-    floats = lines * -(-min(depth, 512) // 32) * 16
-    workspace = empty((torch.get_num_threads() * floats,), torch.float32)
-    _PRODUCT(
-        c.data_ptr(),
-        a.data_ptr(),
-        0 if rest is None else rest.data_ptr(),
-        b.data_ptr(),
-        workspace.data_ptr(),
-        rows,
-        columns,
-        depth,
-        c.stride(0),
-        a.stride(0 if not a_turned else 1),
-        b.stride(1 if not b_turned else 0),
-        floats,
-        a_turned,
-        b_turned,
-        add,
+def late(dtype: torch.dtype, elements: int, wanted: bool, autocast: torch.dtype | None) -> bool:
+    """Whether `fused` and `fused_gradients` are to run, for so many logits: of bfloat16 wherever the chip has AMX, of
+    float32 with AVX-512, but not for gradients of more logits than are kept. To compute them again is 4 products for
+    3, which torch's are fast enough to beat."""
+    if autocast is not None or (dtype is torch.float32 and wanted and elements > KEPT):
+        return False
+    least = {torch.float32: "avx512", torch.bfloat16: "amx"}.get(dtype)
+    return least is not None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
+
+
+def logits_kept(x: Tensor, rows: int, vocab: int, wanted: bool) -> int:
+    """How many floats of logits `fused` keeps, if gradients are wanted; 0 where there are too many, or where to compute
+    them again takes less time than memory."""
+    kept = wanted and rows * vocab <= KEPT and x.shape[-1] >= LEAST_WIDTH[x.dtype]
+    return -(-rows // 32) * 32 * vocab if kept else 0
+
+
+def sums_kept(rows: int) -> int:
+    """How wide the three rows of sums are that `fused` keeps."""
+    return -(-rows // 32) * 32
+
+
+def _workspace(rows: int, width: int, vocab: int) -> Tensor:
+    """What csrc/cpu/fused_cross_entropy.h wants to work in (Sizes::floats)."""
+    rows, width = -(-rows // 32) * 32, -(-width // 64) * 64
+    words = min(-(-max(1024, 2**19 // rows) // 256) * 256, -(-vocab // 32) * 32)
+    forward, backward = 3 * -(-vocab // 512) * rows, 2 * words * rows + 8 * rows + 2**17
+    threads = torch.get_num_threads() * max(2**15, 32 * width)
+    return empty((3 * rows * width + max(forward, backward) + threads,), torch.float32)
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    wanted: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and for the gradients, if they are wanted, three sums of each row and maybe the logits, for
+    `fused_gradients`."""
+    rows, vocab = x.shape[0], weight.shape[0]
+    loss, sums = torch.empty((), dtype=torch.float32), torch.zeros((3, sums_kept(rows)), dtype=torch.float32)
+    kept = empty((logits_kept(x, rows, vocab, wanted),), torch.float32)
+    if rows == 0:
+        return loss.zero_(), sums, kept
+    options = label_smoothing, z_loss, softcap, 1.0
+    status = _fused(x, weight, target, None, None, kept, sums, loss, ignore_index, options)
+    if status:
+        logits.check_target(target, vocab, ignore_index)  # the most likely reason
+        raise native.failed("linear_cross_entropy", status)
+    return loss, sums, kept
+
+
+def fused_gradients(
+    dloss: float,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    sums: Tensor,
+    kept: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight times dloss, empty where they are not wanted."""
+    dx, dweight = empty(x.shape if want_x else (0,), x.dtype), empty(weight.shape if want_weight else (0,), x.dtype)
+    if not x.shape[0]:
+        return dx, dweight.zero_()
+    options = label_smoothing, z_loss, softcap, dloss
+    status = _fused(
+        x,
+        weight,
+        target,
+        dx if want_x else None,
+        dweight if want_weight else None,
+        kept,
+        sums,
+        None,
+        ignore_index,
+        options,
+    )
+    if status:
+        raise native.failed("linear_cross_entropy", status)
+    return dx, dweight
+
+
+def _fused(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    kept: Tensor,
+    sums: Tensor,
+    loss: Tensor | None,
+    ignore_index: int,
+    options: tuple[float, float, float, float],
+) -> int:
+    """Calls the library; without `loss` for the gradients."""
+    x, weight = _rows_of(x), _rows_of(weight)
+    (rows, width), vocab = x.shape, weight.shape[0]
+    workspace = _workspace(rows, width, vocab)
+    return _CPU_FUSED(
+        _PACK_FUSED(
+            0 if dx is None else dx.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(),
+            x.data_ptr(),
+            weight.data_ptr(),
+            target.data_ptr(),
+            kept.data_ptr() if kept.numel() else 0,
+            sums.data_ptr(),
+            0 if loss is None else loss.data_ptr(),
+            workspace.data_ptr(),
+            rows,
+            width,
+            vocab,
+            x.stride(0),
+            weight.stride(0),
+            ignore_index,
+            workspace.numel(),
+            *options,
+            DTYPES[x.dtype],
+            loss is None,
+            instruction_set(),
+            torch.get_num_threads(),
+            0,
+        )
     )
 
 
@@ -66,22 +178,15 @@ def forward(
         loss.zero_()
 
     def kernel(chunk: Tensor, dlogits: Tensor | None, start: int) -> None:
-        high, low, step = 0, 0, 0
-        if dlogits is not None and dlogits is not chunk:
-            step = dlogits.stride(0)
-            high, low = dlogits.data_ptr(), dlogits[chunk.shape[0] :].data_ptr()
         status = _CPU(
             _PACK(
                 chunk.data_ptr(),
-                high,
-                low,
                 losses.data_ptr(),
                 loss.data_ptr(),
                 target.data_ptr(),
                 rows,
                 start,
                 *chunk.shape,
-                step,
                 ignore_index,
                 label_smoothing,
                 z_loss,
@@ -97,5 +202,4 @@ def forward(
             logits.check_target(target, chunk.shape[1], ignore_index)  # the most likely reason
             raise native.failed("linear_cross_entropy", status)
 
-    multiply = _multiply if (instruction_set() or _BEST) == _AMX else None
-    return loss, *logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False, multiply=multiply)
+    return loss, *logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False)

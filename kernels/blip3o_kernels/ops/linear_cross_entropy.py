@@ -9,11 +9,12 @@
 x [..., D] and weight [V, D] float, one dtype; target [...] int64 or int32; a row is kept unless its target is
 ignore_index. With no kept row the loss and its gradients are 0. The result is float32 (float64 for float64 x).
 
-The native and Triton bodies compute the gradients of x and weight, if they are wanted, together with the loss, and keep
-them in float32; the backward pass multiplies them by what comes from above and rounds once. logits.py has the size of a
-chunk and the products' dtypes: without autocast they are exact to float32. With autocast on when the op is called, its
-products, those of the gradients included, are rounded to autocast's dtype, as the reference's are. Not differentiable
-twice.
+Gradients come in one of two ways. Where the native library has the products itself (`late`), the backward pass
+computes them, from logits that were kept if they are few, otherwise from logits computed again. Elsewhere they are
+computed together with the loss and kept in float32, and the backward pass multiplies them by what comes from above.
+Either way they are rounded once. logits.py has the size of a chunk and the products' dtypes: without autocast they are
+exact to float32. With autocast on when the op is called, its products, those of the gradients included, are rounded to
+autocast's dtype, as the reference's are. Not differentiable twice.
 
 Errors: TypeError for a dtype, ValueError for a shape, a device or an option out of range: label_smoothing in [0, 1),
 z_loss >= 0, softcap > 0. A target outside [0, V) other than ignore_index raises IndexError on a CPU.
@@ -35,6 +36,7 @@ from ..bodies import NATIVE_CPU, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..logits import check_target
 from ..memory import empty
+from ..native_ops import linear_cross_entropy as native
 from ..registered import differentiable
 from ..samples import Draw, Sample
 
@@ -101,8 +103,9 @@ def linear_cross_entropy(
         )
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, backend)
     wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
+    late = backend == "native" and native.late(x.dtype, target.numel() * weight.shape[0], any(wanted), autocast)
+    options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, late, backend)
     if not immediate:
         loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
         return loss
@@ -114,20 +117,23 @@ def linear_cross_entropy(
 
 # As torch knows it: torch.ops.blip3o.linear_cross_entropy.
 def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
-    context.save_for_backward(*inputs[:2], *results[1:])
+    context.save_for_backward(*inputs[:3], *results[1:])
+    context.options = inputs[5:9], *inputs[10:]
 
 
 def _gradients(context: Any, backward: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, dx, dweight = context.saved_tensors
-    want_x, want_weight = context.needs_input_grad[:2]
-    if (want_x and dx.shape != x.shape) or (want_weight and dweight.shape != weight.shape):
+    x, weight, target, *kept = context.saved_tensors
+    (want_x, want_weight), (options, late, backend) = context.needs_input_grad[:2], context.options
+    if not late and ((want_x and kept[0].shape != x.shape) or (want_weight and kept[1].shape != weight.shape)):
         raise RuntimeError("linear_cross_entropy: a gradient is asked for that the forward pass was told not to keep")
     # Times 1, as most losses are, it is the kept gradients, at most rounded; an op must not return its inputs.
-    if backward is not _backward or not x.is_cpu or dloss.item() != 1.0:
-        dx, dweight = backward(dloss, x, weight, dx, dweight)
+    if late or backward is not _backward or not x.is_cpu or dloss.item() != 1.0:
+        dx, dweight = backward(dloss, x, weight, target, *kept, want_x, want_weight, *options, late, backend)
     elif x.dtype is not torch.float32:
-        dx, dweight = (empty(kept.shape, x.dtype).copy_(kept) for kept in (dx, dweight))
-    return (dx if want_x else None, dweight if want_weight else None, *[None] * 9)
+        dx, dweight = (empty(gradient.shape, x.dtype).copy_(gradient) for gradient in kept)
+    else:
+        dx, dweight = kept
+    return (dx if want_x else None, dweight if want_weight else None, *[None] * 10)
 
 
 def _forward(
@@ -141,56 +147,94 @@ def _forward(
     z_loss: float,
     softcap: float,
     autocast: torch.dtype | None,
+    late: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and the gradients of x and weight, float32; empty where they are not wanted. softcap 0: none."""
-    rows = target.reshape(-1).to(torch.int64).contiguous()
-    loss, dx, dweight = body("linear_cross_entropy", backend).forward(
-        x.flatten(0, -2),
-        weight,
-        rows,
-        ignore_index,
-        label_smoothing,
-        z_loss,
-        softcap,
-        autocast,
-        want_x,
-        want_weight,
-    )
+    """The loss, and what the backward pass wants: the gradients of x and weight, float32, empty where they are not
+    wanted; or if `late` what native_ops keeps. softcap 0: none."""
+    flat, rows, options = x.flatten(0, -2), _rows(target), (ignore_index, label_smoothing, z_loss, softcap)
+    if late:
+        return native.fused(flat, weight, rows, *options, want_x or want_weight)
+    forward = body("linear_cross_entropy", backend).forward
+    loss, dx, dweight = forward(flat, weight, rows, *options, autocast, want_x, want_weight)
     return loss, dx.view(x.shape) if want_x else dx, dweight
 
 
-def _backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kept gradients times dloss, in the dtype of x. x and weight are here for autograd to see what they are of."""
-    return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
+def _backward(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    late: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients in the dtype of x, empty where they are not wanted: the kept ones times dloss, or if `late` from
+    what is kept instead of them."""
+    if not late:
+        return (dx * dloss).to(x.dtype), (dweight * dloss).to(x.dtype)
+    options = ignore_index, label_smoothing, z_loss, softcap
+    sums, logits = dx, dweight
+    dx, dweight = native.fused_gradients(
+        dloss.item(), x.flatten(0, -2), weight, _rows(target), sums, logits, want_x, want_weight, *options
+    )
+    return dx.view(x.shape) if want_x else dx, dweight
+
+
+def _rows(target: Tensor) -> Tensor:
+    return target.reshape(-1).to(torch.int64).contiguous()
 
 
 def _fake(
-    x: Tensor, weight: Tensor, target: Tensor, want_x: bool, want_weight: bool, *_: Any
+    x: Tensor, weight: Tensor, target: Tensor, want_x: bool, want_weight: bool, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((), x.shape if want_x else (0,), weight.shape if want_weight else (0,))
-    loss, dx, dweight = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    loss = x.new_empty((), dtype=torch.float32)
+    if options[-2]:
+        rows = target.numel()
+        logits = x.new_empty(native.logits_kept(x, rows, weight.shape[0], want_x or want_weight), dtype=torch.float32)
+        return loss, x.new_empty(3, native.sums_kept(rows), dtype=torch.float32), logits
+    shapes = (x.shape if want_x else (0,), weight.shape if want_weight else (0,))
+    dx, dweight = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     return loss, dx, dweight
 
 
-def _fake_backward(dloss: Tensor, x: Tensor, weight: Tensor, dx: Tensor, dweight: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(dx.shape), x.new_empty(dweight.shape)
+def _fake_backward(
+    dloss: Tensor, x: Tensor, weight: Tensor, target: Tensor, dx: Tensor, dweight: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    if not options[-2]:
+        return x.new_empty(dx.shape), x.new_empty(dweight.shape)
+    return x.new_empty(x.shape if options[0] else (0,)), x.new_empty(weight.shape if options[1] else (0,))
 
 
-def _flops(x: Any, weight: Any, target: Any, want_x: bool, want_weight: bool, *_: Any, **__: Any) -> int:
-    return 2 * torch.Size(x).numel() * int(weight[0]) * (1 + want_x + want_weight)
+def _flops(x: Any, weight: Any, target: Any, want_x: bool, want_weight: bool, *options: Any, **__: Any) -> int:
+    return 2 * torch.Size(x).numel() * int(weight[0]) * (1 if options[-2] else 1 + want_x + want_weight)
 
 
-_options = "int ignore_index, float label_smoothing, float z_loss, float softcap, ScalarType? autocast, str backend"
+def _backward_flops(
+    dloss: Any, x: Any, weight: Any, target: Any, dx: Any, dweight: Any, *options: Any, **__: Any
+) -> int:
+    if options[-2]:
+        return 2 * torch.Size(x).numel() * int(weight[0]) * (options[0] + options[1])
+    return torch.Size(dx).numel() + torch.Size(dweight).numel()
+
+
+_options = "int ignore_index, float label_smoothing, float z_loss, float softcap"
 _forward_op, _apply = differentiable(
-    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, bool want_x, bool want_weight, {_options})"
-    " -> (Tensor, Tensor, Tensor)",
-    "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor dx, Tensor dweight)"
-    " -> (Tensor, Tensor)",
+    f"linear_cross_entropy(Tensor x, Tensor weight, Tensor target, bool want_x, bool want_weight, {_options},"
+    " ScalarType? autocast, bool late, str backend) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor dloss, Tensor x, Tensor weight, Tensor target, Tensor dx, Tensor dweight,"
+    f" bool want_x, bool want_weight, {_options}, bool late, str backend) -> (Tensor, Tensor)",
     fake=_fake,
     fake_backward=_fake_backward,
     flops=_flops,
-    backward_flops=lambda dloss, x, weight, dx, dweight, **_: torch.Size(dx).numel() + torch.Size(dweight).numel(),
+    backward_flops=_backward_flops,
     setup=_setup,
     gradients=_gradients,
     forward=_forward,
