@@ -56,23 +56,20 @@ static void lay_log_sums(float* to, int64_t step, const Block& block, const Runn
 
 #include "attention_tiles.h"
 #endif
-
-// Rows of few queries are read too seldom to be laid out anew.
-static constexpr int64_t FEW = 16;
+#include "attention_rows.h"
 
 template <class T, Kind KIND>
 static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t wide = padded(a.value_dim, LANES), sharing = a.heads / a.groups;
-  const bool often = a.tokens * sharing > FEW;
   float* query_columns = space.take(QUERIES * a.head_dim);
   float* scores = space.take(QUERIES * smaller(KEYS, a.keys));
   float* added = space.take(QUERIES * smaller(KEYS, a.keys));
   float* mixed = space.take(QUERIES * wide);
   int64_t key_step = a.key_token, value_step = a.value_token;
   const float* keys = rows_of<false>(at<T>(a.key, b, a.key_batch, g, a.key_head), key_step, a.keys, a.head_dim,
-                                     space.take(a.keys * padded(a.head_dim, LANES)), often);
+                                     space.take(a.keys * padded(a.head_dim, LANES)), true);
   const float* values = rows_of<true>(at<T>(a.value, b, a.value_batch, g, a.value_head), value_step, a.keys,
-                                      a.value_dim, space.take(a.keys * wide), often);
+                                      a.value_dim, space.take(a.keys * wide), true);
   for (int64_t start = 0; start < a.tokens; start += QUERIES) {
     const Block all_keys(a, start, 0, a.keys);
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
@@ -217,9 +214,33 @@ static bool tiled(int instruction_set) {
 }
 #endif
 
+// Few queries, of which keys are cut into `parts`: what one found.
 template <class T, Kind KIND>
-static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space) {
-  fold<T>(a);
+static void look(const blip3o_attention_arguments& a, int64_t b, int64_t h, int64_t part, int64_t parts, float* found,
+                 Space space) {
+  const int64_t blocks = (a.keys + KEYS - 1) / KEYS, from = blocks * part / parts * KEYS;
+  const int64_t to = smaller(a.keys, blocks * (part + 1) / parts * KEYS), g = h / (a.heads / a.groups);
+  Found& to_find = *reinterpret_cast<Found*>(found);
+#if BLIP3O_LANES == 16
+  if constexpr (std::is_same<T, bfloat16>::value)
+    if (tiled<T>(a.instruction_set) && a.keys >= TILED_KEYS) {
+      const TileRegisters registers;
+      return look<T, KIND, InTiles>(a, b, g, h, from, to, to_find, space);
+    }
+#endif
+  look<T, KIND, InVectors<T>>(a, b, g, h, from, to, to_find, space);
+}
+
+template <class T, Kind KIND>
+static void task(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
+  if (a.tokens <= FEW) {
+    float* found = space.take(Found::floats(padded(a.value_dim, LANES)));
+    for (int64_t h = g * (a.heads / a.groups); h < (g + 1) * (a.heads / a.groups) && a.tokens; ++h) {
+      look<T, KIND>(a, b, h, 0, 1, found, space);
+      conclude<T, KIND>(a, b, h, found, 1);
+    }
+    return;
+  }
 #if BLIP3O_LANES == 16
   if (tiled<T>(a.instruction_set)) return tiled_forward<KIND>(a, b, g, space);
 #endif
@@ -228,22 +249,82 @@ static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space
 
 template <class T, Kind KIND>
 static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
+  if (a.tokens <= FEW && a.keys <= LITTLE) return rows_backward<T, KIND>(a, b, g, space);
 #if BLIP3O_LANES == 16
   if (tiled<T>(a.instruction_set)) return tiled_backward<KIND>(a, b, g, space);
 #endif
   backward<T, KIND>(a, b, g, space);
 }
 
+// f(thread, from, to) for each thread's share of the tasks.
+template <class F>
+static void share(int64_t tasks, int64_t threads, F f) {
+  const int parts = static_cast<int>(smaller(threads, tasks));
+  if (parts <= 1) return f(0, 0, tasks);
+#pragma omp parallel for num_threads(parts) schedule(static)
+  for (int part = 0; part < parts; ++part) f(part, tasks * part / parts, tasks * (part + 1) / parts);
+}
+
+// Into how many parts the keys of few queries are cut, by shape alone.
+static int64_t key_parts(const blip3o_attention_arguments& a) {
+  if (a.tokens > FEW || !a.tokens || a.keys <= PART) return 1;
+  return smaller(a.keys / PART, larger(1, PARTS / larger(1, a.batch * a.heads)));
+}
+
+template <class T, Kind KIND>
+static int run_parts(const blip3o_attention_arguments& a, int64_t parts, int threads) {
+  const int64_t floats = Found::floats(padded(a.value_dim, LANES));
+  float* found = a.workspace + larger(1, a.threads) * a.workspace_floats;
+  share(a.batch * a.heads * parts, threads, [&](int thread, int64_t from, int64_t to) {
+    const Space space{a.workspace + thread * a.workspace_floats};
+    for (int64_t i = from; i < to; ++i) {
+      const int64_t head = i / parts;
+      look<T, KIND>(a, head / a.heads, head % a.heads, i % parts, parts, found + i * floats, space);
+    }
+  });
+  for (int64_t i = 0; i < a.batch * a.heads; ++i)
+    conclude<T, KIND>(a, i / a.heads, i % a.heads, found + i * parts * floats, parts);
+  return BLIP3O_OK;
+}
+// There is no such pass.
+static int64_t key_parts(const blip3o_attention_backward_arguments&) { return 1; }
+template <class T, Kind KIND>
+static int run_parts(const blip3o_attention_backward_arguments&, int64_t, int) { return BLIP3O_OK; }
+template <class T>
+static void fold(blip3o_attention_backward_arguments&) {}
+
+// The next sample's head, where few of its tokens lie together with those of others: no stream that hardware would see.
+template <class T>
+static inline void ask_for(const blip3o_attention_arguments& a, int64_t b, int64_t g) {
+  if (b >= a.batch || a.tokens > FEW || a.keys > FEW) return;
+  ask_ahead(at<T>(a.query, b, a.query_batch, g, a.query_head), a.query_token, a.tokens, a.head_dim);
+  ask_ahead(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  ask_ahead(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+}
+template <class T>
+static inline void ask_for(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g) {
+  if (b >= a.batch || a.tokens > FEW || a.keys > FEW) return;
+  ask_ahead(at<T>(a.query, b, a.query_batch, g, a.query_head), a.query_token, a.tokens, a.head_dim);
+  ask_ahead(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  ask_ahead(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  ask_ahead(at<T>(a.dy, b, a.dy_batch, g, a.dy_head), a.dy_token, a.tokens, a.value_dim);
+}
+
 template <class T, Kind KIND, class Arguments>
-static int run(const Arguments& a) {
-  const int64_t tasks = a.batch * a.sequences * a.groups;
-  const int parts = static_cast<int>(smaller(blip3o_threads(a.threads, a.heads * a.batch * a.tokens * a.keys), tasks));
-#pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
-  for (int part = 0; part < parts; ++part)
-    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i) {
-      const Space space{a.workspace + part * a.workspace_floats};
+static int run(const Arguments& arguments) {
+  Arguments a = arguments;
+  const int threads = blip3o_threads(a.threads, a.heads * a.batch * a.tokens * a.keys);
+  if (!a.cu_seqlens_q) {
+    fold<T>(a);
+    const int64_t parts = key_parts(a);
+    if (parts > 1) return run_parts<T, KIND>(a, parts, threads);
+  }
+  share(a.batch * a.sequences * a.groups, threads, [&](int thread, int64_t from, int64_t to) {
+    const Space space{a.workspace + thread * a.workspace_floats};
+    for (int64_t i = from; i < to; ++i) {
       const int64_t n = i / a.groups, g = i % a.groups;  // n: a sample, or a sequence of the only one
       if (!a.cu_seqlens_q) {
+        if (a.heads == a.groups) ask_for<T>(a, n + 1, g);
         task<T, KIND>(a, n, g, space);
         continue;
       }
@@ -251,8 +332,10 @@ static int run(const Arguments& a) {
       sequence.tokens = a.cu_seqlens_q[n + 1] - a.cu_seqlens_q[n];
       sequence.keys = a.cu_seqlens_k[n + 1] - a.cu_seqlens_k[n];
       start_at<T>(sequence, a.cu_seqlens_q[n], a.cu_seqlens_k[n]);
+      fold<T>(sequence);
       task<T, KIND>(sequence, 0, g, space);
     }
+  });
   return BLIP3O_OK;
 }
 
@@ -283,8 +366,11 @@ static int run_dtypes(const Arguments& a, int64_t needed) {
 
 // As csrc/blip3o.h states it.
 static int attention(const blip3o_attention_arguments& a) {
-  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
-  return run_dtypes(a, keys * wide + 64 * (3 * smaller(keys, 128) + wide));
+  const int64_t keys = padded(a.keys, 32), part = smaller(keys, 128);
+  const int64_t wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  const int64_t rows = a.tokens == 1 && a.groups > 0 ? a.heads / a.groups : a.tokens;
+  if (rows <= FEW && !a.cu_seqlens_q) return run_dtypes(a, (part + 64) * wide + 32 * part);
+  return run_dtypes(a, keys * wide + 64 * (3 * part + wide));
 }
 static int attention_backward(const blip3o_attention_backward_arguments& a) {
   const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);

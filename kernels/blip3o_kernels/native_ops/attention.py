@@ -11,6 +11,8 @@ from ..memory import LARGE
 from ..native import DTYPES
 from ..strides import address, contiguous, last_adjacent
 
+FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
+
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
 
@@ -85,13 +87,20 @@ def forward(
         sequences = len(cu_seqlens_q) - 1
         cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
         ends_q, ends_k = address(cu_seqlens_q), address(cu_seqlens_k)
-    threads, parts = torch.get_num_threads(), batch * sequences * groups
-    if threads > parts:
-        threads = parts or 1
-    padded = (keys + 31) & -32
-    widths = ((head_dim + 31) & -32) + ((value_dim + 31) & -32)
-    floats = padded * widths + 64 * (3 * (padded if padded < 128 else 128) + widths)
-    workspace = memory.scratch(threads * floats)
+    # What csrc/blip3o.h asks for.
+    threads, tasks = torch.get_num_threads(), batch * sequences * groups
+    value_wide, padded, found = (value_dim + 31) & -32, (keys + 31) & -32, 0
+    widths, part = ((head_dim + 31) & -32) + value_wide, padded if padded < 128 else 128
+    if (heads // groups if tokens == 1 else tokens) <= FEW and cu_seqlens_q is None:
+        floats = (part + 64) * widths + 32 * part
+        if keys > PART:
+            tasks *= keys // PART
+            found = PARTS * FEW * (value_wide + 2)
+    else:
+        floats = padded * widths + 64 * (3 * part + widths)
+    if threads > tasks:
+        threads = tasks or 1
+    workspace = memory.scratch(threads * floats + found)
     # fmt: off
     status = _CPU_FORWARD(
         _PACK(
