@@ -24,23 +24,67 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 #else  // once per instruction set
 
 #include "product.h"
-#include "scores.h"
+
+// Tokens and keys up to which a task waits for memory longer than for its products.
+static constexpr int64_t SHORT = 256;
 
 template <class T>
 static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
   return static_cast<const T*>(data) + b * batch + h * head;
 }
 
-// Where a task keeps what it lays out, one after the other.
+// What the next task reads and writes, asked for bit by bit while this one computes: short rows far apart are no stream that
+// hardware would see, and all at once would fill the queue of what is on its way.
+class Upcoming {
+ public:
+  template <class T>
+  void add(const T* rows, int64_t step, int64_t count, int64_t width) {
+    const int64_t size = sizeof(T);
+    all_rows[sets++] = {reinterpret_cast<const char*>(rows), size * step, count, size * width};
+    lines += count * (size * width + 63) / 64;
+  }
+  // It will be asked for in so many steps.
+  void plan(int64_t steps) { each = lines / larger(1, steps) + 1; }
+  void ask() {
+    if (set >= sets) return;
+    for (int64_t n = 0; n < each; ++n) {
+      const Rows& rows = all_rows[set];
+      if (row >= rows.count) {
+        row = 0, byte = 0;
+        if (++set >= sets) return;
+        continue;
+      }
+      __builtin_prefetch(rows.at + row * rows.step + byte, 0, 2);
+      byte += 64;
+      if (byte >= rows.bytes) byte = 0, ++row;
+    }
+  }
+
+ private:
+  struct Rows {
+    const char* at;
+    int64_t step, count, bytes;
+  };
+  Rows all_rows[8];
+  int64_t sets = 0, lines = 0, each = 0, set = 0, row = 0, byte = 0;
+};
+
+// Where a task keeps what it lays out, one after the other; and what comes after it.
 struct Space {
   float* next;
+  Upcoming* upcoming;
 
   float* take(int64_t floats) {
     float* taken = next;
     next += padded(floats, 16);
     return taken;
   }
+  void ask() const {
+    if (upcoming) upcoming->ask();
+  }
 };
+
+#include "scores.h"
 
 template <Kind KIND>
 static void lay_log_sums(float* to, int64_t step, const Block& block, const Running* running, float scale) {
@@ -61,6 +105,7 @@ static void lay_log_sums(float* to, int64_t step, const Block& block, const Runn
 template <class T, Kind KIND>
 static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t wide = padded(a.value_dim, LANES), sharing = a.heads / a.groups;
+  if (space.upcoming) space.upcoming->plan(sharing * (padded(a.tokens, QUERIES) / QUERIES * a.keys + a.tokens) / 4);
   float* query_columns = space.take(QUERIES * a.head_dim);
   float* scores = space.take(QUERIES * smaller(KEYS, a.keys));
   float* added = space.take(QUERIES * smaller(KEYS, a.keys));
@@ -80,15 +125,15 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
       for (int64_t from = all_keys.firsts[0]; from < all_keys.end(); from += KEYS) {
         const Block block(a, start, from, KEYS);
         if (KIND != PLAIN) lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
-        multiply(block, scores, keys + from * key_step, key_step, query_columns, a.head_dim);
+        multiply(block, scores, keys + from * key_step, key_step, query_columns, a.head_dim, space);
         float kept[QUERIES];
-        for (int64_t v = 0; v < block.vectors; ++v)
+        for (int64_t v = 0; v < block.vectors; ++v, space.ask())
           store(kept + v * LANES, exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
                                                      all(a.softcap), running[v]));
         if (from > all_keys.firsts[0])
           for (int64_t t = 0; t < block.count; ++t)
             if (kept[t] != 1.0f) store_row(mixed + t * wide, mixed + t * wide, wide, all(kept[t]));
-        mix(block, mixed, wide, scores, values + from * value_step, value_step);
+        mix(block, mixed, wide, scores, values + from * value_step, value_step, space);
       }
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
       float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token : nullptr;
@@ -109,6 +154,7 @@ template <class T, Kind KIND>
 static void backward(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t key_wide = padded(a.head_dim, LANES), value_wide = padded(a.value_dim, LANES);
   const int64_t sharing = a.heads / a.groups;
+  if (space.upcoming) space.upcoming->plan(sharing * (padded(a.tokens, QUERIES) / QUERIES * a.keys * 2 + a.tokens) / 4);
   float* query_columns = space.take(QUERIES * a.head_dim);
   float* dy_columns = space.take(QUERIES * a.value_dim);
   float* scores = space.take(QUERIES * a.keys);
@@ -138,14 +184,15 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
       lay_columns(dy_columns, QUERIES, dy_rows, dy_step, block.count, a.value_dim);
       const float* query = rows_of<true>(query_rows, query_step, block.count, a.head_dim, query_space, true);
       const float* dy = rows_of<true>(dy_rows, dy_step, block.count, a.value_dim, dy_space, true);
-      multiply(block, scores, keys, key_step, query_columns, a.head_dim);
-      multiply(block, dscores, values, value_step, dy_columns, a.value_dim);
-      for (int64_t v = 0; v < block.vectors; ++v)
+      multiply(block, scores, keys, key_step, query_columns, a.head_dim, space);
+      multiply(block, dscores, values, value_step, dy_columns, a.value_dim, space);
+      for (int64_t v = 0; v < block.vectors; ++v, space.ask())
         score_gradients<KIND>(block, v, scores + v * LANES, dscores + v * LANES, added + v * LANES, all(a.scale),
                               all(a.softcap));
       std::memset(dquery, 0, sizeof(float) * static_cast<size_t>(block.count * key_wide));
       for (int64_t from = block.firsts[0]; from < block.end(); from += KEYS)
-        mix(Block(a, start, from, KEYS), dquery, key_wide, dscores + from * QUERIES, keys + from * key_step, key_step);
+        mix(Block(a, start, from, KEYS), dquery, key_wide, dscores + from * QUERIES, keys + from * key_step, key_step,
+            space);
       T* dx = static_cast<T*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
       for (int64_t t = 0; t < block.count; ++t)
         store_row(dx + t * a.dquery_token, dquery + t * key_wide, a.head_dim, all(a.scale));
@@ -207,12 +254,10 @@ static void fold(blip3o_attention_arguments& a) {
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;
 }
 
-#if BLIP3O_LANES == 16
 template <class T>
 static bool tiled(int instruction_set) {
-  return std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
 }
-#endif
 
 // Few queries, of which keys are cut into `parts`: what one found.
 template <class T, Kind KIND>
@@ -276,7 +321,7 @@ static int run_parts(const blip3o_attention_arguments& a, int64_t parts, int thr
   const int64_t floats = Found::floats(padded(a.value_dim, LANES));
   float* found = a.workspace + larger(1, a.threads) * a.workspace_floats;
   share(a.batch * a.heads * parts, threads, [&](int thread, int64_t from, int64_t to) {
-    const Space space{a.workspace + thread * a.workspace_floats};
+    const Space space{a.workspace + thread * a.workspace_floats, nullptr};
     for (int64_t i = from; i < to; ++i) {
       const int64_t head = i / parts;
       look<T, KIND>(a, head / a.heads, head % a.heads, i % parts, parts, found + i * floats, space);
@@ -293,21 +338,26 @@ static int run_parts(const blip3o_attention_backward_arguments&, int64_t, int) {
 template <class T>
 static void fold(blip3o_attention_backward_arguments&) {}
 
-// The next sample's head, where few of its tokens lie together with those of others: no stream that hardware would see.
 template <class T>
-static inline void ask_for(const blip3o_attention_arguments& a, int64_t b, int64_t g) {
-  if (b >= a.batch || a.tokens > FEW || a.keys > FEW) return;
-  ask_ahead(at<T>(a.query, b, a.query_batch, g, a.query_head), a.query_token, a.tokens, a.head_dim);
-  ask_ahead(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
-  ask_ahead(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+static void expect(Upcoming& next, const blip3o_attention_arguments& a, int64_t b, int64_t g) {
+  const int64_t sharing = a.heads / a.groups;
+  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
 }
 template <class T>
-static inline void ask_for(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g) {
-  if (b >= a.batch || a.tokens > FEW || a.keys > FEW) return;
-  ask_ahead(at<T>(a.query, b, a.query_batch, g, a.query_head), a.query_token, a.tokens, a.head_dim);
-  ask_ahead(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
-  ask_ahead(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
-  ask_ahead(at<T>(a.dy, b, a.dy_batch, g, a.dy_head), a.dy_token, a.tokens, a.value_dim);
+static void expect(Upcoming& next, const blip3o_attention_backward_arguments& a, int64_t b, int64_t g) {
+  const int64_t sharing = a.heads / a.groups;
+  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.dy, b, a.dy_batch, g * sharing, a.dy_head), a.dy_token, a.tokens, a.value_dim);
+  if (tiled<T>(a.instruction_set))
+    next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
+  next.add(at<T>(a.dquery, b, a.dquery_batch, g * sharing, a.dquery_head), a.dquery_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.dkey, b, a.dkey_batch, g, a.dkey_head), a.dkey_token, a.keys, a.head_dim);
+  next.add(at<T>(a.dvalue, b, a.dvalue_batch, g, a.dvalue_head), a.dvalue_token, a.keys, a.value_dim);
 }
 
 template <class T, Kind KIND, class Arguments>
@@ -320,12 +370,17 @@ static int run(const Arguments& arguments) {
     if (parts > 1) return run_parts<T, KIND>(a, parts, threads);
   }
   share(a.batch * a.sequences * a.groups, threads, [&](int thread, int64_t from, int64_t to) {
-    const Space space{a.workspace + thread * a.workspace_floats};
+    Space space{a.workspace + thread * a.workspace_floats, nullptr};
     for (int64_t i = from; i < to; ++i) {
       const int64_t n = i / a.groups, g = i % a.groups;  // n: a sample, or a sequence of the only one
       if (!a.cu_seqlens_q) {
-        if (a.heads == a.groups) ask_for<T>(a, n + 1, g);
+        Upcoming next;
+        if (larger(a.tokens, a.keys) <= SHORT && i + 1 < to) {
+          expect<T>(next, a, (i + 1) / a.groups, (i + 1) % a.groups);
+          space.upcoming = &next;
+        }
         task<T, KIND>(a, n, g, space);
+        space.upcoming = nullptr;
         continue;
       }
       Arguments sequence = a;

@@ -5,7 +5,7 @@
 static constexpr int64_t FEW = 16;      // queries
 static constexpr int64_t LITTLE = 64;   // keys up to which the backward pass comes here
 static constexpr int64_t STRETCH = 32;  // keys that are converted at once, in the first cache
-static constexpr int64_t TILED_KEYS = 64;  // from which AMX pays
+static constexpr int64_t TILED_KEYS = 128;  // from which AMX pays
 static constexpr int64_t PART = 256, PARTS = 32;  // the keys of one task at least, and key parts of all samples at most
 
 // The sums over the lanes of each vector, in order.
@@ -268,6 +268,7 @@ static void look(const blip3o_attention_arguments& a, int64_t b, int64_t g, int6
   const Seen seen(a);
   float *mixed = found.mixed(), *scores = space.take(a.tokens * KEYS);
   Products products(a, query, space);
+  if (space.upcoming) space.upcoming->plan(a.tokens * a.heads / a.groups);
   std::memset(mixed, 0, sizeof(float) * static_cast<size_t>((Products::UNIT == LANES ? a.tokens : FEW) * wide));
   for (int64_t t = 0; t < a.tokens; ++t) found.most[t] = -__builtin_inff(), found.sum[t] = 0.0f;
   const int64_t last = smaller(to, seen.limit(a.tokens - 1)), start = larger(from, seen.first(0));
@@ -278,7 +279,7 @@ static void look(const blip3o_attention_arguments& a, int64_t b, int64_t g, int6
     products.scores(scores, key + s * a.key_token, count);
     if (far && s + KEYS < last)
       ask_ahead(key + (s + KEYS) * a.key_token, a.key_token, smaller(KEYS, last - s - KEYS), a.head_dim);
-    for (int64_t t = 0; t < a.tokens; ++t) {
+    for (int64_t t = 0; t < a.tokens; ++t, space.ask()) {
       const int64_t first = larger(seen.first(t) - s, 0), limit = smaller(seen.limit(t) - s, count);
       const float largest = row_scores<KIND>(a, scores + t * KEYS, nullptr, mask + t * a.mask_token + s, first, limit,
                                              count, end);
@@ -341,6 +342,7 @@ static void rows_backward(const blip3o_attention_backward_arguments& a, int64_t 
   const int64_t key_wide = padded(a.head_dim, LANES), value_wide = padded(a.value_dim, LANES), sharing = a.heads / a.groups;
   const int64_t step = padded(a.keys, LANES);
   const Seen seen(a);
+  if (space.upcoming) space.upcoming->plan(a.tokens * sharing);
   float* scores = space.take(a.tokens * step);
   float* dscores = space.take(a.tokens * step);
   float* derivatives = space.take(step);
@@ -366,7 +368,7 @@ static void rows_backward(const blip3o_attention_backward_arguments& a, int64_t 
     rows(a.dy, a.dy_batch, a.dy_head, a.dy_token, a.value_dim, dy_space);
     dots(scores, step, query_space, a.tokens, keys, key_step, a.keys, key_wide);
     dots(dscores, step, dy_space, a.tokens, values, value_step, a.keys, value_wide);
-    for (int64_t t = 0; t < a.tokens; ++t) {
+    for (int64_t t = 0; t < a.tokens; ++t, space.ask()) {
       float *row = scores + t * step, *drow = dscores + t * step;
       const int64_t mask = b * a.mask_batch + h * a.mask_head + t * a.mask_token;
       const float most = row_scores<KIND>(a, row, derivatives, mask, seen.first(t), seen.limit(t), a.keys, step);

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like, get_num_threads
 
 from .. import memory, native
 from ..dispatch import instruction_set
-from ..memory import LARGE
+from ..memory import LARGE, scratch
 from ..native import DTYPES
 from ..strides import address, contiguous, last_adjacent
 
@@ -71,8 +71,10 @@ def forward(
     _, groups, keys, value_dim = value.shape
     y_token = heads * value_dim
     y_batch = tokens * y_token
-    alike = query_head == head_dim == value_dim and query_token == y_token and query_batch == y_batch
-    y = torch.empty_like(query) if alike and query.nbytes < LARGE else memory.tokens_first(query, value_dim)
+    if query_head == head_dim == value_dim and query_token == y_token and query.nbytes < LARGE and query_batch == y_batch:
+        y = empty_like(query)
+    else:
+        y = memory.tokens_first(query, value_dim)
     log_sum, sums = y, 0
     if saving:
         log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -87,20 +89,16 @@ def forward(
         sequences = len(cu_seqlens_q) - 1
         cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
         ends_q, ends_k = address(cu_seqlens_q), address(cu_seqlens_k)
-    # What csrc/blip3o.h asks for.
-    threads, tasks = torch.get_num_threads(), batch * sequences * groups
-    value_wide, padded, found = (value_dim + 31) & -32, (keys + 31) & -32, 0
-    widths, part = ((head_dim + 31) & -32) + value_wide, padded if padded < 128 else 128
+    threads, widths = get_num_threads(), (head_dim + 31 & -32) + (value_dim + 31 & -32)  # what csrc/blip3o.h asks for
     if (heads // groups if tokens == 1 else tokens) <= FEW and cu_seqlens_q is None:
-        floats = (part + 64) * widths + 32 * part
-        if keys > PART:
-            tasks *= keys // PART
-            found = PARTS * FEW * (value_wide + 2)
+        floats = 192 * widths + 4096
+        workspace = scratch(threads * floats + (0 if keys <= PART else PARTS * FEW * (value_dim + 33)))
     else:
-        floats = padded * widths + 64 * (3 * part + widths)
-    if threads > tasks:
-        threads = tasks or 1
-    workspace = memory.scratch(threads * floats + found)
+        padded, tasks = keys + 31 & -32, batch * sequences * groups
+        if threads > tasks:
+            threads = tasks or 1
+        floats = padded * widths + 64 * (3 * (padded if padded < 128 else 128) + widths)
+        workspace = scratch(threads * floats)
     # fmt: off
     status = _CPU_FORWARD(
         _PACK(
