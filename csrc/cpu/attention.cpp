@@ -25,66 +25,18 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 
 #include "product.h"
 
-// Tokens and keys up to which a task waits for memory longer than for its products.
-static constexpr int64_t SHORT = 256;
-
 template <class T>
 static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
   return static_cast<const T*>(data) + b * batch + h * head;
 }
 
-// What the next task reads and writes, asked for bit by bit while this one computes: short rows far apart are no stream that
-// hardware would see, and all at once would fill the queue of what is on its way.
-class Upcoming {
- public:
-  template <class T>
-  void add(const T* rows, int64_t step, int64_t count, int64_t width) {
-    const int64_t size = sizeof(T);
-    all_rows[sets++] = {reinterpret_cast<const char*>(rows), size * step, count, size * width};
-    lines += count * (size * width + 63) / 64;
-  }
-  // It will be asked for in so many steps.
-  void plan(int64_t steps) { each = lines / larger(1, steps) + 1; }
-  void ask() {
-    if (set >= sets) return;
-    for (int64_t n = 0; n < each; ++n) {
-      const Rows& rows = all_rows[set];
-      if (row >= rows.count) {
-        row = 0, byte = 0;
-        if (++set >= sets) return;
-        continue;
-      }
-      __builtin_prefetch(rows.at + row * rows.step + byte, 0, 2);
-      byte += 64;
-      if (byte >= rows.bytes) byte = 0, ++row;
-    }
-  }
-
- private:
-  struct Rows {
-    const char* at;
-    int64_t step, count, bytes;
-  };
-  Rows all_rows[8];
-  int64_t sets = 0, lines = 0, each = 0, set = 0, row = 0, byte = 0;
-};
-
-// Where a task keeps what it lays out, one after the other; and what comes after it.
-struct Space {
-  float* next;
-  Upcoming* upcoming;
-
-  float* take(int64_t floats) {
-    float* taken = next;
-    next += padded(floats, 16);
-    return taken;
-  }
-  void ask() const {
-    if (upcoming) upcoming->ask();
-  }
-};
-
+#include "upcoming.h"
 #include "scores.h"
+
+template <class T>
+static bool tiled(int instruction_set) {
+  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+}
 
 template <Kind KIND>
 static void lay_log_sums(float* to, int64_t step, const Block& block, const Running* running, float scale) {
@@ -100,6 +52,8 @@ static void lay_log_sums(float* to, int64_t step, const Block& block, const Runn
 
 #include "attention_tiles.h"
 #endif
+#include "rows.h"
+
 #include "attention_rows.h"
 
 template <class T, Kind KIND>
@@ -254,28 +208,6 @@ static void fold(blip3o_attention_arguments& a) {
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;
 }
 
-template <class T>
-static bool tiled(int instruction_set) {
-  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
-}
-
-// Few queries, of which keys are cut into `parts`: what one found.
-template <class T, Kind KIND>
-static void look(const blip3o_attention_arguments& a, int64_t b, int64_t h, int64_t part, int64_t parts, float* found,
-                 Space space) {
-  const int64_t blocks = (a.keys + KEYS - 1) / KEYS, from = blocks * part / parts * KEYS;
-  const int64_t to = smaller(a.keys, blocks * (part + 1) / parts * KEYS), g = h / (a.heads / a.groups);
-  Found& to_find = *reinterpret_cast<Found*>(found);
-#if BLIP3O_LANES == 16
-  if constexpr (std::is_same<T, bfloat16>::value)
-    if (tiled<T>(a.instruction_set) && a.keys >= TILED_KEYS) {
-      const TileRegisters registers;
-      return look<T, KIND, InTiles>(a, b, g, h, from, to, to_find, space);
-    }
-#endif
-  look<T, KIND, InVectors<T>>(a, b, g, h, from, to, to_find, space);
-}
-
 template <class T, Kind KIND>
 static void task(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
   if (a.tokens <= FEW) {
@@ -301,42 +233,15 @@ static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_
   backward<T, KIND>(a, b, g, space);
 }
 
-// f(thread, from, to) for each thread's share of the tasks.
-template <class F>
-static void share(int64_t tasks, int64_t threads, F f) {
-  const int parts = static_cast<int>(smaller(threads, tasks));
-  if (parts <= 1) return f(0, 0, tasks);
-#pragma omp parallel for num_threads(parts) schedule(static)
-  for (int part = 0; part < parts; ++part) f(part, tasks * part / parts, tasks * (part + 1) / parts);
-}
-
-// Into how many parts the keys of few queries are cut, by shape alone.
-static int64_t key_parts(const blip3o_attention_arguments& a) {
-  if (a.tokens > FEW || !a.tokens || a.keys <= PART) return 1;
-  return smaller(a.keys / PART, larger(1, PARTS / larger(1, a.batch * a.heads)));
-}
-
-template <class T, Kind KIND>
-static int run_parts(const blip3o_attention_arguments& a, int64_t parts, int threads) {
-  const int64_t floats = Found::floats(padded(a.value_dim, LANES));
-  float* found = a.workspace + larger(1, a.threads) * a.workspace_floats;
-  share(a.batch * a.heads * parts, threads, [&](int thread, int64_t from, int64_t to) {
-    const Space space{a.workspace + thread * a.workspace_floats, nullptr};
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t head = i / parts;
-      look<T, KIND>(a, head / a.heads, head % a.heads, i % parts, parts, found + i * floats, space);
-    }
-  });
-  for (int64_t i = 0; i < a.batch * a.heads; ++i)
-    conclude<T, KIND>(a, i / a.heads, i % a.heads, found + i * parts * floats, parts);
-  return BLIP3O_OK;
-}
 // There is no such pass.
 static int64_t key_parts(const blip3o_attention_backward_arguments&) { return 1; }
 template <class T, Kind KIND>
 static int run_parts(const blip3o_attention_backward_arguments&, int64_t, int) { return BLIP3O_OK; }
 template <class T>
 static void fold(blip3o_attention_backward_arguments&) {}
+
+// Tokens and keys up to which a task waits for memory longer than for its products.
+static constexpr int64_t SHORT = 256;
 
 template <class T>
 static void expect(Upcoming& next, const blip3o_attention_arguments& a, int64_t b, int64_t g) {
@@ -369,13 +274,14 @@ static int run(const Arguments& arguments) {
     const int64_t parts = key_parts(a);
     if (parts > 1) return run_parts<T, KIND>(a, parts, threads);
   }
+  const bool asking = larger(a.tokens, a.keys) <= SHORT && a.batch * a.groups > 16;
   share(a.batch * a.sequences * a.groups, threads, [&](int thread, int64_t from, int64_t to) {
     Space space{a.workspace + thread * a.workspace_floats, nullptr};
     for (int64_t i = from; i < to; ++i) {
       const int64_t n = i / a.groups, g = i % a.groups;  // n: a sample, or a sequence of the only one
       if (!a.cu_seqlens_q) {
         Upcoming next;
-        if (larger(a.tokens, a.keys) <= SHORT && i + 1 < to) {
+        if (asking && i + 1 < to) {
           expect<T>(next, a, (i + 1) / a.groups, (i + 1) % a.groups);
           space.upcoming = &next;
         }

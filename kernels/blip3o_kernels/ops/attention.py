@@ -38,6 +38,7 @@ from .. import checks, dispatch, masks, strides
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, plain, transformed
+from ..native_ops.attention import at_once
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
@@ -107,6 +108,10 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
+    if attn_mask is window_size is softcap is cu_seqlens_q is cu_seqlens_k is None and not is_compiling():
+        found = at_once(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+        if found is not None:
+            return found
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(query, Tensor) or query.dtype not in FLOATING or query.layout is not STRIDED:
         checks.floating("query", query)
