@@ -101,7 +101,7 @@ static const float* rows_of(const T* x, int64_t& step, int64_t n, int64_t width,
   if (std::is_same<T, float>::value && !(WHOLE && width % LANES) && (step == width || !often))
     return reinterpret_cast<const float*>(x);
   const int64_t whole = width / LANES * LANES;
-  if (step == wide) {  // without gaps: one row
+  if (step == wide && width == wide) {  // without gaps: one row
     for (int64_t i = 0; i < n * wide; i += LANES) store(space + i, load(x + i));
     return space;
   }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import sqrt
+
 import torch
 from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
 
@@ -13,6 +15,8 @@ from ..native import CPU_MISSING, DTYPES
 from ..strides import address, contiguous, last_adjacent
 
 FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
+SMALL = 16384  # scores up to which one thread does it all
+WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
@@ -82,9 +86,9 @@ def at_once(
     except (ValueError, RuntimeError):  # another number of dimensions, or a layout without such memory
         return None
     if scale is None and head_dim:
-        scale = head_dim**-0.5
+        scale = 1.0 / sqrt(head_dim)
     y_token = heads * value_dim
-    y_batch, threads, floats = tokens * y_token, get_num_threads(), 192 * (head_dim + value_dim + 62) + 4096 & -16
+    y_batch = tokens * y_token
     if not (
         batch == of_batch == same_batch
         and groups == same_groups
@@ -94,10 +98,10 @@ def at_once(
         and 1 == adjacent == key_adjacent == value_adjacent
         and query_token == y_token
         and query_batch == y_batch
-        and 0 < batch * y_batch < 2**16
+        and 0 < batch * y_batch * keys < SMALL * head_dim
         and (tokens if tokens > 1 else heads // groups) <= FEW
         and keys <= PART
-        and threads * floats <= LARGE // 4
+        and head_dim <= 128  # as WORKSPACE has it
         and type(scale) is float
         and -LARGEST <= scale <= LARGEST
     ):
@@ -106,9 +110,10 @@ def at_once(
     # fmt: off
     status = _CPU_FORWARD(
         _PACK(
-            y.data_ptr(), 0, *places, 0, 0, 0, scratch(0).data_ptr(), batch, heads, groups, tokens, keys, head_dim, value_dim, 1, floats, y_batch, value_dim, y_token, query_batch, query_head,
-            query_token, key_batch, key_head, key_token, value_batch, value_head, value_token, 0, 0, 0, tokens, 1, -1,
-            0 if causal else -1, 0.0, scale, DTYPES[dtype], 0, 0, threads, 0,
+            y.data_ptr(), 0, *places, 0, 0, 0, scratch(0).data_ptr(), batch, heads, groups, tokens, keys, head_dim,
+            value_dim, 1, WORKSPACE, y_batch, value_dim, y_token, query_batch, query_head, query_token, key_batch,
+            key_head, key_token, value_batch, value_head, value_token, 0, 0, 0, tokens, 1, -1, 0 if causal else -1, 0.0,
+            scale, DTYPES[dtype], 0, 0, 1, 0,
         )
     )
     # fmt: on
@@ -145,7 +150,12 @@ def forward(
     _, groups, keys, value_dim = value.shape
     y_token = heads * value_dim
     y_batch = tokens * y_token
-    if query_head == head_dim == value_dim and query_token == y_token and query.nbytes < LARGE and query_batch == y_batch:
+    if (
+        query_head == head_dim == value_dim
+        and query_token == y_token
+        and query.nbytes < LARGE
+        and query_batch == y_batch
+    ):
         y = empty_like(query)
     else:
         y = memory.tokens_first(query, value_dim)

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, is_grad_enabled
+from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch, masks, strides
@@ -164,24 +164,19 @@ def attention(
         ends: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         options: tuple[Any, ...] = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
         return reference(query, key, value, *options, window_size=window_size, softcap=softcap, **ends)
-    if scale is None:
-        scale = head_dim**-0.5
-    left, right = (-1, -1) if window_size is None else window_size
-    softcap = softcap or 0.0
+    scale = head_dim**-0.5 if scale is None else scale
+    left, right = window_size or (-1, -1)
+    inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
+    options = (is_causal, left, right, softcap or 0.0, scale)
     extras = packed or attn_mask is not None
     y: Tensor
     if compiling or not direct(query, key, value) or (extras and not plain(attn_mask, cu_seqlens_q, cu_seqlens_k)):
-        run = _forward_op
-    elif (query.requires_grad or key.requires_grad or value.requires_grad) and is_grad_enabled():
-        run = _apply
-    else:
-        y = body("attention", backend).forward(
-            query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, is_causal, left, right, softcap, scale, False
-        )[0]
+        y = _forward_op(*inputs, *options, backend)[0]
         return y
-    options = (is_causal, left, right, softcap, scale, backend)
-    result = run(query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k, *options)
-    y = result[0] if run is _forward_op else result
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        y = _apply(*inputs, *options, backend)
+        return y
+    y, _ = body("attention", backend).forward(*inputs, *options, False)
     return y
 
 
