@@ -323,6 +323,9 @@ def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
     yield Sample(
         "cache causal window", (query, key, value), {"enable_gqa": True, "is_causal": True, "window_size": (8, 0)}
     )
+    for tokens in (1, 3):  # against keys that are cut into parts
+        inputs = (draw(2, 4, tokens, 16), draw(2, 2, 600, 16), draw(2, 2, 600, 16))
+        yield Sample(f"long cache T{tokens}", (*inputs, draw.integers(4, 2, 1, 1, 600) > 0), {"enable_gqa": True})
 
 
 def _packed(draw: Draw) -> Iterator[Sample]:
