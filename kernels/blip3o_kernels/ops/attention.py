@@ -288,6 +288,11 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(f"K{head_dim} V{value_dim}", inputs, {"enable_gqa": True, "is_causal": True})
     yield from _windows_and_caps(draw)
     yield from _packed(draw)
+    for tokens in (1, 3):  # against keys that are cut into parts
+        inputs = (draw(2, 4, tokens, 16), draw(2, 2, 600, 16), draw(2, 2, 600, 16))
+        yield Sample(f"long cache T{tokens}", (*inputs, draw.integers(4, 2, 1, 1, 600) > 0), {"enable_gqa": True})
+    query, key = draw(8, 2, 7, 32, scale=8.0), draw(8, 2, 20, 32, scale=8.0)
+    yield Sample("large scores, few queries", (query, key, draw(8, 2, 20, 32)))
 
 
 def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
@@ -323,9 +328,6 @@ def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
     yield Sample(
         "cache causal window", (query, key, value), {"enable_gqa": True, "is_causal": True, "window_size": (8, 0)}
     )
-    for tokens in (1, 3):  # against keys that are cut into parts
-        inputs = (draw(2, 4, tokens, 16), draw(2, 2, 600, 16), draw(2, 2, 600, 16))
-        yield Sample(f"long cache T{tokens}", (*inputs, draw.integers(4, 2, 1, 1, 600) > 0), {"enable_gqa": True})
 
 
 def _packed(draw: Draw) -> Iterator[Sample]:
