@@ -147,10 +147,12 @@ static void look(const blip3o_attention_arguments& a, int64_t b, int64_t g, int6
   const bool far = a.keys > PART;
   for (int64_t s = start; s < last; s += KEYS) {
     const int64_t count = smaller(KEYS, last - s), end = padded(count, Products::UNIT);
-    if (far) ask_ahead(value + s * a.value_token, a.value_token, count, a.value_dim);
-    products.scores(scores, key + s * a.key_token, count);
-    if (far && s + KEYS < last)
-      ask_ahead(key + (s + KEYS) * a.key_token, a.key_token, smaller(KEYS, last - s - KEYS), a.head_dim);
+    for (int64_t run = 0; run < count; run += STRETCH) {
+      const int64_t from_run = s + run, next = from_run + KEYS, keys = smaller(STRETCH, count - run);
+      if (far) ask_ahead(value + from_run * a.value_token, a.value_token, keys, a.value_dim);
+      if (far && next < last) ask_ahead(key + next * a.key_token, a.key_token, smaller(STRETCH, last - next), a.head_dim);
+      products.scores(scores + run, key + from_run * a.key_token, keys);
+    }
     for (int64_t t = 0; t < a.tokens; ++t, space.ask()) {
       const int64_t first = larger(seen.first(t) - s, 0), limit = smaller(seen.limit(t) - s, count);
       const float largest = row_scores<KIND>(a, scores + t * KEYS, nullptr, mask + t * a.mask_token + s, first, limit,
