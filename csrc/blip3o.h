@@ -527,7 +527,9 @@ BLIP3O_API int blip3o_cpu_qk_norm_rope_backward(const blip3o_qk_norm_rope_backwa
  * packed sequences, without a mask and for a batch of 1; null: none, sequences is 1. The workspace has `workspace_floats` for each
  * thread, at least
  *     forward   S (K + V) + 64 (3 P + K + V)          backward   2 S (K + V) + 192 (S + P + K + V)
- * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 32, and P = min(S, 128). */
+ * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 32, and P = min(S, 128). Without
+ * packed sequences, and for at most 16 rows (tokens, or of one token the heads of a group), the forward pass takes
+ *     (P + 64) (K + V) + 32 P, and after all threads' 512 (V + 2) if there are more than 256 keys. */
 typedef struct {
   void* y;
   float* log_sum; /* [batch, heads, tokens]: of each row's exponentials, -inf if it sees nothing; null: not wanted */

@@ -24,23 +24,19 @@ extern "C" int blip3o_cpu_attention_backward(const blip3o_attention_backward_arg
 #else  // once per instruction set
 
 #include "product.h"
-#include "scores.h"
 
 template <class T>
 static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h, int64_t head) {
   return static_cast<const T*>(data) + b * batch + h * head;
 }
 
-// Where a task keeps what it lays out, one after the other.
-struct Space {
-  float* next;
+#include "upcoming.h"
+#include "scores.h"
 
-  float* take(int64_t floats) {
-    float* taken = next;
-    next += padded(floats, 16);
-    return taken;
-  }
-};
+template <class T>
+static bool tiled(int instruction_set) {
+  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+}
 
 template <Kind KIND>
 static void lay_log_sums(float* to, int64_t step, const Block& block, const Running* running, float scale) {
@@ -56,23 +52,23 @@ static void lay_log_sums(float* to, int64_t step, const Block& block, const Runn
 
 #include "attention_tiles.h"
 #endif
+#include "rows.h"
 
-// Rows of few queries are read too seldom to be laid out anew.
-static constexpr int64_t FEW = 16;
+#include "attention_rows.h"
 
 template <class T, Kind KIND>
 static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t wide = padded(a.value_dim, LANES), sharing = a.heads / a.groups;
-  const bool often = a.tokens * sharing > FEW;
+  if (space.upcoming) space.upcoming->plan(sharing * (padded(a.tokens, QUERIES) / QUERIES * a.keys + a.tokens) / 4);
   float* query_columns = space.take(QUERIES * a.head_dim);
   float* scores = space.take(QUERIES * smaller(KEYS, a.keys));
   float* added = space.take(QUERIES * smaller(KEYS, a.keys));
   float* mixed = space.take(QUERIES * wide);
   int64_t key_step = a.key_token, value_step = a.value_token;
   const float* keys = rows_of<false>(at<T>(a.key, b, a.key_batch, g, a.key_head), key_step, a.keys, a.head_dim,
-                                     space.take(a.keys * padded(a.head_dim, LANES)), often);
+                                     space.take(a.keys * padded(a.head_dim, LANES)), true);
   const float* values = rows_of<true>(at<T>(a.value, b, a.value_batch, g, a.value_head), value_step, a.keys,
-                                      a.value_dim, space.take(a.keys * wide), often);
+                                      a.value_dim, space.take(a.keys * wide), true);
   for (int64_t start = 0; start < a.tokens; start += QUERIES) {
     const Block all_keys(a, start, 0, a.keys);
     for (int64_t h = g * sharing; h < (g + 1) * sharing; ++h) {
@@ -83,15 +79,15 @@ static void forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, S
       for (int64_t from = all_keys.firsts[0]; from < all_keys.end(); from += KEYS) {
         const Block block(a, start, from, KEYS);
         if (KIND != PLAIN) lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
-        multiply(block, scores, keys + from * key_step, key_step, query_columns, a.head_dim);
+        multiply(block, scores, keys + from * key_step, key_step, query_columns, a.head_dim, space);
         float kept[QUERIES];
-        for (int64_t v = 0; v < block.vectors; ++v)
+        for (int64_t v = 0; v < block.vectors; ++v, space.ask())
           store(kept + v * LANES, exponentials<KIND>(block, v, scores + v * LANES, added + v * LANES, all(a.scale),
                                                      all(a.softcap), running[v]));
         if (from > all_keys.firsts[0])
           for (int64_t t = 0; t < block.count; ++t)
             if (kept[t] != 1.0f) store_row(mixed + t * wide, mixed + t * wide, wide, all(kept[t]));
-        mix(block, mixed, wide, scores, values + from * value_step, value_step);
+        mix(block, mixed, wide, scores, values + from * value_step, value_step, space);
       }
       T* y = static_cast<T*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
       float* log_sum = a.log_sum ? a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token : nullptr;
@@ -112,6 +108,7 @@ template <class T, Kind KIND>
 static void backward(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
   const int64_t key_wide = padded(a.head_dim, LANES), value_wide = padded(a.value_dim, LANES);
   const int64_t sharing = a.heads / a.groups;
+  if (space.upcoming) space.upcoming->plan(sharing * (padded(a.tokens, QUERIES) / QUERIES * a.keys * 2 + a.tokens) / 4);
   float* query_columns = space.take(QUERIES * a.head_dim);
   float* dy_columns = space.take(QUERIES * a.value_dim);
   float* scores = space.take(QUERIES * a.keys);
@@ -141,14 +138,15 @@ static void backward(const blip3o_attention_backward_arguments& a, int64_t b, in
       lay_columns(dy_columns, QUERIES, dy_rows, dy_step, block.count, a.value_dim);
       const float* query = rows_of<true>(query_rows, query_step, block.count, a.head_dim, query_space, true);
       const float* dy = rows_of<true>(dy_rows, dy_step, block.count, a.value_dim, dy_space, true);
-      multiply(block, scores, keys, key_step, query_columns, a.head_dim);
-      multiply(block, dscores, values, value_step, dy_columns, a.value_dim);
-      for (int64_t v = 0; v < block.vectors; ++v)
+      multiply(block, scores, keys, key_step, query_columns, a.head_dim, space);
+      multiply(block, dscores, values, value_step, dy_columns, a.value_dim, space);
+      for (int64_t v = 0; v < block.vectors; ++v, space.ask())
         score_gradients<KIND>(block, v, scores + v * LANES, dscores + v * LANES, added + v * LANES, all(a.scale),
                               all(a.softcap));
       std::memset(dquery, 0, sizeof(float) * static_cast<size_t>(block.count * key_wide));
       for (int64_t from = block.firsts[0]; from < block.end(); from += KEYS)
-        mix(Block(a, start, from, KEYS), dquery, key_wide, dscores + from * QUERIES, keys + from * key_step, key_step);
+        mix(Block(a, start, from, KEYS), dquery, key_wide, dscores + from * QUERIES, keys + from * key_step, key_step,
+            space);
       T* dx = static_cast<T*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
       for (int64_t t = 0; t < block.count; ++t)
         store_row(dx + t * a.dquery_token, dquery + t * key_wide, a.head_dim, all(a.scale));
@@ -210,16 +208,16 @@ static void fold(blip3o_attention_arguments& a) {
   a.mask_token = a.mask_head, a.mask_head *= a.tokens;
 }
 
-#if BLIP3O_LANES == 16
-template <class T>
-static bool tiled(int instruction_set) {
-  return std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
-}
-#endif
-
 template <class T, Kind KIND>
-static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space) {
-  fold<T>(a);
+static void task(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
+  if (a.tokens <= FEW) {
+    float* found = space.take(Found::floats(padded(a.value_dim, LANES)));
+    for (int64_t h = g * (a.heads / a.groups); h < (g + 1) * (a.heads / a.groups) && a.tokens; ++h) {
+      look<T, KIND>(a, b, h, 0, 1, found, space);
+      conclude<T, KIND>(a, b, h, found, 1);
+    }
+    return;
+  }
 #if BLIP3O_LANES == 16
   if (tiled<T>(a.instruction_set)) return tiled_forward<KIND>(a, b, g, space);
 #endif
@@ -228,31 +226,77 @@ static void task(blip3o_attention_arguments a, int64_t b, int64_t g, Space space
 
 template <class T, Kind KIND>
 static void task(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
+  if (a.tokens <= FEW && a.keys <= LITTLE) return rows_backward<T, KIND>(a, b, g, space);
 #if BLIP3O_LANES == 16
   if (tiled<T>(a.instruction_set)) return tiled_backward<KIND>(a, b, g, space);
 #endif
   backward<T, KIND>(a, b, g, space);
 }
 
+// There is no such pass.
+static int64_t key_parts(const blip3o_attention_backward_arguments&) { return 1; }
+template <class T, Kind KIND>
+static int run_parts(const blip3o_attention_backward_arguments&, int64_t, int) { return BLIP3O_OK; }
+template <class T>
+static void fold(blip3o_attention_backward_arguments&) {}
+
+// Tokens and keys up to which a task waits for memory longer than for its products.
+static constexpr int64_t SHORT = 256;
+
+template <class T>
+static void expect(Upcoming& next, const blip3o_attention_arguments& a, int64_t b, int64_t g) {
+  const int64_t sharing = a.heads / a.groups;
+  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
+}
+template <class T>
+static void expect(Upcoming& next, const blip3o_attention_backward_arguments& a, int64_t b, int64_t g) {
+  const int64_t sharing = a.heads / a.groups;
+  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.dy, b, a.dy_batch, g * sharing, a.dy_head), a.dy_token, a.tokens, a.value_dim);
+  if (tiled<T>(a.instruction_set))
+    next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
+  next.add(at<T>(a.dquery, b, a.dquery_batch, g * sharing, a.dquery_head), a.dquery_token, a.tokens, a.head_dim);
+  next.add(at<T>(a.dkey, b, a.dkey_batch, g, a.dkey_head), a.dkey_token, a.keys, a.head_dim);
+  next.add(at<T>(a.dvalue, b, a.dvalue_batch, g, a.dvalue_head), a.dvalue_token, a.keys, a.value_dim);
+}
+
 template <class T, Kind KIND, class Arguments>
-static int run(const Arguments& a) {
-  const int64_t tasks = a.batch * a.sequences * a.groups;
-  const int parts = static_cast<int>(smaller(blip3o_threads(a.threads, a.heads * a.batch * a.tokens * a.keys), tasks));
-#pragma omp parallel for num_threads(parts) schedule(static) if (parts > 1)
-  for (int part = 0; part < parts; ++part)
-    for (int64_t i = tasks * part / parts; i < tasks * (part + 1) / parts; ++i) {
-      const Space space{a.workspace + part * a.workspace_floats};
+static int run(const Arguments& arguments) {
+  Arguments a = arguments;
+  const int threads = blip3o_threads(a.threads, a.heads * a.batch * a.tokens * a.keys);
+  if (!a.cu_seqlens_q) {
+    fold<T>(a);
+    const int64_t parts = key_parts(a);
+    if (parts > 1) return run_parts<T, KIND>(a, parts, threads);
+  }
+  const bool asking = larger(a.tokens, a.keys) <= SHORT && a.batch * a.groups > 16;
+  share(a.batch * a.sequences * a.groups, threads, [&](int thread, int64_t from, int64_t to) {
+    Space space{a.workspace + thread * a.workspace_floats, nullptr};
+    for (int64_t i = from; i < to; ++i) {
       const int64_t n = i / a.groups, g = i % a.groups;  // n: a sample, or a sequence of the only one
       if (!a.cu_seqlens_q) {
+        Upcoming next;
+        if (asking && i + 1 < to) {
+          expect<T>(next, a, (i + 1) / a.groups, (i + 1) % a.groups);
+          space.upcoming = &next;
+        }
         task<T, KIND>(a, n, g, space);
+        space.upcoming = nullptr;
         continue;
       }
       Arguments sequence = a;
       sequence.tokens = a.cu_seqlens_q[n + 1] - a.cu_seqlens_q[n];
       sequence.keys = a.cu_seqlens_k[n + 1] - a.cu_seqlens_k[n];
       start_at<T>(sequence, a.cu_seqlens_q[n], a.cu_seqlens_k[n]);
+      fold<T>(sequence);
       task<T, KIND>(sequence, 0, g, space);
     }
+  });
   return BLIP3O_OK;
 }
 
@@ -283,8 +327,11 @@ static int run_dtypes(const Arguments& a, int64_t needed) {
 
 // As csrc/blip3o.h states it.
 static int attention(const blip3o_attention_arguments& a) {
-  const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
-  return run_dtypes(a, keys * wide + 64 * (3 * smaller(keys, 128) + wide));
+  const int64_t keys = padded(a.keys, 32), part = smaller(keys, 128);
+  const int64_t wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);
+  const int64_t rows = a.tokens == 1 && a.groups > 0 ? a.heads / a.groups : a.tokens;
+  if (rows <= FEW && !a.cu_seqlens_q) return run_dtypes(a, (part + 64) * wide + 32 * part);
+  return run_dtypes(a, keys * wide + 64 * (3 * part + wide));
 }
 static int attention_backward(const blip3o_attention_backward_arguments& a) {
   const int64_t keys = padded(a.keys, 32), wide = padded(a.head_dim, 32) + padded(a.value_dim, 32);

@@ -99,6 +99,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
   const TileRegisters registers;
   const int64_t sharing = a.heads / a.groups, part = padded(smaller(KEYS, a.keys), TERMS);
   const int64_t key_floats = padded(a.head_dim, TERMS) / 2, value_rows = padded(a.value_dim, SIDE);
+  if (space.upcoming) space.upcoming->plan(sharing * padded(a.tokens, QUERIES) / SIDE * 4);
   const bool often = a.tokens * sharing > QUERIES;  // otherwise keys are laid out when they are needed, for once
   float* query_tiles = space.take(QUERIES * key_floats);
   float* products = space.take(QUERIES * part);
@@ -137,7 +138,8 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
           multiply_tiles<false, true>(Sums::matrix(columns + pair.from * QUERIES, QUERIES), keys.from(pair.from / SIDE), right.from(v),
                                 padded(smaller(pair.to, block.keys) - pair.from, SIDE) / SIDE, pair.columns,
                                 right.step / TILE);
-          for (int64_t i = 0; i < pair.columns; ++i) {
+          for (int64_t i = 0; i < pair.columns; ++i, space.ask()) {
+            space.ask();
             const Floats kept = lay_weights<KIND>(block, v + i, pair.from, pair.to, weights + (v + i) * TILE,
                                                   columns + i * SIDE, added + (v + i) * SIDE, all(a.scale),
                                                   all(a.softcap), running[v + i]);
@@ -149,6 +151,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
           multiply_tiles<true, true>(Sums::matrix(mixed + v * SIDE, QUERIES), values.along(pair.from / TERMS),
                                weighing.from(v).along(pair.from / TERMS), value_rows / SIDE, pair.columns,
                                (pair.to - pair.from) / TERMS);
+          space.ask();
         }
       }
       bfloat16* y = static_cast<bfloat16*>(a.y) + b * a.y_batch + h * a.y_head + start * a.y_token;
@@ -158,6 +161,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
           if (running[v].sum[i] == 0.0f && (KIND != PLAIN || all_keys.first(t) >= all_keys.limit(t))) empty[i] = -1;
         store_columns(y + v * LANES * a.y_token, a.y_token, mixed + v * SIDE, smaller(LANES, all_keys.count - v * LANES),
                       a.value_dim, 1.0f / running[v].sum, empty);
+        space.ask();
       }
       if (a.log_sum)
         lay_log_sums<KIND>(a.log_sum + (b * a.heads + h) * a.log_sum_head + start * a.log_sum_token, a.log_sum_token,
@@ -229,6 +233,7 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
   const TileRegisters registers;
   const int64_t sharing = a.heads / a.groups, keys = padded(a.keys, TERMS), part = smaller(KEYS, keys);
   const int64_t key_floats = padded(a.head_dim, TERMS) / 2, key_wide = padded(a.head_dim, SIDE);
+  if (space.upcoming) space.upcoming->plan(sharing * padded(a.tokens, QUERIES) / QUERIES * 24);
   const int64_t value_floats = padded(a.value_dim, TERMS) / 2, value_wide = padded(a.value_dim, SIDE);
   float* query_columns = space.take(QUERIES * key_floats);
   float* query_pairs = space.take(QUERIES * key_wide / 2);
@@ -262,9 +267,13 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
       const bfloat16* y = at<bfloat16>(a.y, b, a.y_batch, h, a.y_head) + start * a.y_token;
       const Known known(a, dy, y, a.log_sum + (b * a.heads + h) * a.log_sum_head + start, all_keys.count);
       lay_tiles<false, true>(query_columns, query, a.query_token, all_keys.count, a.head_dim);
+      space.ask();
       lay_tiles<true, false>(query_pairs, query, a.query_token, all_keys.count, a.head_dim);
+      space.ask();
       lay_tiles<false, true>(dy_columns, dy, a.dy_token, all_keys.count, a.value_dim);
+      space.ask();
       lay_tiles<true, false>(dy_pairs, dy, a.dy_token, all_keys.count, a.value_dim);
+      space.ask();
       std::memset(dquery, 0, sizeof(float) * static_cast<size_t>(QUERIES * key_wide));
       for (int64_t from = all_keys.firsts[0] / TERMS * TERMS; from < all_keys.end(); from += KEYS) {
         const Block block(a, start, from, KEYS);
@@ -274,21 +283,27 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
         const Factor valuing = rows_factor(value_rows, a.value_dim).from(from / SIDE);
         multiply_tiles<false, false>(Sums::matrix(products, QUERIES), scoring, rows_factor(query_columns, a.head_dim), rows, 2 * pairs,
                               scoring.step / TILE);
+        space.ask(), space.ask();
         multiply_tiles<false, false>(Sums::matrix(dweights, QUERIES), valuing, rows_factor(dy_columns, a.value_dim), rows, 2 * pairs,
                               valuing.step / TILE);
+        space.ask(), space.ask();
         for (int64_t v = 0; v < block.vectors; ++v)
           hide<KIND>(block, v, 0, to, products + v * SIDE, added + v * SIDE, all(a.scale), all(a.softcap));
         if (KIND == CAPPED && block.vectors % 2) fill(added + block.vectors * SIDE, 0, to, Floats{});
         for (int64_t v = 0; v < 2 * pairs; v += 2)
           lay_gradients<KIND>(v, 0, to, products, dweights, added, known, exponent_factor<KIND>(a.scale), left, dleft,
-                              dright);
+                              dright),
+              space.ask(), space.ask();
         const Factor weights{left, WIDE / 2 * TILE, TILE}, dscores{dleft, WIDE / 2 * TILE, TILE};
         multiply_tiles<true, false>(Sums::tiles(dvalue + from * value_wide, value_wide), weights, pairs_factor(dy_pairs, a.value_dim), rows,
                              value_wide / SIDE, pairs);
+        space.ask(), space.ask();
         multiply_tiles<true, false>(Sums::tiles(dkey + from * key_wide, key_wide), dscores, pairs_factor(query_pairs, a.head_dim), rows,
                              key_wide / SIDE, pairs);
+        space.ask(), space.ask();
         multiply_tiles<true, true>(Sums::matrix(dquery, QUERIES), pairs_factor(key_pairs, a.head_dim).along(from / TERMS),
                              Factor{dright, TILE, WIDE * TILE}, key_wide / SIDE, block.vectors, to / TERMS);
+        space.ask(), space.ask();
       }
       bfloat16* dx = static_cast<bfloat16*>(a.dquery) + b * a.dquery_batch + h * a.dquery_head + start * a.dquery_token;
       for (int64_t v = 0; v < all_keys.vectors; ++v)

@@ -103,8 +103,17 @@ static const float* rows_of(const T* x, int64_t& step, int64_t n, int64_t width,
   const int64_t wide = padded(width, LANES);
   if (std::is_same<T, float>::value && !(WHOLE && width % LANES) && (step == width || !often))
     return reinterpret_cast<const float*>(x);
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t i = 0; i < width; i += LANES) store(space + row * wide + i, load_some(x + row * step + i, width - i));
+  const int64_t whole = width / LANES * LANES;
+  if (step == wide && width == wide) {  // without gaps: one row
+    for (int64_t i = 0; i < n * wide; i += LANES) store(space + i, load(x + i));
+    return space;
+  }
+  for (int64_t row = 0; row < n; ++row) {
+    const T* from = x + row * step;
+    float* to = space + row * wide;
+    for (int64_t i = 0; i < whole; i += LANES) store(to + i, load(from + i));
+    if (whole < width) store(to + whole, load(from + whole, width - whole));
+  }
   step = wide;
   return space;
 }

@@ -61,17 +61,22 @@ struct Block {
 
 // products [keys, queries] = left [keys, depth] right [depth, queries], where keys are seen.
 static void multiply(const Block& block, float* products, const float* left, int64_t left_step, const float* right,
-                     int64_t depth) {
+                     int64_t depth, const Space& space) {
   block.stairs([&](int64_t v, int64_t end, int64_t from, int64_t to) {
-    product<true>(products + from * QUERIES + v * LANES, QUERIES, left + from * left_step, left_step,
-                  right + v * LANES, QUERIES, to - from, (end - v) * LANES, depth);
+    for (int64_t s = from, next; s < to; s = next, space.ask()) {
+      next = space.upcoming ? smaller(to, s + 4) : to;
+      product<true>(products + s * QUERIES + v * LANES, QUERIES, left + s * left_step, left_step,
+                    right + v * LANES, QUERIES, next - s, (end - v) * LANES, depth);
+    }
   });
 }
 
 // y [queries, width] += weights^T [queries, keys] x [keys, width], each few queries over the keys they see.
-static void mix(const Block& block, float* y, int64_t width, const float* weights, const float* x, int64_t x_step) {
-  if (block.whole()) return product<false, true>(y, width, weights, QUERIES, x, x_step, block.count, width, block.keys);
-  for (int64_t t = 0; t < block.count; t += ROWS) {
+static void mix(const Block& block, float* y, int64_t width, const float* weights, const float* x, int64_t x_step,
+                const Space& space) {
+  if (block.whole() && !space.upcoming)
+    return product<false, true>(y, width, weights, QUERIES, x, x_step, block.count, width, block.keys);
+  for (int64_t t = 0; t < block.count; t += ROWS, space.ask()) {
     const int64_t rows = smaller(ROWS, block.count - t), from = block.first(t);
     product<false, true>(y + t * width, width, weights + from * QUERIES + t, QUERIES, x + from * x_step, x_step, rows,
                    width, block.limit(t + rows - 1) - from);

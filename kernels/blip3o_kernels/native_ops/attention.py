@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from math import sqrt
 
-from .. import memory, native
-from ..dispatch import instruction_set
-from ..memory import LARGE
-from ..native import DTYPES
+import torch
+from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
+
+from .. import dispatch, memory, native
+from ..checks import LARGEST
+from ..dispatch import direct, instruction_set
+from ..memory import LARGE, scratch
+from ..native import CPU_MISSING, DTYPES
 from ..strides import address, contiguous, last_adjacent
+
+FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
+SMALL = 16384  # scores up to which one thread does it all
+WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
@@ -41,6 +48,80 @@ def _padded(n: int, to: int) -> int:
     return (n + to - 1) // to * to
 
 
+def at_once(
+    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, causal: bool, scale: float | None, enable_gqa: bool
+) -> Tensor | None:
+    """y of few queries and keys if everything is as plain as can be, without a mask, a window, a softcap or packed
+    sequences; None says that the general way decides, and names what is wrong.
+
+    At these sizes the call is the cost: here a shape is read once, and nothing is checked twice.
+    """
+    if not (
+        dispatch.forced is None
+        and key is not None
+        and value is not None
+        and direct(query, key, value)
+        and (dtype := query.dtype) in DTYPES
+        and key.dtype is dtype
+        and value.dtype is dtype
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and not (is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+        and type(dropout_p) is float
+        and dropout_p == 0.0
+        and (causal is True or causal is False)
+        and (enable_gqa is True or enable_gqa is False)
+        and not CPU_MISSING
+    ):
+        return None
+    try:
+        batch, heads, tokens, head_dim = query.shape
+        of_batch, groups, keys, of_head = key.shape
+        same_batch, same_groups, same_keys, value_dim = value.shape
+        query_batch, query_head, query_token, adjacent = query.stride()
+        key_batch, key_head, key_token, key_adjacent = key.stride()
+        value_batch, value_head, value_token, value_adjacent = value.stride()
+        places = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    except (ValueError, RuntimeError):  # another number of dimensions, or a layout without such memory
+        return None
+    if scale is None and head_dim:
+        scale = 1.0 / sqrt(head_dim)
+    y_token = heads * value_dim
+    y_batch = tokens * y_token
+    if not (
+        batch == of_batch == same_batch
+        and groups == same_groups
+        and keys == same_keys
+        and head_dim == of_head == value_dim == query_head
+        and (groups == heads or (enable_gqa and groups and not heads % groups))
+        and 1 == adjacent == key_adjacent == value_adjacent
+        and query_token == y_token
+        and query_batch == y_batch
+        and 0 < batch * y_batch * keys < SMALL * head_dim
+        and (tokens if tokens > 1 else heads // groups) <= FEW
+        and keys <= PART
+        and head_dim <= 128  # as WORKSPACE has it
+        and type(scale) is float
+        and -LARGEST <= scale <= LARGEST
+    ):
+        return None
+    y = empty_like(query)
+    # fmt: off
+    status = _CPU_FORWARD(
+        _PACK(
+            y.data_ptr(), 0, *places, 0, 0, 0, scratch(0).data_ptr(), batch, heads, groups, tokens, keys, head_dim,
+            value_dim, 1, WORKSPACE, y_batch, value_dim, y_token, query_batch, query_head, query_token, key_batch,
+            key_head, key_token, value_batch, value_head, value_token, 0, 0, 0, tokens, 1, -1, 0 if causal else -1, 0.0,
+            scale, DTYPES[dtype], 0, 0, 1, 0,
+        )
+    )
+    # fmt: on
+    if status:
+        raise native.failed("attention", status)
+    return y
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -69,8 +150,15 @@ def forward(
     _, groups, keys, value_dim = value.shape
     y_token = heads * value_dim
     y_batch = tokens * y_token
-    alike = query_head == head_dim == value_dim and query_token == y_token and query_batch == y_batch
-    y = torch.empty_like(query) if alike and query.nbytes < LARGE else memory.tokens_first(query, value_dim)
+    if (
+        query_head == head_dim == value_dim
+        and query_token == y_token
+        and query.nbytes < LARGE
+        and query_batch == y_batch
+    ):
+        y = empty_like(query)
+    else:
+        y = memory.tokens_first(query, value_dim)
     log_sum, sums = y, 0
     if saving:
         log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
@@ -85,13 +173,16 @@ def forward(
         sequences = len(cu_seqlens_q) - 1
         cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
         ends_q, ends_k = address(cu_seqlens_q), address(cu_seqlens_k)
-    threads, parts = torch.get_num_threads(), batch * sequences * groups
-    if threads > parts:
-        threads = parts or 1
-    padded = (keys + 31) & -32
-    widths = ((head_dim + 31) & -32) + ((value_dim + 31) & -32)
-    floats = padded * widths + 64 * (3 * (padded if padded < 128 else 128) + widths)
-    workspace = memory.scratch(threads * floats)
+    threads, widths = get_num_threads(), (head_dim + 31 & -32) + (value_dim + 31 & -32)  # what csrc/blip3o.h asks for
+    if (heads // groups if tokens == 1 else tokens) <= FEW and cu_seqlens_q is None:
+        floats = 192 * widths + 4096
+        workspace = scratch(threads * floats + (0 if keys <= PART else PARTS * FEW * (value_dim + 33)))
+    else:
+        padded, tasks = keys + 31 & -32, batch * sequences * groups
+        if threads > tasks:
+            threads = tasks or 1
+        floats = padded * widths + 64 * (3 * (padded if padded < 128 else 128) + widths)
+        workspace = scratch(threads * floats)
     # fmt: off
     status = _CPU_FORWARD(
         _PACK(

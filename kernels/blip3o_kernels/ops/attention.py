@@ -38,6 +38,7 @@ from .. import checks, dispatch, masks, strides
 from ..bodies import NATIVE_CPU, TRITON, body
 from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, plain, transformed
+from ..native_ops.attention import at_once
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
 
@@ -107,6 +108,10 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
+    if attn_mask is window_size is softcap is cu_seqlens_q is cu_seqlens_k is None and not is_compiling():
+        found = at_once(query, key, value, dropout_p, is_causal, scale, enable_gqa)
+        if found is not None:
+            return found
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(query, Tensor) or query.dtype not in FLOATING or query.layout is not STRIDED:
         checks.floating("query", query)
@@ -283,6 +288,11 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(f"K{head_dim} V{value_dim}", inputs, {"enable_gqa": True, "is_causal": True})
     yield from _windows_and_caps(draw)
     yield from _packed(draw)
+    for tokens in (1, 3):  # against keys that are cut into parts
+        inputs = (draw(2, 4, tokens, 16), draw(2, 2, 600, 16), draw(2, 2, 600, 16))
+        yield Sample(f"long cache T{tokens}", (*inputs, draw.integers(4, 2, 1, 1, 600) > 0), {"enable_gqa": True})
+    query, key = draw(32, 2, 7, 32, scale=6.0), draw(32, 2, 9, 32, scale=6.0)
+    yield Sample("large scores, few queries", (query, key, draw(32, 2, 9, 32)))
 
 
 def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
