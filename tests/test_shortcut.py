@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import importlib
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -180,3 +182,31 @@ def test_results_know_their_memory() -> None:
     y = rms_norm(torch.randn(2, 8))
     assert y.resize_(100).shape == (100,)
     assert y.untyped_storage().resizable()
+
+
+def test_other_threads_of_python_go_on_meanwhile() -> None:
+    """A large op does not hold Python's lock: a thread that only counts gets far while it runs."""
+    x, counted, stop = torch.randn(4096, 4096), [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted[0] += 1
+
+    def rate(call: Callable[[], object]) -> float:
+        start, begin = counted[0], time.perf_counter()
+        call()
+        return (counted[0] - start) / (time.perf_counter() - begin)
+
+    before, interval = rms_norm(x), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # after the call the lock is soon back with this thread, which counts no more
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        alone = rate(lambda: time.sleep(0.05))
+        beside = max(rate(lambda: rms_norm(x)) for _ in range(20))
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert torch.equal(before, rms_norm(x))
+    assert beside > 0.3 * alone

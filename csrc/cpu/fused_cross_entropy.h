@@ -62,7 +62,7 @@ static void join(Partial& p, float* logits, float* kept, bool spread, float soft
     for (int64_t i = 0; i < words; ++i) {
       float* at = logits + i * height + c;
       Floats v = load(at);
-      if (kept) past_caches ? stream(kept + i * height + c, v) : store(kept + i * height + c, v);
+      if (kept) past_caches ? streamed(kept + i * height + c, v) : store(kept + i * height + c, v);
       if (CAPPED) store(at, v = capped<CAPPED>(v, softcap));
       if (spread) plain += v;
       highest = at_least(highest, v);

@@ -14,20 +14,6 @@ static inline int thread_number() { return omp_get_thread_num(); }
 static inline int thread_number() { return 0; }
 #endif
 
-// Past the caches, where there is such an instruction; `fence` afterwards.
-static inline void stream(float* p, Floats v) {
-#if BLIP3O_LANES == 16
-  _mm512_stream_ps(p, (__m512)v);
-#else
-  store(p, v);
-#endif
-}
-static inline void fence() {
-#if BLIP3O_LANES == 16
-  _mm_sfence();
-#endif
-}
-
 template <class T>
 static constexpr int64_t GROUP = std::is_same<T, float>::value ? LANES : STEP;  // rows in what a product takes at once
 
@@ -42,7 +28,7 @@ static inline void put_block(float* to, int64_t step, const float* from, int64_t
                              bool past_caches) {
   for (int64_t i = 0; i < words; ++i, to += step, from += from_step) {
     int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) past_caches ? stream(to + c, load(from + c)) : store(to + c, load(from + c));
+    for (; c + LANES <= columns; c += LANES) past_caches ? streamed(to + c, load(from + c)) : store(to + c, load(from + c));
     if (c < columns) store(to + c, load(from + c), columns - c);
   }
 }

@@ -54,7 +54,7 @@ static inline void put_block(bfloat16* to, int64_t step, const float* from, int6
     if (columns == 2 * SIDE && Rounder::fits(low) && Rounder::fits(high)) {
       const Floats both = packed(low, high);
       float* whole = reinterpret_cast<float*>(to);
-      past_caches ? stream(whole, both) : store(whole, both);
+      past_caches ? streamed(whole, both) : store(whole, both);
       continue;
     }
     for (int64_t c = 0; c < columns; c += SIDE) {

@@ -24,7 +24,7 @@ Object rms_norm(ARGUMENTS) {
   if (!y.object) return nullptr;
   a.y = y.tensor.data, a.x = x.data, a.weight = weight.data, a.rows = count(x) / a.width;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_rms_norm(&a), y.object);
+  return finished(run(blip3o_cpu_rms_norm, a, count(x)), y.object);
 }
 
 Object add_rms_norm(ARGUMENTS) {
@@ -44,7 +44,7 @@ Object add_rms_norm(ARGUMENTS) {
   a.y = y.tensor.data, a.added = added.tensor.data;
   a.x = x.data, a.residual = residual.data, a.weight = weight.data, a.rows = count(x) / a.width;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_add_rms_norm(&a), both);
+  return finished(run(blip3o_cpu_add_rms_norm, a, count(x)), both);
 }
 
 Object layer_norm(ARGUMENTS) {
@@ -63,7 +63,7 @@ Object layer_norm(ARGUMENTS) {
   a.y = y.tensor.data, a.saved = static_cast<float*>(saved.tensor.data);
   a.x = x.data, a.weight = weight.data, a.bias = bias.data;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_layer_norm(&a), result);
+  return finished(run(blip3o_cpu_layer_norm, a, count(x)), result);
 }
 
 Object layer_norm_backward(ARGUMENTS) {  // dy, x, weight, bias, saved; both parameters given
@@ -84,7 +84,7 @@ Object layer_norm_backward(ARGUMENTS) {  // dy, x, weight, bias, saved; both par
     a.workspace = static_cast<float*>(workspace.tensor.data), a.dy = dy.data, a.x = x.data, a.weight = weight.data;
     a.saved = static_cast<const float*>(saved.data);
     a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-    const int status = blip3o_cpu_layer_norm_backward(&a);
+    const int status = run(blip3o_cpu_layer_norm_backward, a, count(x));
     Py_DecRef(workspace.object);
     return finished(status, result);
   }
@@ -111,7 +111,7 @@ Object modulate(ARGUMENTS) {
   a.y = y.tensor.data, a.x = x.data, a.scale = scale.data, a.shift = shift.data, a.weight = weight.data, a.bias = bias.data;
   a.scale_stride = scale.strides[0], a.shift_stride = shift.data ? shift.strides[0] : 0;
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_modulate(&a), y.object);
+  return finished(run(blip3o_cpu_modulate, a, count(x)), y.object);
 }
 
 Object gated_residual(ARGUMENTS) {
@@ -132,7 +132,7 @@ Object gated_residual(ARGUMENTS) {
   a.y = y.tensor.data, a.saved = saved, a.residual = residual.data, a.x = x.data, a.gate = gate.data, a.weight = weight.data;
   a.gate_stride = gate.strides[0];
   a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_gated_residual(&a), y.object);
+  return finished(run(blip3o_cpu_gated_residual, a, count(x)), y.object);
 }
 
 Object rope(ARGUMENTS) {
@@ -153,7 +153,7 @@ Object rope(ARGUMENTS) {
   a.y_batch = y.tensor.strides[0], a.y_head = y.tensor.strides[1], a.y_token = y.tensor.strides[2];
   a.x_batch = x.strides[0], a.x_head = x.strides[1], a.x_token = x.strides[2];
   a.dtype = dtype(x), a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-  return finished(blip3o_cpu_rope(&a), y.object);
+  return finished(run(blip3o_cpu_rope, a, count(x)), y.object);
 }
 
 Object swiglu(ARGUMENTS) {
@@ -174,7 +174,7 @@ Object swiglu(ARGUMENTS) {
   a.y = y.tensor.data, a.gate = gate.data, a.rows = elements / a.width, a.gate_stride = a.up_stride = last(gate);
   a.up = packed ? static_cast<const char*>(gate.data) + a.width * (gate.bits / 8) : up.data;
   a.dtype = dtype(gate), a.instruction_set = call.instruction_set, a.threads = call.threads(4 * elements);
-  return finished(blip3o_cpu_swiglu(&a), y.object);
+  return finished(run(blip3o_cpu_swiglu, a, elements), y.object);
 }
 
 Object timestep_embedding(ARGUMENTS) {
@@ -192,7 +192,7 @@ Object timestep_embedding(ARGUMENTS) {
   a.y = static_cast<float*>(y.tensor.data), a.frequencies = frequencies;
   a.timestep = static_cast<const float*>(timestep.data), a.rows = shape[0], a.half = dim / 2;
   a.instruction_set = call.instruction_set, a.threads = call.threads(16 * a.rows * a.half);
-  return finished(blip3o_cpu_timestep_embedding(&a), y.object);
+  return finished(run(blip3o_cpu_timestep_embedding, a, a.rows * a.half), y.object);
 }
 
 Object flow_timesteps(ARGUMENTS) {
@@ -213,7 +213,7 @@ Object flow_timesteps(ARGUMENTS) {
   if (!sigma.object) return nullptr;
   a.sigma = static_cast<float*>(sigma.tensor.data), a.positions = static_cast<const int64_t*>(positions.data);
   a.samples = count(positions), a.instruction_set = call.instruction_set, a.threads = call.threads(1 << 20);
-  return finished(blip3o_cpu_flow_timesteps(&a), sigma.object);
+  return finished(run(blip3o_cpu_flow_timesteps, a, a.samples), sigma.object);
 }
 
 Object flow_step(ARGUMENTS) {
@@ -232,7 +232,7 @@ Object flow_step(ARGUMENTS) {
   a.y = y.tensor.data, a.x = x.data, a.velocity = velocity.data;
   a.unconditional = unconditional.data, a.previous = previous.data, a.samples = 1, a.elements = count(x);
   a.dtype = dtype(x), a.instruction_set = call.instruction_set, a.threads = call.threads(a.elements);
-  return finished(blip3o_cpu_flow_step(&a), y.object);
+  return finished(run(blip3o_cpu_flow_step, a, a.elements), y.object);
 }
 
 struct Method {  // CPython's PyMethodDef

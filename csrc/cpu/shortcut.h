@@ -20,6 +20,8 @@ extern "C" {  // CPython's. Weak: without Python the library loads all the same.
 #define PYTHON __attribute__((weak))
 PYTHON void Py_IncRef(Object);
 PYTHON void Py_DecRef(Object);
+PYTHON void* PyEval_SaveThread();
+PYTHON void PyEval_RestoreThread(void*);
 PYTHON void PyErr_Clear();
 PYTHON int PyObject_IsTrue(Object);
 PYTHON Object PyObject_Type(Object);
@@ -184,6 +186,16 @@ struct Call {
     return static_cast<int>(number);
   }
 };
+
+// The op itself, for so many elements; other threads of Python go on meanwhile if it is worth their while.
+template <class Arguments>
+int run(int (*op)(const Arguments*), const Arguments& a, int64_t elements) {
+  if (elements < 16384) return op(&a);
+  void* const thread = PyEval_SaveThread();
+  const int status = op(&a);
+  PyEval_RestoreThread(thread);
+  return status;
+}
 
 int64_t count(const DLTensor& x) {
   int64_t product = 1;
