@@ -158,10 +158,14 @@ def test_nothing_leaks(op: Op) -> None:
         runs.append(torch.no_grad()(lambda: module(op)._backward_shortcut(0, dy, *args, saved)))  # type: ignore[attr-defined]
     for run in runs:
         run()
-        before = counted()
-        for _ in range(500):
-            run()
-        assert max(abs(a - b) for a, b in zip(counted(), before, strict=True)) < 50
+        changes, before = [], counted()
+        for _ in range(3):  # what changes by itself, as None does when others' garbage goes, does so once
+            for _ in range(500):
+                run()
+            after = counted()
+            changes.append([abs(a - b) for a, b in zip(after, before, strict=True)])
+            before = after
+        assert max(min(of_one) for of_one in zip(*changes, strict=True)) < 50
 
 
 def test_numbers_that_are_none() -> None:

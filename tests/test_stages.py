@@ -83,9 +83,9 @@ def seen(lively: Blip3o, monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
         heard.features.append(features)
         return condition(ids, mask, features)
 
-    def hear_read(ids: Tensor, features: Tensor | None = None) -> Tensor:
+    def hear_read(ids: Tensor, features: Tensor | None = None, asked: Tensor | None = None) -> Tensor:
         heard.ids.append(ids)
-        return read(ids, features)
+        return read(ids, features, asked)
 
     def hear_context(noisy: Tensor, timestep: Tensor, context: object) -> Tensor:
         heard.contexts.append(context)
