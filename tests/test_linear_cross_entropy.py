@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import bound, evaluate, expectation, violations
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,3 +218,16 @@ def test_a_retained_graph_gives_gradients_again() -> None:
     unkept = call(x, weight, target, False, True, -100, 0.0, 0.0, 0.0, None, False, "native")
     with pytest.raises(RuntimeError, match="told not to keep"):
         unkept[0].backward()
+
+
+def test_float32_gradients_in_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which so few logits as a test has would not take."""
+    monkeypatch.setattr(native, "MANY", 0)
+    assert native.late(torch.float32, 1, True, None) == (native.native.instruction_set() in ("avx512", "amx"))
+    op = contract.OP
+    for sample in op.samples(torch.float32, "cpu"):
+        given = bound(op, sample)
+        with use("native"):
+            got = evaluate(op, op.function, given)
+        broken = list(violations(got, expectation(op, "native", given)))
+        assert not broken, f"{sample.name}: {broken}"

@@ -15,15 +15,16 @@ _PACK, _CPU = native.packer("linear_cross_entropy"), native.function("cpu", "lin
 _PACK_FUSED = native.packer("linear_cross_entropy_fused")
 _CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
+MANY = 2**22  # logits from which on float32 gradients gain by a dweight that is written once
 KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
 LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
 
 
 def late(dtype: torch.dtype, elements: int, wanted: bool, autocast: torch.dtype | None) -> bool:
     """Whether `fused` and `fused_gradients` are to run, for so many logits: of bfloat16 wherever the chip has AMX, of
-    float32 with AVX-512, but not for gradients of more logits than are kept. To compute them again is 4 products for
-    3, which torch's are fast enough to beat."""
-    if autocast is not None or (dtype is torch.float32 and wanted and elements > KEPT):
+    float32 with AVX-512, but for gradients only of many logits that can be kept. Of few, torch's products are faster;
+    of more, computing them again is 4 products for 3."""
+    if autocast is not None or (dtype is torch.float32 and wanted and not MANY <= elements <= KEPT):
         return False
     least = {torch.float32: "avx512", torch.bfloat16: "amx"}.get(dtype)
     return least is not None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
