@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("native", "triton")
+FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 

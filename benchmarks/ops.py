@@ -38,7 +38,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Largest difference from the reference, relative to the largest value: a few roundings of the dtype. Gradients may be
 # five times as far off: torch's own layer_norm adds the rows of a bfloat16 weight's gradient up to 7 % off.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 
 
 def copied(x: object) -> object:
@@ -167,7 +166,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
             function = peer.function
             try:
                 row = replace(row, reason=contest.wrong(function, peer.random))
-            except FAILURES as error:
+            except measure.FAILURES as error:
                 if peer.name in measure.OURS:
                     raise
                 row = replace(row, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")

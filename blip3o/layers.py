@@ -9,6 +9,7 @@ Shapes: D the width of a token; [..., D] any leading dimensions.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(weight.device.type):
-        return F.linear(x, weight if _casts is None or weight.requires_grad else _cast(weight), bias)
+        return F.linear(x, weight if weight.requires_grad or _casts.get() is None else _cast(weight), bias)
     if torch.is_grad_enabled() or x.numel() != x.shape[-1] or not x.is_cpu or weight.dtype is not x.dtype:
         return F.linear(x, weight, bias)
     row = x.view(-1)
@@ -106,7 +107,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.view(*x.shape[:-1], -1)
 
 
-_casts: dict[Tensor, Tensor] | None = None  # of frozen weights, while `keep_casts` is on
+# Of frozen weights, while `keep_casts` is on; each thread its own, as one may end while another trains.
+_casts: ContextVar[dict[Tensor, Tensor] | None] = ContextVar("casts", default=None)
 
 
 @contextmanager
@@ -117,23 +119,23 @@ def keep_casts() -> Iterator[dict[Tensor, Tensor]]:
     Autocast itself keeps the casts of weights that learn, for a step, but writes a frozen one anew at every use: the
     frozen language model's twice at every step of the generation stage.
     """
-    global _casts
-    before, _casts = _casts, {}
+    casts: dict[Tensor, Tensor] = {}
+    token = _casts.set(casts)
     try:
-        yield _casts
+        yield casts
     finally:
-        _casts = before
+        _casts.reset(token)
 
 
 def _cast(weight: Tensor) -> Tensor:
     """The weight in autocast's dtype."""
-    dtype = torch.get_autocast_dtype(weight.device.type)
-    if _casts is None or weight.requires_grad or weight.dtype is dtype or transformed():
+    dtype, casts = torch.get_autocast_dtype(weight.device.type), _casts.get()
+    if casts is None or weight.requires_grad or weight.dtype is dtype or transformed():
         return weight.to(dtype)
-    if weight not in _casts:
+    if weight not in casts:
         with torch.inference_mode(False):  # so that training may save it
-            _casts[weight] = weight.detach().to(dtype)
-    return _casts[weight]
+            casts[weight] = weight.detach().to(dtype)
+    return casts[weight]
 
 
 def linear_after(linear: nn.Linear, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

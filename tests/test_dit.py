@@ -280,4 +280,4 @@ def test_casts_of_frozen_weights_are_made_once_and_change_nothing() -> None:
         kept = casts[frozen.weight]
         assert torch.equal(gradient(), first) and casts == {frozen.weight: kept}
     assert torch.equal(first, before) and kept.dtype == torch.bfloat16
-    assert layers._casts is None
+    assert layers._casts.get() is None

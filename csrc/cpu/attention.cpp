@@ -244,25 +244,24 @@ static void fold(blip3o_attention_backward_arguments&) {}
 static constexpr int64_t SHORT = 256;
 
 template <class T>
-static void expect(Upcoming& next, const blip3o_attention_arguments& a, int64_t b, int64_t g) {
-  const int64_t sharing = a.heads / a.groups;
-  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
-  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
-  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
-  next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
+static void expect_results(Upcoming& next, const blip3o_attention_arguments& a, int64_t b, int64_t, int64_t h) {
+  next.add(at<T>(a.y, b, a.y_batch, h, a.y_head), a.y_token, a.tokens, a.value_dim);
 }
 template <class T>
-static void expect(Upcoming& next, const blip3o_attention_backward_arguments& a, int64_t b, int64_t g) {
-  const int64_t sharing = a.heads / a.groups;
-  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
-  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
-  next.add(at<T>(a.query, b, a.query_batch, g * sharing, a.query_head), a.query_token, a.tokens, a.head_dim);
-  next.add(at<T>(a.dy, b, a.dy_batch, g * sharing, a.dy_head), a.dy_token, a.tokens, a.value_dim);
-  if (tiled<T>(a.instruction_set))
-    next.add(at<T>(a.y, b, a.y_batch, g * sharing, a.y_head), a.y_token, a.tokens, a.value_dim);
-  next.add(at<T>(a.dquery, b, a.dquery_batch, g * sharing, a.dquery_head), a.dquery_token, a.tokens, a.head_dim);
+static void expect_results(Upcoming& next, const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, int64_t h) {
+  next.add(at<T>(a.dy, b, a.dy_batch, h, a.dy_head), a.dy_token, a.tokens, a.value_dim);
+  if (tiled<T>(a.instruction_set)) next.add(at<T>(a.y, b, a.y_batch, h, a.y_head), a.y_token, a.tokens, a.value_dim);
+  next.add(at<T>(a.dquery, b, a.dquery_batch, h, a.dquery_head), a.dquery_token, a.tokens, a.head_dim);
   next.add(at<T>(a.dkey, b, a.dkey_batch, g, a.dkey_head), a.dkey_token, a.keys, a.head_dim);
   next.add(at<T>(a.dvalue, b, a.dvalue_batch, g, a.dvalue_head), a.dvalue_token, a.keys, a.value_dim);
+}
+template <class T, class Arguments>
+static void expect(Upcoming& next, const Arguments& a, int64_t b, int64_t g) {
+  const int64_t h = g * (a.heads / a.groups);
+  next.add(at<T>(a.key, b, a.key_batch, g, a.key_head), a.key_token, a.keys, a.head_dim);
+  next.add(at<T>(a.value, b, a.value_batch, g, a.value_head), a.value_token, a.keys, a.value_dim);
+  next.add(at<T>(a.query, b, a.query_batch, h, a.query_head), a.query_token, a.tokens, a.head_dim);
+  expect_results<T>(next, a, b, g, h);
 }
 
 template <class T, Kind KIND, class Arguments>

@@ -1,50 +1,12 @@
 // What logits.h declares, of bfloat16 in the tiles of AMX (tiles.h): dlogits is the sum of two bfloat16 numbers, because one
 // alone would cost a gradient as much as its own rounding does. No include guard, no includes.
 
-// As tile_block (tiles.h), with a left factor in two parts, the second `rest` floats behind the first.
-template <int M, int N, bool ADD>
-static inline void split_block(Sums c, Factor a, int64_t rest, Factor b, int64_t depth) {
-  const int64_t bytes = c.row_bytes;
-  float *beside = c.at + c.column_step, *below = c.at + c.step, *across = below + c.column_step;
-  if (ADD) {
-    load_tile<0>(c.at, bytes);
-    if (N > 1) load_tile<1>(beside, bytes);
-    if (M > 1) load_tile<2>(below, bytes);
-    if (M > 1 && N > 1) load_tile<3>(across, bytes);
-  } else {
-    zero_tile<0>();
-    if (N > 1) zero_tile<1>();
-    if (M > 1) zero_tile<2>();
-    if (M > 1 && N > 1) zero_tile<3>();
-  }
-  const auto part = [&](const float* left) {
-    load_tile<4>(left, a.row_bytes);
-    multiply_tile<0, 4, 6>();
-    if (N > 1) multiply_tile<1, 4, 7>();
-    if (M > 1) {
-      load_tile<5>(left + a.step, a.row_bytes);
-      multiply_tile<2, 5, 6>();
-      if (N > 1) multiply_tile<3, 5, 7>();
-    }
-  };
-  for (; depth > 0; --depth, a.at += a.term_step, b.at += b.term_step) {
-    load_tile<6>(b.at, b.row_bytes);
-    if (N > 1) load_tile<7>(b.at + b.step, b.row_bytes);
-    part(a.at);
-    part(a.at + rest);
-  }
-  store_tile<0>(c.at, bytes);
-  if (N > 1) store_tile<1>(beside, bytes);
-  if (M > 1) store_tile<2>(below, bytes);
-  if (M > 1 && N > 1) store_tile<3>(across, bytes);
-}
-
 template <bool ADD>
 static inline void split_product(Sums c, Factor a, int64_t rest, Factor b, bool tall, bool broad, int64_t depth) {
-  if (tall && broad) return split_block<2, 2, ADD>(c, a, rest, b, depth);
-  if (tall) return split_block<2, 1, ADD>(c, a, rest, b, depth);
-  if (broad) return split_block<1, 2, ADD>(c, a, rest, b, depth);
-  split_block<1, 1, ADD>(c, a, rest, b, depth);
+  if (tall && broad) return tile_block<2, 2, ADD, true>(c, a, b, depth, rest);
+  if (tall) return tile_block<2, 1, ADD, true>(c, a, b, depth, rest);
+  if (broad) return tile_block<1, 2, ADD, true>(c, a, b, depth, rest);
+  tile_block<1, 1, ADD, true>(c, a, b, depth, rest);
 }
 
 static inline void put_block(bfloat16* to, int64_t step, const float* from, int64_t from_step, int64_t words, int64_t columns,

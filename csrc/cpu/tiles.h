@@ -61,8 +61,9 @@ struct Sums {
 };
 
 // M x N tiles of a product, the terms of `depth` tiles. Registers: 0 to 3 the product, 4 and 5 left, 6 and 7 right.
-template <int M, int N, bool ADD>
-static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth) {
+// SPLIT: the left factor is a sum of two, the second `rest` floats behind the first.
+template <int M, int N, bool ADD, bool SPLIT = false>
+static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth, int64_t rest = 0) {
   const int64_t bytes = c.row_bytes;
   float *beside = c.at + c.column_step, *below = c.at + c.step, *across = below + c.column_step;
   if (ADD) {
@@ -77,17 +78,18 @@ static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth) {
     if (M > 1 && N > 1) zero_tile<3>();
   }
   for (; depth > 0; --depth, a.at += a.term_step, b.at += b.term_step) {
-    load_tile<4>(a.at, a.row_bytes);
     load_tile<6>(b.at, b.row_bytes);
-    multiply_tile<0, 4, 6>();
-    if (N > 1) {
-      load_tile<7>(b.at + b.step, b.row_bytes);
-      multiply_tile<1, 4, 7>();
-    }
-    if (M > 1) {
-      load_tile<5>(a.at + a.step, a.row_bytes);
-      multiply_tile<2, 5, 6>();
-      if (N > 1) multiply_tile<3, 5, 7>();
+    if (N > 1) load_tile<7>(b.at + b.step, b.row_bytes);
+    const float* left = a.at;
+    for (int part = 0; part < 1 + SPLIT; ++part, left += rest) {
+      load_tile<4>(left, a.row_bytes);
+      multiply_tile<0, 4, 6>();
+      if (N > 1) multiply_tile<1, 4, 7>();
+      if (M > 1) {
+        load_tile<5>(left + a.step, a.row_bytes);
+        multiply_tile<2, 5, 6>();
+        if (N > 1) multiply_tile<3, 5, 7>();
+      }
     }
   }
   store_tile<0>(c.at, bytes);

@@ -270,7 +270,6 @@ __attribute__((always_inline)) static inline Floats exponential(Floats v) {
 
 // The natural logarithm to about one unit in the last place; of 0 -infinity, of less NaN; subnormal v count as 0.
 static inline Floats logarithm(Floats v) {
-  const Integers bits = bits_of<Integers>(v);
   const Integers from = bits_of<Integers>(bits_of<Words>(v) - 0x3f3504f3u);  // from sqrt(1/2); unsigned, as v may be anything
   const Floats n = __builtin_convertvector(from >> 23, Floats);
   const Floats f = bits_of<Floats>((from & 0x007fffff) + 0x3f3504f3) - 1.0f, square = f * f;  // v = 2^n (1 + f)
