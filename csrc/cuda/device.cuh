@@ -95,12 +95,24 @@ int by_dtype(int dtype, Run run) {
   }
 }
 
+// The launch's dynamic shared memory, at a multiple of 1024 bytes, as TMA's swizzle wants it.
+__device__ inline char* dynamic_shared() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(1024) char memory[];
+  return memory;
+#else
+  return host::dynamic_shared();
+#endif
+}
+
 // Remembers a launch's error for blip3o_cuda_error and turns it into a status.
 int launched();
 
-// kernel<<<blocks, threads, shared, stream>>>(arguments...), which is no C++. `shared`: bytes of dynamic shared memory.
+// kernel<<<blocks, threads, shared, stream>>>(arguments...), which is no C++. `shared`: bytes of dynamic shared memory; above 48 KiB
+// a kernel has to be told once.
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shared, void* stream, Arguments... arguments) {
+  if (shared > 48 << 10) cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
 #ifdef __CUDACC__
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else

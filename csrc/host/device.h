@@ -38,6 +38,7 @@ void synchronise();  // __syncthreads
 // The 32-bit word that lane `from` of this warp gives, when all lanes of `mask` have given theirs.
 uint32_t exchange(uint32_t mask, uint32_t word, int from);
 int lane();
+char* dynamic_shared();
 size_t number();  // of the running thread in its block
 int fault();      // tests/cuda_on_host.py: which of the planted faults is on; 0: none
 bool running();   // whether a thread runs, and not the code that launches
@@ -65,6 +66,11 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return host::shuffle(mask, value, host::lane() ^ lanes);
 }
 
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaSuccess;  // run() knows the limit
+}
 inline cudaError_t cudaGetLastError() { return host::last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return host::name_of(error); }
 

@@ -16,6 +16,7 @@
 #include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -95,6 +96,19 @@ void leave(ucontext_t* from, ucontext_t* to, const void* low, size_t size) {
 #else
   (void)low, (void)size;
   swapcontext(from, to);
+#endif
+}
+
+alignas(1024) char shared_memory[MOST_SHARED];  // of the block that runs; a variable, as races.cpp looks at those
+
+// What a block finds in its dynamic shared memory: NaN in every format, and nothing beyond what it asked for.
+void clear(size_t shared) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(shared_memory, MOST_SHARED);
+  std::memset(shared_memory, 0xff, shared);
+  ASAN_POISON_MEMORY_REGION(shared_memory + shared, MOST_SHARED - shared);
+#else
+  std::memset(shared_memory, 0xff, shared);
 #endif
 }
 
@@ -185,6 +199,7 @@ size_t number() { return current; }
 bool running() { return inside; }
 int fault() { return blip3o_host_fault; }
 int lane() { return static_cast<int>(current % 32); }
+char* dynamic_shared() { return shared_memory; }
 
 void synchronise() { wait(Waiting::barrier); }
 
@@ -220,8 +235,10 @@ cudaError_t run(dim3 blocks, dim3 threads, size_t shared, const std::function<vo
   std::vector<size_t> order(number);
   for (size_t i = 0; i < number; ++i) order[i] = i;
   for (size_t i = number; i > 1; --i) std::swap(order[i - 1], order[random_number.below(i)]);
-  for (const size_t i : order)
+  for (const size_t i : order) {
+    clear(shared);
     run_block(dim3(i % blocks.x, i / blocks.x % blocks.y, i / blocks.x / blocks.y), blocks, threads);
+  }
   return cudaSuccess;
 }
 
