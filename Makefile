@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench bench-networks fuzz check-gpu-code lint clean
+.PHONY: demo test bench bench-networks gpu fuzz check-gpu-code lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
@@ -19,6 +19,11 @@ bench-networks: $(INSTALLED)
 	$(BIN)/python benchmarks/model.py --json build/bench/model.json --markdown build/bench/model.md
 	$(BIN)/python benchmarks/training.py --json build/bench/training.json --markdown build/bench/training.md
 
+# What is worth doing on a machine with an NVIDIA GPU, in 20 minutes at most; run again, it goes on where it stopped.
+OUT ?= build/gpu
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --out $(OUT)
+
 # Random calls of every op under AddressSanitizer and UndefinedBehaviorSanitizer; `make fuzz CALLS=20000` is a short run.
 CALLS ?= 1000000
 fuzz: $(INSTALLED)
@@ -27,7 +32,8 @@ fuzz: $(INSTALLED)
 # Machine code of every GPU kernel, without a GPU: Triton's from launches that are recorded, CUDA's where nvcc is.
 check-gpu-code: $(INSTALLED)
 	$(BIN)/python tests/gpu_code.py --out build/gpu_code.md
-	$(BIN)/pytest tests/test_cuda.py
+	$(BIN)/python tests/cuda_code.py --out build/cuda_code.md
+	$(BIN)/pytest tests/test_cuda.py tests/test_cuda_launches.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

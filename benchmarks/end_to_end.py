@@ -50,12 +50,12 @@ def config_of(preset: str) -> Blip3oConfig:
     )  # fmt: skip
 
 
-def build(preset: str, dtype: torch.dtype) -> tuple[Blip3o, Plain]:
+def build(preset: str, dtype: torch.dtype, device: str) -> tuple[Blip3o, Plain]:
     """Our model with weights drawn at random, none of them 0, and the plain networks on the same tensors."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Blip3o(config_of(preset))
-    model.to_empty(device="cpu").to(dtype)
+    model.to_empty(device=device).to(dtype)
     for name, x in model.named_parameters():
         if x.dim() >= 2:
             deviation = 1.0 if "embedding" in name or "queries" in name or "places" in name else x.shape[-1] ** -0.5
@@ -92,10 +92,15 @@ def checked(row: Row, results: Callable[[], Sequence[Tensor]], expected: Sequenc
     return replace(row, reason=reason, checked=not reason)
 
 
-def peak(call: Callable[[], object]) -> int:
+def peak(call: Callable[[], object], device: str) -> int:
     """Bytes that `call` adds to the tensors alive at the worst moment, counted at torch's allocator, which our large
     results use meanwhile: what they come from otherwise (blip3o_kernels/memory.py) torch does not count."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
     with (
         mock.patch.object(memory, "LARGE", 2**62),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
@@ -117,6 +122,7 @@ def parser(description: str, seconds: float) -> argparse.ArgumentParser:
         "--peers", nargs="+", default=[], choices=providers(True)[1:], metavar="NAME", help="all if not given"
     )
     found.add_argument("--no-compile", action="store_true", help="leave the compiled peers out")
+    found.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     found.add_argument("--threads", type=measure.positive(int), default=torch.get_num_threads())
     found.add_argument("--seconds", type=measure.positive(float), default=seconds, help="for each contestant of a row")
     found.add_argument("--clock", choices=list(CLOCKS), default="wall", help="process: with one thread, if others work")
@@ -175,7 +181,7 @@ def table(rows: Iterable[Row], share: str, memory: bool) -> str:
 
 
 def report(script: str, found: list[Row], options: argparse.Namespace, share: str, memory: bool) -> None:
-    head = f"`python benchmarks/{script}`, {measure.machine('cpu')}, {options.clock} clock"
+    head = f"`python benchmarks/{script}`, {measure.machine(options.device)}, {options.clock} clock"
     text = f"{head}\n\n{table(found, share, memory)}"
     print(text)
     if options.markdown:

@@ -2,7 +2,7 @@
 
 A shared machine is now fast and now slow, so a limit of five minutes ago says little. Each row is held against a copy
 of as many bytes as it must move, from and to memory that is there already, against a matrix product in its dtype, and
-against exponentials in the cache.
+on a CPU against exponentials in the cache.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from measure import Call, Row, Work, interval, take_turns
 from torch import Tensor
 
-SIDE = 2048  # of the square matrices that are multiplied
-NUMBERS = 2**17  # whose exponentials are taken by each thread, over and over: they stay in the cache
+SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that are multiplied
+NUMBERS = 2**17  # whose exponentials are taken by each thread of a CPU, over and over: they stay in the cache
 ROTATED = 2**29  # bytes that a copy walks through, more than the caches of one process
 CACHED = 2**20  # bytes of inputs up to which a user finds them in the cache
 COPY, PRODUCT, EXPONENTIALS = "limit: copy", "limit: product", "limit: exponentials"
@@ -39,13 +39,14 @@ def _copy(moved: float, device: str) -> Call:
 
 @cache
 def _product(device: str, dtype: torch.dtype) -> Call:
-    a, b, out = (torch.ones(SIDE, SIDE, dtype=dtype, device=device) for _ in range(3))
+    side = SIDE[device]  # of numbers that change from one to the next: a GPU is faster on ones, as it warms up less
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     return lambda _: torch.mm(a, b, out=out)
 
 
 @cache
 def _exponentials(device: str) -> tuple[Call, int]:
-    count = NUMBERS * (torch.get_num_threads() if device == "cpu" else 1024)
+    count = NUMBERS * torch.get_num_threads()
     x, out = (torch.zeros(count, device=device) for _ in range(2))
     return (lambda _: torch.exp(x, out=out)), count
 
@@ -55,9 +56,14 @@ def contestants(work: Work, device: str, dtype: torch.dtype) -> dict[str, Call]:
     found = {COPY: _copy(work.bytes, device)}
     if work.flops:
         found[PRODUCT] = _product(device, dtype)
-    if work.exponentials:
+    if work.exponentials and device == "cpu":  # no function of torch keeps a GPU's waiting for no memory
         found[EXPONENTIALS] = _exponentials(device)[0]
     return found
+
+
+def product_flops(device: str) -> float:
+    """Of the product that is timed."""
+    return 2.0 * SIDE[device] ** 3
 
 
 def seconds(work: Work, times: dict[str, Sequence[float]], device: str) -> float:
@@ -65,25 +71,26 @@ def seconds(work: Work, times: dict[str, Sequence[float]], device: str) -> float
     medians = {name: interval(values)[0] for name, values in times.items()}
     allowed = [medians[COPY] * max(1.0, work.bytes / 2 / ROTATED)]
     if work.flops:
-        allowed.append(medians[PRODUCT] * work.flops / (2 * SIDE**3))
-    if work.exponentials:
+        allowed.append(medians[PRODUCT] * work.flops / product_flops(device))
+    if EXPONENTIALS in medians:
         allowed.append(medians[EXPONENTIALS] * work.exponentials / _exponentials(device)[1])
     return max(allowed)
 
 
 def rows(device: str, dtypes: list[torch.dtype], longest: float) -> list[Row]:
     """The limits of the run as rows of the results, under the op "limit". longest: seconds for each."""
-    exponentials, count = _exponentials(device)
-    work = {"copy": Work(bytes=ROTATED), "exponentials": Work(exponentials=count)}
-    calls = {"copy": _copy(ROTATED, device), "exponentials": exponentials}
+    work, calls = {"copy": Work(bytes=ROTATED)}, {"copy": _copy(ROTATED, device)}
+    if device == "cpu":
+        calls["exponentials"], count = _exponentials(device)
+        work["exponentials"] = Work(exponentials=count)
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        calls[name], work[name] = _product(device, dtype), Work(flops=2 * SIDE**3)
+        calls[name], work[name] = _product(device, dtype), Work(flops=product_flops(device))
     found = []
     for name, values in take_turns(calls, device, longest).items():
         median, low, high = interval(values)
         dtype_name = name if work[name].flops else "float32"
-        what = f"product of {SIDE}x{SIDE}" if work[name].flops else name
+        what = f"product of {SIDE[device]}x{SIDE[device]}" if work[name].flops else name
         row = Row("limit", "machine", device, dtype_name, what, "forward", 1e6 * median, 1e6 * low, 1e6 * high)
         found.append(row.rated(work[name]))
     return found

@@ -27,6 +27,7 @@ import torch
 BACKENDS = ("native", "triton")
 FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
+WINDOW = {"cpu": 200e-6, "cuda": 2e-3}  # seconds that are timed at least: a clock, and waiting for a GPU, are that good
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 
 
@@ -98,7 +99,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
-    A short call is repeated until a clock is good enough. It ends when `seconds` have passed for each contestant, but
+    A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but
     not before `least` measurements of each, nor after `most`. The order is shuffled, and one count of calls serves all:
     what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one. `clock` may be
     time.process_time, which a busy machine does not disturb, for calls of a single thread.
@@ -120,7 +121,7 @@ def take_turns(
     for name in contestants:
         first = once(name)  # which may compile or pick a kernel
         shortest = first if first > 1.0 else min(once(name), once(name))
-        repeats[name] = max(1, min(200, math.ceil(200e-6 / max(shortest, 1e-7))))
+        repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     collecting = gc.isenabled()
     gc.disable()

@@ -2,11 +2,12 @@
 an answer in text, a picture from a prompt.
 
     python benchmarks/model.py [--presets nano 4b] [--dtype float32 ...] [--tasks prefill ...] [--peers NAME ...]
-                               [--no-compile] [--json F] [--markdown F] [--compare OLD]
+                               [--no-compile] [--device cuda] [--json F] [--markdown F] [--compare OLD]
 
-nano as it is; 4b with two blocks in each network and its whole vocabulary. `plans.py` says what the plans are. Every
-result is checked against plain torch in eager mode before anything is timed, and the contestants take turns. The limit
-is the time in which the machine can do the products, or read the weights, that the cheaper plan cannot do without.
+nano as it is; 4b with two blocks in each network and its whole vocabulary, on a GPU with longer texts. `plans.py` says
+what the plans are. Every result is checked against plain torch in eager mode before anything is timed, and the
+contestants take turns. The limit is the time in which the machine can do the products, or read the weights, that the
+cheaper plan cannot do without.
 """
 
 from __future__ import annotations
@@ -44,26 +45,31 @@ class Sizes:
     steps: int
 
 
-SIZES = {"nano": Sizes(prompt=24, answer=16, caption=16, steps=40), "4b": Sizes(96, 8, 32, 8)}
+SIZES = {
+    ("cpu", "nano"): Sizes(prompt=24, answer=16, caption=16, steps=40),
+    ("cpu", "4b"): Sizes(96, 8, 32, 8),
+    ("cuda", "nano"): Sizes(24, 16, 16, 40),
+    ("cuda", "4b"): Sizes(2048, 16, 64, 30),
+}
 
 
 class Contest:
     """One model and all that is done with it."""
 
-    def __init__(self, preset: str, dtype: torch.dtype) -> None:
-        self.preset, self.dtype, self.sizes = preset, dtype, SIZES[preset]
-        model, network = end_to_end.build(preset, dtype)
+    def __init__(self, preset: str, dtype: torch.dtype, device: str = "cpu") -> None:
+        self.preset, self.dtype, self.device, self.sizes = preset, dtype, device, SIZES[device, preset]
+        model, network = end_to_end.build(preset, dtype, device)
         self.model: Blip3o = model.requires_grad_(False)
         self.network: Plain = network.requires_grad_(False)
         self.compiled = self._compiled()
         config, draw = self.model.config, torch.Generator().manual_seed(1)
-        self.ids = torch.randint(8, 100, (1, self.sizes.prompt), generator=draw)
-        self.caption = torch.randint(8, 100, (1, self.sizes.caption), generator=draw)
-        self.token = torch.randint(8, 100, (1, 1), generator=draw)
-        self.hidden = torch.randn(1, config.num_queries, config.llm.width, generator=draw).to(dtype)
-        noise = torch.randn(1, config.feature_grid**2, config.clip.width, generator=draw).to(dtype)
+        self.ids = torch.randint(8, 100, (1, self.sizes.prompt), generator=draw).to(device)
+        self.caption = torch.randint(8, 100, (1, self.sizes.caption), generator=draw).to(device)
+        self.token = torch.randint(8, 100, (1, 1), generator=draw).to(device)
+        self.hidden = torch.randn(1, config.num_queries, config.llm.width, generator=draw).to(device, dtype)
+        noise = torch.randn(1, config.feature_grid**2, config.clip.width, generator=draw).to(device, dtype)
         side = config.decoder.image_size if config.decoder else 0
-        pixels = torch.randn(1, 3, side, side, generator=draw).to(dtype) if side else None
+        pixels = torch.randn(1, 3, side, side, generator=draw).to(device, dtype) if side else None
         self.picture = Picture(noise, pixels, self.sizes.steps)
 
     def _compiled(self) -> Blip3o:
@@ -123,8 +129,8 @@ class Contest:
 
 
 def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> list[Row]:
-    dtype = contest.dtype
-    head = Row(task, "", "cpu", str(dtype).removeprefix("torch."), contest.shape(task), "forward")
+    dtype, device = contest.dtype, contest.device
+    head = Row(task, "", device, str(dtype).removeprefix("torch."), contest.shape(task), "forward")
     official = contest.contestant("plain official")
     # In bfloat16 two equal words may swap places, and then the answers part: what chooses the first word is compared.
     by_logits = task == "text" and dtype != torch.float32
@@ -144,11 +150,11 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
         if row.checked:
             calls[provider] = lambda _, call=call: call()  # type: ignore[misc]
     work = contest.work(task)
-    yardsticks = limits.contestants(work, "cpu", dtype)
+    yardsticks = limits.contestants(work, device, dtype)
     times = measure.take_turns(
-        {**calls, **yardsticks}, "cpu", options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
+        {**calls, **yardsticks}, device, options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
     )
-    limit = limits.seconds(work, {name: times[name] for name in yardsticks}, "cpu")
+    limit = limits.seconds(work, {name: times[name] for name in yardsticks}, device)
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, limit)
     return measure.compared(found.values())
@@ -163,7 +169,7 @@ def main() -> None:
     with torch.inference_mode():
         for preset in options.presets:
             for dtype in options.dtype:
-                contest = Contest(preset, DTYPES[dtype])
+                contest = Contest(preset, DTYPES[dtype], options.device)
                 for task in options.tasks:
                     torch._dynamo.reset()
                     found += measure_task(contest, task, options)

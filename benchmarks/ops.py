@@ -1,7 +1,8 @@
 """Every op beside its peers: checked, timed in turn, held against what the machine can do.
 
-    python benchmarks/ops.py [--op rms_norm ...] [--dtype float32 ...] [--shapes decode|train|all] [--presets nano ...]
-                             [--peers compile ...] [--json F] [--markdown F] [--plot DIR] [--compare OLD]
+    python benchmarks/ops.py [--op rms_norm ...] [--dtype float32 ...] [--shapes decode|train|all|anchor]
+                             [--presets nano ...] [--peers compile ...] [--device cuda] [--json F] [--markdown F]
+                             [--plot DIR] [--compare OLD]
 
 First each result is checked against the reference. Then all contestants of a row are timed in turn on the same inputs,
 which are copied until they are larger than the caches; results are allocated as a user's call allocates them. In
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import anchors
 import limits
 import measure
 import rows
@@ -218,7 +220,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Every op beside its peers.")
     parser.add_argument("--op", nargs="+", choices=known, default=known, metavar="OP")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    parser.add_argument("--shapes", choices=[*rows.PHASES, "all"], default="all")
+    parser.add_argument("--shapes", choices=[*rows.PHASES, "all", "anchor"], default="all")
     parser.add_argument("--presets", nargs="+", choices=["nano", "4b", "8b"], default=["nano", "4b", "8b"])
     parser.add_argument("--directions", nargs="+", choices=["forward", "training"], default=["forward", "training"])
     parser.add_argument("--peers", nargs="+", default=[], help="names as in the table; all if not given")
@@ -246,10 +248,15 @@ def main() -> None:
     options.memory = "fresh" if both else options.memory
     if options.memory == "reused" and not keep_freed_memory():
         raise SystemExit("--memory reused: this C library cannot keep freed memory")
+    if options.shapes == "anchor" and options.device == "cpu":
+        raise SystemExit("--shapes anchor: sizes of a data-centre GPU, expected --device cuda")
     phases = list(rows.PHASES) if options.shapes == "all" else [options.shapes]
     dtypes = [DTYPES[name] for name in options.dtype]
     found, bound = limits.rows(options.device, dtypes, 5 * options.seconds), set()
-    for case in rows.cases(options.op, options.presets, phases, options.device):
+    anchored = options.shapes == "anchor"
+    for case in (
+        anchors.cases(options.op) if anchored else rows.cases(options.op, options.presets, phases, options.device)
+    ):
         op = next(op for op in OPS if op.name == case.op)
         if case.memory_bound:
             bound.add((case.op, case.shape))
@@ -257,6 +264,8 @@ def main() -> None:
             for training in (False, True):
                 if ("training" if training else "forward") in options.directions and (case.trained or not training):
                     torch._dynamo.reset()
+                    if options.device == "cuda":
+                        torch.cuda.empty_cache()
                     with torch.set_grad_enabled(training):
                         found += measure_case(op, case, dtype, training, options)
                     progress(measure.line([row for row in found if row.key == found[-1].key]))

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
+import libraries
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -197,7 +199,6 @@ PEERS: dict[str, dict[str, Function]] = {
     "flow_step": {"diffusers": torch_flow_step},
     "linear_cross_entropy": {"transformers": hf_linear_cross_entropy, "functional": functional_linear_cross_entropy},
 }
-LIGER = {"rms_norm", "layer_norm", "rope", "swiglu", "linear_cross_entropy", "add_rms_norm"}
 SDPA = {
     "sdpa math": SDPBackend.MATH,
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
@@ -215,7 +216,8 @@ def peers(op: str, device: str, drawn: bool) -> Iterator[Peer]:
         yield Peer(name, function, random=drawn)
     yield Peer("compile", torch.compile(reference, dynamic=False))
     if op in PRODUCTS:
-        mode = "max-autotune" if device != "cpu" else "max-autotune-no-cudagraphs"
+        # Without CUDA graphs: one is made of a whole network, around one op it would time the copies of its inputs.
+        mode = "max-autotune-no-cudagraphs"
         yield Peer("compile max-autotune", torch.compile(reference, dynamic=False, mode=mode))
     elif device == "cpu":
         reason = "on a CPU it changes matrix products alone; for the other ops it is the same code as compile"
@@ -225,18 +227,25 @@ def peers(op: str, device: str, drawn: bool) -> Iterator[Peer]:
             elsewhere = backend in (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION) and device == "cpu"
             yield Peer(name, None if elsewhere else sdpa(backend), "runs on CUDA only" if elsewhere else "")
         yield Peer("flex", flex_attention(), forward_only=device == "cpu")
-        yield _library("flash-attn", "flash_attn", device)
-    if op in LIGER:
-        yield _library("liger", "liger_kernel", device)
+        for name, module in (("flash-attn", "flash_attn"), ("flash-attn 3", "flash_attn_interface")):
+            yield _library(name, module, device, partial(libraries.flash_attention, module))
+    if op in libraries.LIGER:
+        yield _library("liger", "liger_kernel", device, libraries.LIGER[op])
     if op == "linear_cross_entropy":
         yield Peer(
             "torchao", None, "has quantised linear layers, no kernel for any of these ops in float32 or bfloat16"
         )
 
 
-def _library(name: str, module: str, device: str) -> Peer:
+def _library(name: str, module: str, device: str, call: Callable[[], Function] | str) -> Peer:
+    """call: makes the function, or says why there is none."""
     if importlib.util.find_spec(module) is None:
         return Peer(name, None, "not installed" if device != "cpu" else "not installed; runs on CUDA only")
     if device == "cpu":
         return Peer(name, None, "runs on CUDA only")
-    return Peer(name, None, "no call of it is written yet")
+    if isinstance(call, str):
+        return Peer(name, None, call)
+    try:
+        return Peer(name, call())
+    except ImportError as error:
+        return Peer(name, None, str(error))

@@ -400,8 +400,9 @@ def load(model: nn.Module, config: Blip3oConfig) -> Plain:
     for name, x in model.named_parameters():
         x.requires_grad_(trained[name])
     dit, decoder = config.dit, config.decoder
-    plain.dit.turns = turns(dit.grid, dit.width // dit.num_heads, dit.rope_theta)
+    device = plain.queries.device
+    plain.dit.turns = turns(dit.grid, dit.width // dit.num_heads, dit.rope_theta).to(device)
     if plain.decoder is not None and decoder is not None:
         side = decoder.image_size // decoder.patch_size
-        plain.decoder.turns = turns(side, decoder.width // decoder.num_heads, decoder.rope_theta)
+        plain.decoder.turns = turns(side, decoder.width // decoder.num_heads, decoder.rope_theta).to(device)
     return plain

@@ -60,7 +60,7 @@ class Native:
     def prefill(self, ids: Tensor) -> Tensor:
         """The logits after a prompt [1, T], by which its first answer is chosen: [1, vocabulary]."""
         model = self.model
-        last, cache = torch.tensor([ids.shape[1] - 1]), model.cache(1, ids.shape[1] + 1)
+        last, cache = torch.tensor([ids.shape[1] - 1], device=ids.device), model.cache(1, ids.shape[1] + 1)
         return model.llm.logits(model.llm(model.embed(ids), None, None, cache, asked=last))
 
     def decode(self, ids: Tensor, token: Tensor) -> Step:
@@ -151,7 +151,7 @@ class Official:
 
         def velocity(x: Tensor, sigma: float) -> Tensor:
             x = torch.cat((x, x))
-            time = torch.full((2,), sigma * TIMESTEPS)
+            time = torch.full((2,), sigma * TIMESTEPS, device=x.device)
             known = (pairs, pooled) if self.cached else (network.dit.project(both),)
             v = self.dit(x, time, *known)
             if flow_config.prediction == "sample":
@@ -180,7 +180,7 @@ class Official:
             features, x = x, picture.pixels
             levels = flow.sigmas(generate.DECODER_STEPS)
             for here, there in pairwise(levels):
-                v = (x - self.decoder(x, torch.full((1,), here * TIMESTEPS), features)) / here
+                v = (x - self.decoder(x, torch.full((1,), here * TIMESTEPS, device=x.device), features)) / here
                 x = (x.float() + (there - here) * v.float()).to(x.dtype)
             return ((x + 1) / 2).clamp(0, 1)
 
@@ -292,7 +292,8 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.98))
 
     def forward(self) -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
             loss = self.loss()
         return loss if isinstance(loss, tuple) else (loss,)
 

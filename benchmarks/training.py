@@ -1,13 +1,15 @@
 """One step of the optimiser in each stage, beside the same networks in plain torch: time, peak memory, MFU.
 
     python benchmarks/training.py [--presets nano 4b] [--dtype float32 ...] [--stages understanding ...]
-                                  [--peers NAME ...] [--no-compile] [--json F] [--markdown F] [--compare OLD]
+                                  [--peers NAME ...] [--no-compile] [--device cuda] [--json F] [--markdown F]
+                                  [--compare OLD]
 
 A step is loss, gradients, clipping, AdamW. Batches are ready beforehand, for all alike. nano has its recipe's batches;
-4b, cut to two blocks a network, what a CPU steps through in seconds. "bfloat16" is autocast over float32 weights. Loss
-and every gradient are checked against plain torch in eager mode, then the contestants take turns on one set of weights
-and moments. Memory is counted at torch's allocator: weights, moments and features at hand, and the most that a step
-adds to them. MFU: the products that the cheaper plan cannot do without, at the measured rate of the machine's.
+4b, cut to two blocks a network, what a CPU steps through in seconds, and on a GPU what fills it. "bfloat16" is autocast
+over float32 weights. Loss and every gradient are checked against plain torch in eager mode, then the contestants take
+turns on one set of weights and moments. Memory is counted at torch's allocator: weights, moments and features at hand,
+and the most that a step adds to them. MFU: the products that the cheaper plan cannot do without, at the measured rate
+of the machine's.
 """
 
 from __future__ import annotations
@@ -49,28 +51,36 @@ class Sizes:
     caption: int
 
 
-SIZES = {"nano": Sizes(32, 64, 12, 64, 4, 16), "4b": Sizes(1, 80, 10, 1, 1, 32)}
+SIZES = {
+    ("cpu", "nano"): Sizes(32, 64, 12, 64, 4, 16),
+    ("cpu", "4b"): Sizes(1, 80, 10, 1, 1, 32),
+    ("cuda", "nano"): Sizes(32, 64, 12, 64, 4, 16),
+    ("cuda", "4b"): Sizes(8, 1024, 256, 16, 4, 64),
+}
 
 
 class Contest:
-    def __init__(self, preset: str, stage: str, dtype: str) -> None:
-        self.preset, self.stage, self.dtype, self.sizes = preset, stage, dtype, SIZES[preset]
+    def __init__(self, preset: str, stage: str, dtype: str, device: str = "cpu") -> None:
+        self.preset, self.stage, self.dtype, self.device = preset, stage, dtype, device
+        self.sizes = SIZES[device, preset]
         self.recipe = replace(RECIPES["nano"][stage], learning_rate=1e-6)  # the weights stay what was checked
-        self.model, self.network = end_to_end.build(preset, torch.float32)
+        self.model, self.network = end_to_end.build(preset, torch.float32, device)
         trained = ("llm.", "image_projector.") if stage == "understanding" else ("dit.", "queries")
         self.model.requires_grad_(False)
         self.parameters = {name: x for name, x in self.model.named_parameters() if name.startswith(trained)}
         for x in self.parameters.values():
             x.requires_grad_()
-        self.batch = self._batch()
+        batch = self._batch()
+        self.batch = type(batch)(*(x.to(device) for x in vars(batch).values()))
 
     def _batch(self) -> Batch:
+        """Drawn on the CPU, so that it is the same on every device; the features are where the network is."""
         config, sizes, draw = self.model.config, self.sizes, torch.Generator().manual_seed(1)
         count, side = config.feature_grid**2, config.clip.image_size
         rows = sizes.rows if self.stage == "understanding" else sizes.pictures
         pictures = torch.randn(rows, 3, side, side, generator=draw)
         with torch.no_grad():
-            features = self.network.features(pictures)
+            features = self.network.features(pictures.to(self.device)).cpu()
         if self.stage == "understanding":
             ids = torch.randint(8, 100, (rows, sizes.tokens), generator=draw)
             ids[:, 1 : 1 + count] = config.image_token
@@ -121,7 +131,7 @@ class Contest:
 
 
 def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[Tensor, Tensor]) -> list[Row]:
-    head = Row(contest.stage, "", "cpu", contest.dtype, contest.shape, "training")
+    head = Row(contest.stage, "", contest.device, contest.dtype, contest.shape, "training")
     expected = contest.trainer("plain official").gradients()
     optimizers = {fused: contest.trainer("plain cached" if fused else "plain official").optimizer() for fused in (0, 1)}
     optimizers[0].state = optimizers[1].state  # one set of moments for all: two would not fit beside 4b
@@ -142,16 +152,16 @@ def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[
     expected.clear()
     calls["native"](0)  # which makes the moments
     for provider, call in calls.items():
-        added = end_to_end.peak(lambda call=call: call(0))  # type: ignore[misc]
+        added = end_to_end.peak(lambda call=call: call(0), contest.device)  # type: ignore[misc]
         optimizer = optimizers["plain official" not in provider]
         found[provider] = replace(found[provider], peak_mib=(contest.at_hand(provider, optimizer, casts) + added) / MIB)
     dtype = DTYPES[contest.dtype]
-    yardsticks = limits.contestants(work, "cpu", dtype)
+    yardsticks = limits.contestants(work, contest.device, dtype)
     del yardsticks[limits.COPY]
     times = measure.take_turns(
-        {**calls, **yardsticks}, "cpu", options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
+        {**calls, **yardsticks}, contest.device, options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
     )
-    rate = 2 * limits.SIDE**3 / measure.interval(times[limits.PRODUCT])[0]
+    rate = limits.product_flops(contest.device) / measure.interval(times[limits.PRODUCT])[0]
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, work.flops / rate)
     return measure.compared(found.values())
@@ -168,7 +178,7 @@ def main() -> None:
             for stage in options.stages:
                 torch._dynamo.reset()
                 with keep_casts() as casts:
-                    found += measure_stage(Contest(preset, stage, dtype), options, casts)
+                    found += measure_stage(Contest(preset, stage, dtype, options.device), options, casts)
                 progress(measure.line([row for row in found if row.key == found[-1].key]))
     end_to_end.report("training.py", found, options, "MFU", memory=True)
 

@@ -19,13 +19,12 @@ only the first three count.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -36,19 +35,18 @@ from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from code_limits import HOLDS, Code, counted, in_eights, objections, worst, written
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.errors import TritonError
 from triton.runtime.jit import JITFunction, create_function_from_signature
+from workload_calls import call, unread
 
 from blip3o_kernels import OPS, Op, dispatch, use
 from blip3o_kernels.bodies import body
 from blip3o_kernels.triton_ops import INTERPRETED
-from blip3o_kernels.workloads import WORKLOADS, Untouched, Workload
+from blip3o_kernels.workloads import WORKLOADS, Untouched
 
 LIMITS = Path(__file__).with_name("gpu_code_limits.json")
 COMMAND = "python tests/gpu_code.py --update"
@@ -67,20 +65,6 @@ FAMILIES: dict[str, list[str]] = {}
 for _target, (_gpu, _) in TARGETS.items():
     FAMILIES.setdefault("hip" if _gpu.backend == "hip" else f"sm{_gpu.arch}", []).append(_target)
 DTYPES = (torch.bfloat16, torch.float32)  # float32 for the first workload of an op alone
-INSTRUCTIONS = {
-    "cuda": {
-        "load16": r"\bLDG\.\S*(?:128|256)",
-        "store16": r"\bSTG\.\S*(?:128|256)",
-        "matrix": r"\b(?:[HIQDO]MMA|[HIQ]GMMA|UTC\w*MMA)\b",
-        "copy": r"\b(?:LDGSTS|UBLKCP|UTMALDG)\b",
-    },
-    "hip": {
-        "load16": r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)",
-        "store16": r"\b(?:global|buffer|flat)_store_(?:dwordx4|b128)",
-        "matrix": r"\bv_(?:mfma|smfmac|wmma|swmmac)_",
-        "copy": r"\b(?:buffer_load_\w+ .* lds$|global_load_lds_)",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -96,28 +80,6 @@ class Job:
     @property
     def key(self) -> str:
         return f"{self.kernel} | {self.variant} | {self.target}"
-
-
-@dataclass(frozen=True)
-class Code:
-    """What one piece of machine code needs and holds. failure: why there is none; everything else is then 0.
-
-    registers: of a thread.  shared, stack: bytes.  spills: on NVIDIA the instructions that store or load a spilled
-    register, on AMD the spilled vector registers (scalar ones go into lanes of those, not to memory).  The others
-    count instructions: loads and stores of 16 bytes, matrix products, copies from global to shared memory that pass no
-    register.
-    """
-
-    registers: int = 0
-    shared: int = 0
-    stack: int = 0
-    spills: int = 0
-    threads: int = 0
-    load16: int = 0
-    store16: int = 0
-    matrix: int = 0
-    copy: int = 0
-    failure: str = ""
 
 
 @contextmanager
@@ -154,61 +116,6 @@ def described(source: ASTSource, options: Any) -> str:
     return " ".join(words + ([f"odd={','.join(odd)}"] if odd else []))
 
 
-def call(op: Op, workload: Workload) -> None:
-    """Everything the op launches for a workload: without gradients, and with them if the workload trains."""
-    bound = inspect.signature(op.function).bind(*workload.args, **workload.kwargs)
-    with torch.no_grad():
-        op.function(*bound.args, **bound.kwargs)
-    if not workload.trained:
-        return
-    leaves = []
-    for name, value in bound.arguments.items():
-        if name in op.differentiable and isinstance(value, Tensor) and value.is_floating_point():
-            bound.arguments[name] = value.detach().requires_grad_()
-            leaves.append(bound.arguments[name])
-    outputs = op.function(*bound.args, **bound.kwargs)
-    wanted = [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
-    if wanted:
-        torch.autograd.grad(wanted, leaves, [torch.empty_like(y) for y in wanted], allow_unused=True)
-
-
-class Unread(TorchDispatchMode):
-    """torch's own functions of floating-point tensors, matrix products above all, return memory that nobody wrote."""
-
-    def __torch_dispatch__(
-        self, function: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if function.is_view or not any(x.is_floating_point() for x in tensors):
-            return function(*args, **kwargs)
-        if function._schema.is_mutable:
-            return kwargs["out"] if "out" in kwargs else args[0]
-        args, kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
-        kwargs |= {"device": "meta"} if kwargs.get("device") else {}
-        shapes = function(*args, **kwargs)
-        return tree_map_only(Tensor, lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype), shapes)
-
-
-@contextmanager
-def unread(op: Op) -> Iterator[None]:
-    """Inside the block nothing is computed in the op's Triton body, neither by Triton nor by torch."""
-    module = body(op.name, "triton")
-
-    def quiet(function: Callable[..., object]) -> Callable[..., object]:
-        def run(*args: object, **kwargs: object) -> object:
-            with Unread():
-                return function(*args, **kwargs)
-
-        return run
-
-    functions: dict[str, Any] = {
-        name: quiet(vars(module)[name]) for name in ("forward", "backward") if name in vars(module)
-    }
-    with mock.patch.multiple(module, **functions):
-        yield
-
-
 def jobs_of(ops: Iterable[Op]) -> list[Job]:
     """All machine code of the ops that have a Triton body, each piece once."""
     jobs: dict[tuple[str, str, str], Job] = {}
@@ -238,8 +145,8 @@ def call_all(op: Op) -> None:
     """The op on its workloads, on the first of them in all dtypes."""
     for dtype in DTYPES:
         for workload in WORKLOADS[op.name](Untouched(dtype, "cpu")):
-            with unread(op):
-                call(op, workload)
+            with unread(body(op.name, "triton")):
+                call(op, workload, workload.trained)
             if dtype != DTYPES[0]:
                 break
 
@@ -276,10 +183,6 @@ def measured_amd(text: str) -> Code:
     return Code(registers=field("vgpr_count"), stack=stack, spills=field("vgpr_spill_count"), **counted("hip", text))
 
 
-def counted(backend: str, text: str) -> dict[str, Any]:
-    return {name: len(re.findall(what, text, re.MULTILINE)) for name, what in INSTRUCTIONS[backend].items()}
-
-
 _jobs: list[Job] = []  # what the worker processes inherit: a job holds a kernel, which does not pickle
 
 
@@ -299,9 +202,7 @@ def measure_all(jobs: list[Job], processes: int) -> dict[str, Code]:
     for job, code in zip(jobs, codes, strict=True):
         other = found.setdefault(job.key, code)
         if other != code:
-            fewest = {name: min(value, asdict(other)[name]) for name, value in asdict(code).items()}
-            most = {name: max(value, asdict(other)[name]) for name, value in asdict(code).items()}
-            found[job.key] = Code(**{**most, **{name: fewest[name] for name in INSTRUCTIONS["cuda"]}})
+            found[job.key] = worst(code, other)
     return dict(sorted(found.items()))
 
 
@@ -328,12 +229,7 @@ def check(found: dict[str, Code], limits: dict[str, Any]) -> list[str]:
         if limit is None:
             wrong.append(f"{key}: has no limit; {COMMAND}")
             continue
-        for name in ("registers", "shared"):
-            if asdict(code)[name] > limit[name]:
-                wrong.append(f"{key}: {name} {asdict(code)[name]}, limit {limit[name]}")
-        lost = [name for name in limit["holds"] if not asdict(code)[name]]
-        if lost:
-            wrong.append(f"{key}: holds no {', '.join(lost)} any more")
+        wrong += objections(key, code, limit, ("registers", "shared"))
     return wrong
 
 
@@ -344,18 +240,12 @@ def updated(found: dict[str, Code], limits: dict[str, Any], everything: bool) ->
         if not measured.failure:
             old = limits["code"].get(key, {})
             code[key] = {
-                "registers": -(-measured.registers // 8) * 8,  # GPUs hand them out in eights
+                "registers": in_eights(measured.registers),
                 "shared": measured.shared,
-                "holds": [name for name in INSTRUCTIONS["cuda"] if asdict(measured)[name]],
+                "holds": measured.holds,
                 **{name: old[name] for name in ("spills", "reason") if name in old},
             }
     return {"triton": triton.__version__, "code": dict(sorted(code.items()))}
-
-
-def written(limits: dict[str, Any]) -> str:
-    """JSON with a line for each piece of code, so that differences read well."""
-    lines = [f"  {json.dumps(key)}: {json.dumps(limit)}" for key, limit in limits["code"].items()]
-    return f'{{\n "triton": {json.dumps(limits["triton"])},\n "code": {{\n' + ",\n".join(lines) + "\n }\n}\n"
 
 
 def table(found: dict[str, Code]) -> str:
@@ -365,11 +255,11 @@ def table(found: dict[str, Code]) -> str:
         kernel, _, target = key.split(" | ")
         groups.setdefault((kernel, target), []).append(code)
     needs = ("registers", "shared", "stack", "spills", "threads")
-    titles = ["kernel", "GPU", "pieces", *needs, *INSTRUCTIONS["cuda"]]
+    titles = ["kernel", "GPU", "pieces", *needs, *HOLDS]
     lines = [f"| {' | '.join(titles)} |", "|---|---" + "|---:" * (len(titles) - 2) + "|"]
     for (kernel, target), codes in groups.items():
         most = [max(asdict(code)[name] for code in codes) for name in needs]
-        holding = [sum(asdict(code)[name] > 0 for code in codes) for name in INSTRUCTIONS["cuda"]]
+        holding = [sum(asdict(code)[name] > 0 for code in codes) for name in HOLDS]
         lines.append(f"| {' | '.join(map(str, [kernel, target, len(codes), *most, *holding]))} |")
     return "\n".join(lines) + "\n"
 
@@ -419,7 +309,7 @@ def main() -> None:
     limits = json.loads(options.limits.read_text()) if options.limits.exists() else {"triton": "", "code": {}}
     if options.update:
         limits = updated(found, limits, everything=not options.ops)
-        options.limits.write_text(written(limits))
+        options.limits.write_text(written("triton", limits["triton"], limits["code"]))
     elif limits["triton"] != triton.__version__:
         print(f"limits are of triton {limits['triton']}, this is {triton.__version__}: only what cannot run counts")
     if options.out is None:

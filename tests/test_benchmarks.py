@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import subprocess
@@ -10,6 +11,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import anchors
 import limits
 import measure
 import ops
@@ -22,6 +24,7 @@ from measure import Row, Work
 
 from blip3o_kernels import OPS
 from blip3o_kernels.samples import Draw
+from blip3o_kernels.workloads import Untouched
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = list(rows.cases([op.name for op in OPS], ["nano", "4b", "8b"], list(rows.PHASES), "cpu"))
@@ -58,6 +61,32 @@ def test_peers_compute_what_the_op_computes(case: rows.Case, dtype: torch.dtype)
             wrong = {peer.name: contest.wrong(peer.function, peer.random) for peer in found}  # type: ignore[arg-type]
             assert not any(wrong.values()), wrong
             assert "off by" in contest.wrong(lambda *a, **k: spoilt(op.function(*a, **k)), random=False)
+
+
+def test_anchors_are_calls_of_the_ops() -> None:
+    cases = list(anchors.cases([op.name for op in OPS]))
+    assert len({(case.op, case.shape) for case in cases}) == len(cases)
+    for case in cases:
+        op = next(op for op in OPS if op.name == case.op)
+        args, kwargs = case.make(Untouched(torch.bfloat16, "cpu"))
+        arguments = inspect.signature(op.function).bind(*args, **kwargs).arguments
+        assert rows.work(case, dict(arguments), [], op.differentiable)["training"].bytes > 2**26
+    names = {case.shape for case in cases if case.op == "attention"}
+    for head_dim in (64, 128):
+        for tokens in (2048, 4096, 8192, 16384):
+            sizes = (16384 // tokens, 2048 // head_dim, tokens, head_dim)
+            assert {f"anchor {anchors.attention_name(*sizes, causal)}" for causal in (False, True)} <= names
+
+
+def test_peers_on_cuda_are_there_or_say_why_not() -> None:
+    for op in OPS:
+        found = {peer.name: peer for peer in peers.peers(op.name, "cuda", drawn=False)}
+        assert {"reference", "compile"} <= set(found)
+        assert all(peer.function or peer.reason for peer in found.values())
+        assert not any(peer.forward_only for peer in found.values())
+        if op.name == "attention":
+            assert all(found[name].function for name in (*peers.SDPA, "functional", "flex"))
+            assert {"flash-attn", "flash-attn 3"} <= set(found)
 
 
 def spoilt(result: object) -> object:
@@ -125,8 +154,8 @@ def test_what_got_slower_is_told(tmp_path: Path) -> None:
 
 def test_limits_bind_by_what_is_slowest() -> None:
     times = {limits.COPY: [1e-3], limits.PRODUCT: [2e-3]}
-    assert limits.seconds(Work(bytes=2**20, flops=2 * 2 * limits.SIDE**3), times, "cpu") == 4e-3
-    assert limits.seconds(Work(bytes=2**20, flops=limits.SIDE**3 / 50), times, "cpu") == 1e-3
+    assert limits.seconds(Work(bytes=2**20, flops=2 * 2 * limits.SIDE["cpu"] ** 3), times, "cpu") == 4e-3
+    assert limits.seconds(Work(bytes=2**20, flops=limits.SIDE["cpu"] ** 3 / 50), times, "cpu") == 1e-3
 
 
 def test_the_program(tmp_path: Path) -> None:

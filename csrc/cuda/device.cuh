@@ -117,7 +117,7 @@ int launch(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, size_t shar
   kernel<<<blocks, threads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
 #else
   (void)stream;
-  host::run(blocks, threads, shared, [&] { kernel(arguments...); });
+  host::run(reinterpret_cast<const void*>(kernel), blocks, threads, shared, [&] { kernel(arguments...); });
 #endif
   return launched();
 }

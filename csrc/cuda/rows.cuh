@@ -62,8 +62,9 @@ __global__ void __launch_bounds__(256) sum_kernel(W* out, const float* partial, 
 
 template <class W>
 int sum_blocks(W* out, const float* partial, int64_t blocks, int64_t width, int64_t stride, void* stream) {
-  const dim3 columns(static_cast<unsigned>((width + 31) / 32));
-  return launch(sum_kernel<W>, columns, dim3(32, 8), 0, stream, out, partial, blocks, width, stride);
+  const int64_t parts = (width + 31) / 32;
+  if (parts > 0x7fffffff) return BLIP3O_BAD_ARGUMENT;
+  return launch(sum_kernel<W>, static_cast<unsigned>(parts), dim3(32, 8), 0, stream, out, partial, blocks, width, stride);
 }
 
 // run(T(), W()) with the types of those codes; W is T or float.

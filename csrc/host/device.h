@@ -29,8 +29,9 @@ struct Place {
 };
 const Place& here();
 
-// Runs `body` as every thread of every block; what is wrong with what the threads do is printed, and ends the process.
-cudaError_t run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body);
+// Runs `body`, a call of `kernel`, as every thread of every block; what is wrong with what the threads do is printed, and ends the
+// process.
+cudaError_t run(const void* kernel, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body);
 cudaError_t last_error();
 const char* name_of(cudaError_t);
 
@@ -42,6 +43,8 @@ char* dynamic_shared();
 size_t number();  // of the running thread in its block
 int fault();      // tests/cuda_on_host.py: which of the planted faults is on; 0: none
 bool running();   // whether a thread runs, and not the code that launches
+int capability();       // of the GPU that this is taken for: the first number, 9 for a Hopper
+int multiprocessors();  // that it has
 
 template <class T>
 T shuffle(uint32_t mask, T value, int from) {
@@ -64,6 +67,12 @@ inline void __syncthreads() { host::synchronise(); }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return host::shuffle(mask, value, host::lane() ^ lanes);
+}
+
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  return *value = attribute == cudaDevAttrMultiProcessorCount ? host::multiprocessors() : host::capability(), cudaSuccess;
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };

@@ -22,6 +22,10 @@
 
 extern "C" {
 __attribute__((visibility("default"))) int blip3o_host_fault = 0;
+// tests/cuda_launches.py: the GPU that this is taken for; and who is told of each launch, which then does not run. sizes: blocks,
+// then threads, in x, y and z.
+__attribute__((visibility("default"))) int blip3o_host_capability = 9, blip3o_host_multiprocessors = 2;
+__attribute__((visibility("default"))) void (*blip3o_host_record)(const void* kernel, const unsigned* sizes, size_t shared) = nullptr;
 }
 
 namespace host {
@@ -198,6 +202,8 @@ const Place& here() { return fibers[current].place; }
 size_t number() { return current; }
 bool running() { return inside; }
 int fault() { return blip3o_host_fault; }
+int capability() { return blip3o_host_capability; }
+int multiprocessors() { return blip3o_host_multiprocessors; }
 int lane() { return static_cast<int>(current % 32); }
 char* dynamic_shared() { return shared_memory; }
 
@@ -225,11 +231,16 @@ cudaError_t last_error() {
 
 const char* name_of(cudaError_t code) { return code == cudaSuccess ? "no error" : "invalid configuration argument"; }
 
-cudaError_t run(dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body) {
+cudaError_t run(const void* kernel, dim3 blocks, dim3 threads, size_t shared, const std::function<void()>& body) {
+  if (blip3o_host_record) {
+    const unsigned sizes[] = {blocks.x, blocks.y, blocks.z, threads.x, threads.y, threads.z};
+    blip3o_host_record(kernel, sizes, shared);
+  }
   const uint64_t count = static_cast<uint64_t>(threads.x) * threads.y * threads.z;
   const bool fits = count >= 1 && count <= MOST_THREADS && threads.z <= 64 && blocks.x >= 1 && blocks.x <= 0x7fffffff &&
                     blocks.y >= 1 && blocks.y <= 0xffff && blocks.z >= 1 && blocks.z <= 0xffff && shared <= MOST_SHARED;
   if (!fits) return error = cudaErrorInvalidConfiguration;
+  if (blip3o_host_record) return cudaSuccess;
   task = &body;
   const size_t number = static_cast<size_t>(blocks.x) * blocks.y * blocks.z;
   std::vector<size_t> order(number);
