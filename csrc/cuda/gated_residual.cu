@@ -74,10 +74,10 @@ __global__ void __launch_bounds__(THREADS* ROWS)
 // With a sample's sum s of dy * n and t = tanh(gate):   dgate = (1 - t^2) * s * weight,
 // and what it adds to dweight, s * t, replaces the sum of its first run.
 template <class W>
-__global__ void __launch_bounds__(32 * MOST_GROUPS) sample_kernel(blip3o_gated_residual_backward_arguments a) {
-  __shared__ float group[MOST_GROUPS][32];
-  const unsigned parts = static_cast<unsigned>((a.width + 31) / 32);
-  const int64_t sample = blockIdx.x / parts, column = static_cast<int64_t>(blockIdx.x % parts) * 32 + threadIdx.x;
+__global__ void __launch_bounds__(COLUMN_THREADS) sample_kernel(blip3o_gated_residual_backward_arguments a) {
+  __shared__ float group[COLUMN_THREADS];
+  const unsigned width = static_cast<unsigned>(a.width), parts = (width + blockDim.x - 1) / blockDim.x;
+  const int64_t sample = blockIdx.x / parts, column = static_cast<int64_t>(blockIdx.x % parts) * blockDim.x + threadIdx.x;
   const bool exists = column < a.width;
   float* partial = a.workspace + sample * a.blocks * a.width + column;
   const float s = column_sum(partial, exists, a.blocks, a.width, group);
@@ -104,9 +104,10 @@ int run(const blip3o_gated_residual_arguments& a) {
 
 template <class W>
 int finish(const blip3o_gated_residual_backward_arguments& a) {
-  const int64_t parts = (a.width + 31) / 32;
-  if (a.batch > 0x7fffffff / parts) return BLIP3O_BAD_ARGUMENT;
-  const int status = launch(sample_kernel<W>, static_cast<unsigned>(a.batch * parts), column_threads(a.blocks), 0, a.stream, a);
+  const dim3 threads = column_threads(a.blocks);
+  const int64_t parts = (a.width + threads.x - 1) / threads.x;
+  if (a.width > 0x7fffffff || a.batch > 0x7fffffff / parts) return BLIP3O_BAD_ARGUMENT;
+  const int status = launch(sample_kernel<W>, static_cast<unsigned>(a.batch * parts), threads, 0, a.stream, a);
   if (status || !a.dweight) return status;
   return sum_blocks(static_cast<W*>(a.dweight), a.workspace, a.batch, a.width, a.blocks * a.width, a.stream);
 }

@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(THREADS* ROWS) forward_kernel(blip3o_modulate_
 // With a sample's sums s of dy * n and p of dy:   dscale = s * weight + p * bias,   dshift = p,
 // and what it adds to dweight, s * (1 + scale), and to dbias, p * (1 + scale), replaces the sums of its first run.
 template <class W>
-__global__ void __launch_bounds__(32 * MOST_GROUPS) sample_kernel(blip3o_modulate_backward_arguments a) {
-  __shared__ float group[2][MOST_GROUPS][32];
-  const unsigned parts = static_cast<unsigned>((a.width + 31) / 32);
-  const int64_t sample = blockIdx.x / parts, column = static_cast<int64_t>(blockIdx.x % parts) * 32 + threadIdx.x;
+__global__ void __launch_bounds__(COLUMN_THREADS) sample_kernel(blip3o_modulate_backward_arguments a) {
+  __shared__ float group[2][COLUMN_THREADS];
+  const unsigned width = static_cast<unsigned>(a.width), parts = (width + blockDim.x - 1) / blockDim.x;
+  const int64_t sample = blockIdx.x / parts, column = static_cast<int64_t>(blockIdx.x % parts) * blockDim.x + threadIdx.x;
   const bool exists = column < a.width, plain = a.dshift || a.dbias;
   const int64_t apart = (plain ? 2 : 1) * a.width;
   float* partial = a.workspace + sample * a.blocks * apart + column;
@@ -84,9 +84,10 @@ int run(const blip3o_modulate_arguments& a) {
 
 template <class W>
 int finish(const blip3o_modulate_backward_arguments& a) {
-  const int64_t parts = (a.width + 31) / 32, apart = (a.dshift || a.dbias ? 2 : 1) * a.width;
-  if (a.batch > 0x7fffffff / parts) return BLIP3O_BAD_ARGUMENT;
-  int status = launch(sample_kernel<W>, static_cast<unsigned>(a.batch * parts), column_threads(a.blocks), 0, a.stream, a);
+  const dim3 threads = column_threads(a.blocks);
+  const int64_t parts = (a.width + threads.x - 1) / threads.x, apart = (a.dshift || a.dbias ? 2 : 1) * a.width;
+  if (a.width > 0x7fffffff || a.batch > 0x7fffffff / parts) return BLIP3O_BAD_ARGUMENT;
+  int status = launch(sample_kernel<W>, static_cast<unsigned>(a.batch * parts), threads, 0, a.stream, a);
   const auto add_up = [&](void* to, const float* from) {
     if (to && !status) status = sum_blocks(static_cast<W*>(to), from, a.batch, a.width, a.blocks * apart, a.stream);
   };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -111,42 +112,44 @@ __device__ inline void row_sums(float (&x)[COUNT], float* scratch) {
   }
 }
 
-constexpr int MOST_GROUPS = 32;  // of blocks, whose partial sums as many threads add up
+constexpr int COLUMN_THREADS = 1024;  // at most
+
+// Threads for column_sum: x columns, y for each. Few blocks take few threads, and more columns make up for it.
+inline dim3 column_threads(int64_t blocks) {
+  const unsigned y = static_cast<unsigned>(blocks < 1 ? 1 : blocks < 32 ? blocks : 32);
+  return dim3(y > 8 ? 32 : 128, y);
+}
 
 // The sum over blocks of partial[block * stride], by the threads of one x: those of y take every blockDim.y-th block, then the one
-// of y = 0, which alone has the result, adds them up. `group` is shared memory.
-__device__ inline float column_sum(const float* partial, bool exists, int64_t blocks, int64_t stride, float (*group)[32]) {
+// of y = 0, which alone has the result, adds them up. `group` is shared memory for COLUMN_THREADS floats.
+__device__ inline float column_sum(const float* partial, bool exists, int64_t blocks, int64_t stride, float* group) {
   float sum = 0;
   if (exists) {
 #pragma unroll 4
     for (int64_t block = threadIdx.y; block < blocks; block += blockDim.y) sum += partial[block * stride];
   }
-  group[threadIdx.y][threadIdx.x] = sum;
+  group[threadIdx.y * blockDim.x + threadIdx.x] = sum;
   __syncthreads();
   if (threadIdx.y == 0)
-    for (unsigned y = 1; y < blockDim.y; ++y) sum += group[y][threadIdx.x];
+    for (unsigned y = 1; y < blockDim.y; ++y) sum += group[y * blockDim.x + threadIdx.x];
   return sum;
-}
-
-// Threads for column_sum.
-inline dim3 column_threads(int64_t blocks) {
-  return dim3(32, static_cast<unsigned>(blocks < 1 ? 1 : blocks < MOST_GROUPS ? blocks : MOST_GROUPS));
 }
 
 // out[i] = sum over blocks of partial[block, i], rows of partial `stride` apart.
 template <class W>
-__global__ void __launch_bounds__(32 * MOST_GROUPS)
+__global__ void __launch_bounds__(COLUMN_THREADS)
     sum_kernel(W* out, const float* partial, int64_t blocks, int64_t width, int64_t stride) {
-  __shared__ float group[MOST_GROUPS][32];
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  __shared__ float group[COLUMN_THREADS];
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const float sum = column_sum(partial + column, column < width, blocks, stride, group);
   if (threadIdx.y == 0 && column < width) out[column] = from_float<W>(sum);
 }
 
 template <class W>
 int sum_blocks(W* out, const float* partial, int64_t blocks, int64_t width, int64_t stride, void* stream) {
-  const dim3 columns(static_cast<unsigned>((width + 31) / 32));
-  return launch(sum_kernel<W>, columns, column_threads(blocks), 0, stream, out, partial, blocks, width, stride);
+  const dim3 threads = column_threads(blocks);
+  const dim3 parts(static_cast<unsigned>((width + threads.x - 1) / threads.x));
+  return launch(sum_kernel<W>, parts, threads, 0, stream, out, partial, blocks, width, stride);
 }
 
 // run(T(), W()) with the types of those codes; W is T or float.

@@ -112,7 +112,8 @@ def backward(
     rows = batch * tokens * (1 if across_width else heads)
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
     if gpu:  # as many blocks as 132 multiprocessors hold at once
-        blocks = max(2, min(rows // 4, 528 if span * query.element_size() <= 4096 else 264))
+        most = 528 if across_width and span * query.element_size() <= 4096 else 264
+        blocks = max(2, min(rows // (4 if across_width else 64), most))
         workspace = torch.empty(blocks * _CUDA_ROWS * span, dtype=torch.float32, device=query.device)
     else:
         blocks = max(1, min(64, rows // 32))
