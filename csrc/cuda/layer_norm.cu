@@ -25,7 +25,7 @@ extern "C" int blip3o_cuda_layer_norm_backward(const blip3o_layer_norm_backward_
   b.stream = a->stream;
   int status = norm_backward(b);
   if (status) return status;
-  return by_dtypes(a->dtype, a->weight_dtype, [&](auto, auto w) {
+  return by_dtype(a->weight_dtype, [&](auto w) {
     const auto add_up = [&](void* to, const float* from) {
       using W = decltype(w);
       const int64_t apart = (b.plain ? 2 : 1) * a->width;

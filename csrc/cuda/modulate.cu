@@ -9,7 +9,7 @@ namespace {
 
 using namespace blip3o;
 
-template <int THREADS, int ROWS, int N, int CHUNKS, class T, class W>
+template <int THREADS, int ROWS, int N, int CHUNKS, class T>
 __global__ void __launch_bounds__(THREADS* ROWS) forward_kernel(blip3o_modulate_arguments a) {
   __shared__ float scratch[2][2 * (THREADS / 32)];
   const int64_t rows = a.batch * a.tokens, row = static_cast<int64_t>(blockIdx.x) * ROWS + threadIdx.y;
@@ -18,8 +18,7 @@ __global__ void __launch_bounds__(THREADS* ROWS) forward_kernel(blip3o_modulate_
   const int64_t sample = a.scale ? static_cast<unsigned>(row) / static_cast<unsigned>(a.tokens) : 0;
   const T* x = static_cast<const T*>(a.x) + row * a.stride;
   T* y = static_cast<T*>(a.y) + row * a.width;
-  const W* scale = a.scale ? static_cast<const W*>(a.scale) + sample * a.scale_stride : nullptr;
-  const W* shift = a.shift ? static_cast<const W*>(a.shift) + sample * a.shift_stride : nullptr;
+  const bool is_float = a.condition_dtype == BLIP3O_FLOAT32;
 
   Packed held[CHUNKS ? CHUNKS : 1];
   if constexpr (CHUNKS > 0)
@@ -33,12 +32,16 @@ __global__ void __launch_bounds__(THREADS* ROWS) forward_kernel(blip3o_modulate_
   const Moments of = moments(a.width, a.eps, a.centred, each, sum);
   for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) {
     Floats<N> v = value(i, chunk);
-    const Floats<N> weight = load_or<N>(static_cast<const W*>(a.weight), i, 1.0f);
-    const Floats<N> bias = load_or<N>(static_cast<const W*>(a.bias), i, 0.0f);
-    const Floats<N> gain = load_or<N>(scale, i, 0.0f), offset = load_or<N>(shift, i, 0.0f);
+    const Floats<N> weight = load_or<N, T>(a.weight, is_float, i, 1.0f), bias = load_or<N, T>(a.bias, is_float, i, 0.0f);
+    const Floats<N> scale = load_or<N, T>(a.scale, is_float, sample * a.scale_stride + i, 0.0f);
+    const Floats<N> shift = load_or<N, T>(a.shift, is_float, sample * a.shift_stride + i, 0.0f);
 #pragma unroll
-    for (int k = 0; k < N; ++k)
-      v.v[k] = ((v.v[k] - of.mean) * of.rstd * weight.v[k] + bias.v[k]) * (1.0f + gain.v[k]) + offset.v[k];
+    for (int k = 0; k < N; ++k) {
+      const float n = (v.v[k] - of.mean) * of.rstd;
+      // With a bias as the formula has it, for 0 * infinity; without one weight * (1 + scale) is rounded once.
+      v.v[k] = a.bias ? (n * weight.v[k] + bias.v[k]) * (1.0f + scale.v[k]) : n * fmaf(scale.v[k], weight.v[k], weight.v[k]);
+      v.v[k] += shift.v[k];
+    }
     store<N>(y + i, v);
   });
   if (a.saved && threadIdx.x == 0) {
@@ -69,7 +72,7 @@ __global__ void __launch_bounds__(COLUMN_THREADS) sample_kernel(blip3o_modulate_
   if (a.dbias) partial[a.width] = p * gain;
 }
 
-template <class T, class W>
+template <class T>
 int run(const blip3o_modulate_arguments& a) {
   const bool wide = divisible<16 / sizeof(T)>(a.width, a.stride, a.scale_stride, a.shift_stride) &&
                     aligned(a.x, a.y, a.scale, a.shift, a.weight, a.bias);
@@ -77,7 +80,7 @@ int run(const blip3o_modulate_arguments& a) {
     using Shape = decltype(shape);
     const int64_t blocks = (a.batch * a.tokens + Shape::ROWS - 1) / Shape::ROWS;
     if (blocks > 0x7fffffff) return static_cast<int>(BLIP3O_BAD_ARGUMENT);
-    return launch(forward_kernel<Shape::THREADS, Shape::ROWS, Shape::N, Shape::CHUNKS, T, W>, static_cast<unsigned>(blocks),
+    return launch(forward_kernel<Shape::THREADS, Shape::ROWS, Shape::N, Shape::CHUNKS, T>, static_cast<unsigned>(blocks),
                   dim3(Shape::THREADS, Shape::ROWS), 0, a.stream, a);
   });
 }
@@ -102,11 +105,12 @@ int blip3o::normalise(const blip3o_modulate_arguments& a) {
   if (a.batch < 0 || a.tokens < 0 || a.width < 1) return BLIP3O_BAD_ARGUMENT;
   if (!a.batch || !a.tokens) return BLIP3O_OK;
   if (a.scale && a.batch > 0x7fffffff / a.tokens) return BLIP3O_BAD_ARGUMENT;
-  return by_dtypes(a.dtype, a.condition_dtype, [&](auto t, auto w) { return run<decltype(t), decltype(w)>(a); });
+  if (!is_parameter(a.condition_dtype, a.dtype)) return BLIP3O_BAD_DTYPE;
+  return by_dtype(a.dtype, [&](auto t) { return run<decltype(t)>(a); });
 }
 
 extern "C" int blip3o_cuda_modulate(const blip3o_modulate_arguments* a) {
-  return a->scale ? normalise(*a) : static_cast<int>(BLIP3O_BAD_ARGUMENT);
+  return a->scale || !a->batch ? normalise(*a) : static_cast<int>(BLIP3O_BAD_ARGUMENT);
 }
 
 // Without tokens the caller fills the sums with zeros itself.
@@ -126,5 +130,5 @@ extern "C" int blip3o_cuda_modulate_backward(const blip3o_modulate_backward_argu
   b.stream = a->stream;
   const int status = norm_backward(b);
   if (status) return status;
-  return by_dtypes(a->dtype, a->condition_dtype, [&](auto, auto w) { return finish<decltype(w)>(*a); });
+  return by_dtype(a->condition_dtype, [&](auto w) { return finish<decltype(w)>(*a); });
 }

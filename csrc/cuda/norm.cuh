@@ -36,18 +36,28 @@ __device__ inline Moments moments(int64_t width, float eps, bool centred, Each e
   });
   sum(sums, 1);
   if (centred) mean += sums[1] / count;
-  return {__frsqrt_rn(sums[0] / count + eps), mean};
+  return {reciprocal_root(sums[0], count, eps), mean};
 }
 
-// N values of a parameter, or `otherwise` without one.
-template <int N, class W>
-__device__ inline Floats<N> load_or(const W* p, int64_t i, float otherwise) {
-  if (p) return load<N>(p + i);
+// N values of a parameter in float32 or in T. Which of them is the same for all threads: a branch costs nothing beside the loads.
+template <int N, class T>
+__device__ inline Floats<N> load_parameter(const void* p, bool is_float, int64_t i) {
+  if (is_float) return load<N>(static_cast<const float*>(p) + i);
+  return load<N>(static_cast<const T*>(p) + i);
+}
+
+// The same, or `otherwise` without a parameter.
+template <int N, class T>
+__device__ inline Floats<N> load_or(const void* p, bool is_float, int64_t i, float otherwise) {
+  if (p) return load_parameter<N, T>(p, is_float, i);
   Floats<N> floats;
 #pragma unroll
   for (int k = 0; k < N; ++k) floats.v[k] = otherwise;
   return floats;
 }
+
+// Whether parameters of that type can be read beside values of type `dtype`.
+inline bool is_parameter(int parameter_dtype, int dtype) { return parameter_dtype == dtype || parameter_dtype == BLIP3O_FLOAT32; }
 
 // Backward, with n = (x - mean) * rstd, or x if not `normed`, and u = dy * gain:
 //   dx   = rstd * (u - mean(u) - n * mean(u * n)) + more         mean(u) only if there is a mean, or dy * gain if not `normed`

@@ -16,13 +16,6 @@ struct Row {
   float rstd, mean;
 };
 
-// The dtype is the same for all threads: a branch costs nothing beside the loads.
-template <int N, class T>
-__device__ inline Floats<N> load_parameter(const void* p, bool is_float, int64_t i) {
-  if (is_float) return load<N>(static_cast<const float*>(p) + i);
-  return load<N>(static_cast<const T*>(p) + i);
-}
-
 template <int N, class T>
 __device__ inline Floats<N> load_gain(const NormBackward& a, int64_t sample, int64_t i) {
   Floats<N> gain;
@@ -109,7 +102,7 @@ __global__ void __launch_bounds__(THREADS* ROWS, 512 / (THREADS * ROWS)) backwar
       });
       // By turns: the barrier inside lets the row after the next write to the same place again.
       row_sums<THREADS>(sums, scratch[(row - first) & 1]);
-      if constexpr (RMS) rstd = __frsqrt_rn(sums[1] / count + a.eps);
+      if constexpr (RMS) rstd = reciprocal_root(sums[1], count, a.eps);
       if (!RMS && a.mean) shared = sums[1] / count;
       dot = sums[0] * rstd / count;
     }
@@ -181,8 +174,7 @@ int launch_backward(NormBackward a) {
   a.left = a.tokens % a.runs;
   return by_dtype(a.dtype, [&](auto t) -> int {
     using T = decltype(t);
-    for (const int dtype : {a.condition_dtype, a.weight_dtype})
-      if (dtype != a.dtype && dtype != BLIP3O_FLOAT32) return BLIP3O_BAD_DTYPE;
+    if (!is_parameter(a.condition_dtype, a.dtype) || !is_parameter(a.weight_dtype, a.dtype)) return BLIP3O_BAD_DTYPE;
     const bool wide = divisible<16 / sizeof(T)>(a.width, a.stride, a.condition_stride) &&
                       aligned(a.dx, a.dy, a.x, a.more, a.condition, a.weight, a.partial);
     return by_width_adding<T>(a.width, wide, [&](auto shape) {

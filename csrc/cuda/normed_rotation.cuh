@@ -222,7 +222,7 @@ int prepare(const Arguments& a, Job& job) {
   job.eps = a.eps, job.dtype = a.dtype, job.parameter_dtype = a.parameter_dtype;
   job.centred = a.centred, job.across_width = a.across_width, job.interleaved = a.interleaved;
   job.stream = a.stream;
-  return a.parameter_dtype == a.dtype || a.parameter_dtype == BLIP3O_FLOAT32 ? BLIP3O_OK : BLIP3O_BAD_DTYPE;
+  return is_parameter(a.parameter_dtype, a.dtype) ? BLIP3O_OK : BLIP3O_BAD_DTYPE;
 }
 
 }  // namespace blip3o

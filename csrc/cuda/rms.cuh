@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(THREADS* ROWS) rms_forward(Arguments a) {
     for (int k = 0; k < N; ++k) square += v.v[k] * v.v[k];
     if (CHUNKS) held.chunk[chunk] = v;
   });
-  const float rstd = __frsqrt_rn(block_sum<THREADS>(square, scratch) / static_cast<float>(a.width) + a.eps);
+  const float rstd = reciprocal_root(block_sum<THREADS>(square, scratch), static_cast<float>(a.width), a.eps);
   for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) {
     Floats<N> v = CHUNKS ? held.chunk[chunk] : again(i);
     const Floats<N> gain = load_gain<N>(weight, i, a.offset);
@@ -98,7 +98,7 @@ int run_backward(const Arguments& a, const void* x, int64_t stride, const void* 
   b.stream = a.stream;
   const int status = rms_backward(b);
   if (status || !a.dweight) return status;
-  return by_dtypes(a.dtype, a.weight_dtype, [&](auto, auto w) {
+  return by_dtype(a.weight_dtype, [&](auto w) {
     return sum_blocks(static_cast<decltype(w)*>(a.dweight), a.partial, a.blocks, a.width, a.width, a.stream);
   });
 }

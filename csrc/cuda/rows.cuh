@@ -112,6 +112,17 @@ __device__ inline void row_sums(float (&x)[COUNT], float* scratch) {
   }
 }
 
+// 1 / sqrt(squares / count + eps), rounded once: a whole row shares the error of this one number.
+__device__ inline float reciprocal_root(float squares, float count, float eps) {
+  const float mean = squares / count, sum = mean + eps, added = sum - mean;
+  // What rounding left in the quotient and in the sum.
+  const float left = fmaf(-mean, count, squares) / count + ((mean - (sum - added)) + (eps - added));
+  const float root = __frsqrt_rn(sum), product = sum * root;
+  const float off = fmaf(-product, root, 1.0f) - (fmaf(sum, root, -product) + left * root) * root;  // 1 - (sum + left) * root^2
+  const float better = fmaf(0.5f * off, root, root);
+  return better == better ? better : root;  // which is infinite or 0, as the sum is 0 or infinite
+}
+
 constexpr int COLUMN_THREADS = 1024;  // at most
 
 // Threads for column_sum: x columns, y for each. Few blocks take few threads, and more columns make up for it.
