@@ -141,7 +141,8 @@ typedef struct {
 } blip3o_modulate_arguments;
 
 /* The samples are cut into `blocks` equal runs, each with its own part of the workspace [blocks, 5, width], whose sums are then
- * added up in order. dshift, dweight and dbias may be null: not wanted. At least one token. */
+ * added up in order. dshift, dweight and dbias may be null: not wanted. At least one token. On a GPU it is each sample's tokens that
+ * are cut into `blocks` runs: workspace [batch, blocks, 2, width]. */
 typedef struct {
   void* dx;
   void* dscale;
@@ -162,7 +163,9 @@ typedef struct {
 } blip3o_modulate_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_modulate(const blip3o_modulate_arguments* arguments);
+BLIP3O_API int blip3o_cuda_modulate(const blip3o_modulate_arguments* arguments);
 BLIP3O_API int blip3o_cpu_modulate_backward(const blip3o_modulate_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_modulate_backward(const blip3o_modulate_backward_arguments* arguments);
 
 /* gated_residual as kernels/blip3o_kernels/ops/gated_residual.py defines it; conventions as for modulate.
  * saved: tanh(gate) [batch, width], then with a weight 1/rms [rows]. It is always written. */
@@ -180,7 +183,8 @@ typedef struct {
   void* stream;
 } blip3o_gated_residual_arguments;
 
-/* As for modulate; workspace [blocks, 3, width]. dweight is null without a weight. The residual's gradient is dy. */
+/* As for modulate; workspace [blocks, 3, width], on a GPU [batch, blocks, width]. dweight is null without a weight. The residual's
+ * gradient is dy. */
 typedef struct {
   void* dx;
   void* dgate;
@@ -197,7 +201,9 @@ typedef struct {
 } blip3o_gated_residual_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_gated_residual(const blip3o_gated_residual_arguments* arguments);
+BLIP3O_API int blip3o_cuda_gated_residual(const blip3o_gated_residual_arguments* arguments);
 BLIP3O_API int blip3o_cpu_gated_residual_backward(const blip3o_gated_residual_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_gated_residual_backward(const blip3o_gated_residual_backward_arguments* arguments);
 
 /* layer_norm as kernels/blip3o_kernels/ops/layer_norm.py defines it; conventions as for rms_norm.
  * saved: 1/std of each row, then the mean of each row; null: not wanted. */
@@ -214,7 +220,7 @@ typedef struct {
   void* stream;
 } blip3o_layer_norm_arguments;
 
-/* As for rms_norm; workspace [blocks, 3, width]. dweight and dbias may be null: not wanted. */
+/* As for rms_norm; workspace [blocks, 3, width], on a GPU [blocks, 2, width]. dweight and dbias may be null: not wanted. */
 typedef struct {
   void* dx;
   void* dweight;
@@ -231,7 +237,9 @@ typedef struct {
 } blip3o_layer_norm_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_layer_norm(const blip3o_layer_norm_arguments* arguments);
+BLIP3O_API int blip3o_cuda_layer_norm(const blip3o_layer_norm_arguments* arguments);
 BLIP3O_API int blip3o_cpu_layer_norm_backward(const blip3o_layer_norm_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_layer_norm_backward(const blip3o_layer_norm_backward_arguments* arguments);
 
 /* timestep_embedding as kernels/blip3o_kernels/ops/timestep_embedding.py defines it: y [rows, 2 * half]. frequencies is a
  * workspace of half + 15. */
@@ -469,7 +477,7 @@ BLIP3O_API int blip3o_cuda_rope(const blip3o_rope_arguments* arguments);
 
 /* qk_norm_rope as kernels/blip3o_kernels/ops/qk_norm_rope.py defines it. query and query_y [batch, heads, tokens, head_dim], key and
  * key_y with `groups` heads; their last dimension is contiguous, and query_y and key_y are dense as [batch, tokens, heads, head_dim].
- * across_width: the heads of query and of key must be adjacent. parameter_dtype: that of weights and biases; the same as dtype, or
+ * across_width: on a CPU the heads of query and of key must be adjacent. parameter_dtype: that of weights and biases; the same as dtype, or
  * float32. The tables are those of rope. */
 typedef struct {
   void* query_y;
@@ -491,7 +499,8 @@ typedef struct {
 } blip3o_qk_norm_rope_arguments;
 
 /* The tokens are cut into `blocks` equal runs, each with its own part of the workspace [blocks, 7, span], where span is head_dim, or
- * across_width that of all heads or of all groups, whichever are more. dquery and dkey are dense as query_y is. */
+ * across_width that of all heads or of all groups, whichever are more. dquery and dkey are dense as query_y is. On a GPU queries and
+ * keys share the blocks, of which there are at least two: workspace [blocks, 2, span]. */
 typedef struct {
   void* dquery;
   void* dkey;
@@ -518,7 +527,9 @@ typedef struct {
 } blip3o_qk_norm_rope_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_qk_norm_rope(const blip3o_qk_norm_rope_arguments* arguments);
+BLIP3O_API int blip3o_cuda_qk_norm_rope(const blip3o_qk_norm_rope_arguments* arguments);
 BLIP3O_API int blip3o_cpu_qk_norm_rope_backward(const blip3o_qk_norm_rope_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_qk_norm_rope_backward(const blip3o_qk_norm_rope_backward_arguments* arguments);
 
 /* attention: the layouts are [batch, heads or groups, tokens or keys, dims] with a contiguous last dimension; heads is a multiple
  * of groups. mask broadcasts by strides of 0: none (mask_kind 0), bytes that are 1 where a key takes part (1), or float32 that

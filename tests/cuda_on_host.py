@@ -24,16 +24,23 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rebuilt import ROOT, compiler
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
+BEYOND = r"\1 < \2 + (host::fault() == NUMBER)"
 FAULTS = {
     "memory": [
         (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
         (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
-        (re.compile(r"([\w.]+) >= (a\.\w+)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
+        (re.compile(r"(?<=[ (])(row|token|column|lane|block) < ((?:a\.)?(?:last|width|items|blocks))(?=[;,)])"), BEYOND),
+        (re.compile(r"([\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);"), r"\1 >= \2 + (host::fault() == NUMBER)) \3;"),
     ],
     "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
 }
@@ -87,7 +94,18 @@ def put_in_place(library: Path) -> None:
         found.argtypes = [ctypes.c_char_p]
         return found
 
-    native.function = function  # type: ignore[assignment]
+    def cuda_call(op: str) -> Callable[..., None]:
+        pack, call = native.packer(op), function("cuda", op)
+
+        def checked(_: Tensor, *arguments: float) -> None:
+            status = call(pack(*arguments, 0, 0, 0))
+            if status:
+                raise native.failed(op, status)
+
+        return checked
+
+    native.function, native.cuda_call = function, cuda_call  # type: ignore[assignment]
+    native.on_gpu = lambda _: True
     for op in native.ON_CUDA:
         if not op.endswith("_backward"):
             importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))

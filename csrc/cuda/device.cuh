@@ -34,6 +34,7 @@ __device__ inline float16 from_float<float16>(float x) { return __float2half_rn(
 // N consecutive elements as floats. With N > 1 the address is a multiple of min(16, N * sizeof(T)) bytes.
 template <int N>
 struct Floats {
+  static constexpr int size = N;
   float v[N];
 };
 

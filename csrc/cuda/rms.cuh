@@ -1,18 +1,16 @@
 // The kernels of rms_norm and add_rms_norm, which differ by the sum before the norm and the gradient added after it.
 //
 // A row is read once and stays in registers while its sum of squares is found: CHUNKS times N columns a thread. Longer rows
-// (CHUNKS 0) are read twice, the second time from a cache. Short rows take a warp each, several in a block. The backward pass
-// recomputes 1/rms for the same reason as on a CPU: it reads x anyway. No atomics: a block owns a run of rows and sums their
-// dweight in registers, sum_blocks adds the runs up in order.
+// (CHUNKS 0) are read twice, the second time from a cache. Short rows take a warp each, several in a block. The backward pass is
+// that of all norms; it recomputes 1/rms for the same reason as on a CPU: it reads x anyway.
 #pragma once
 
-#include "rows.cuh"
+#include "norm.cuh"
 
 namespace blip3o {
 
 template <class Arguments>
-constexpr bool ADDS = std::is_same<Arguments, blip3o_add_rms_norm_arguments>::value ||
-                      std::is_same<Arguments, blip3o_add_rms_norm_backward_arguments>::value;
+constexpr bool ADDS = std::is_same<Arguments, blip3o_add_rms_norm_arguments>::value;
 
 // Whether there is a weight, and what is rounded when, is the same for all threads: a branch costs nothing beside the loads, and a
 // kernel per case would multiply the time to compile.
@@ -60,7 +58,7 @@ __global__ void __launch_bounds__(THREADS* ROWS) rms_forward(Arguments a) {
     for (int k = 0; k < N; ++k) square += v.v[k] * v.v[k];
     if (CHUNKS) held.chunk[chunk] = v;
   });
-  const float rstd = __frsqrt_rn(block_sum<THREADS>(square, scratch) / static_cast<float>(a.width) + a.eps);
+  const float rstd = reciprocal_root(block_sum<THREADS>(square, scratch), static_cast<float>(a.width), a.eps);
   for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) {
     Floats<N> v = CHUNKS ? held.chunk[chunk] : again(i);
     const Floats<N> gain = load_gain<N>(weight, i, a.offset);
@@ -72,60 +70,6 @@ __global__ void __launch_bounds__(THREADS* ROWS) rms_forward(Arguments a) {
     }
     store<N>(y + i, v);
   });
-}
-
-// With u = dy * gain and c = rstd^3 / width * sum(u * x):   dx = u * rstd - x * c,   dweight = sum over rows of dy * x * rstd.
-// CHUNKS: how many times N columns a thread may own, so that their sums stay in registers; 0: any number, they live in `partial`.
-template <int THREADS, int N, int CHUNKS, class T, class W, class Arguments>
-__global__ void __launch_bounds__(THREADS, 512 / THREADS) rms_backward(Arguments a) {
-  __shared__ float scratch[2][32];
-  const W* weight = static_cast<const W*>(a.weight);
-  float* partial = a.dweight ? a.partial + blockIdx.x * a.width : nullptr;
-  Held<N, CHUNKS> sums = {};
-  if (partial && !CHUNKS)
-    for_columns<THREADS, N, 0>(a.width, [&](int64_t i, int) { store<N>(partial + i, Floats<N>{}); });
-
-  const int64_t last = a.rows * (blockIdx.x + 1) / a.blocks;
-  for (int64_t row = a.rows * blockIdx.x / a.blocks; row < last; ++row) {
-    const T *x, *dadded = nullptr;
-    if constexpr (ADDS<Arguments>) {
-      x = static_cast<const T*>(a.added) + row * a.width;
-      if (a.dadded) dadded = static_cast<const T*>(a.dadded) + row * a.width;
-    } else {
-      x = static_cast<const T*>(a.x) + row * a.stride;
-    }
-    const T* dy = static_cast<const T*>(a.dy) + row * a.width;
-    T* dx = static_cast<T*>(a.dx) + row * a.width;
-    float square = 0, dot = 0;
-    for_columns<THREADS, N, 0>(a.width, [&](int64_t i, int) {
-      const Floats<N> v = load<N>(x + i), g = load<N>(dy + i), gain = load_gain<N>(weight, i, a.offset);
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        square += v.v[k] * v.v[k];
-        dot += g.v[k] * gain.v[k] * v.v[k];
-      }
-    });
-    square = block_sum<THREADS>(square, scratch[0]);
-    dot = block_sum<THREADS>(dot, scratch[1]);  // the barrier inside lets the next row write scratch[0] again
-    const float rstd = __frsqrt_rn(square / static_cast<float>(a.width) + a.eps);
-    const float c = dot * rstd * rstd * rstd / static_cast<float>(a.width);
-    for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) {
-      const Floats<N> v = load<N>(x + i), g = load<N>(dy + i), gain = load_gain<N>(weight, i, a.offset);
-      const Floats<N> more = ADDS<Arguments> && dadded ? load<N>(dadded + i) : Floats<N>{};
-      Floats<N>& sum = sums.chunk[CHUNKS ? chunk : 0];
-      if (!CHUNKS && partial) sum = load<N>(partial + i);
-      Floats<N> d;
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        d.v[k] = g.v[k] * gain.v[k] * rstd - v.v[k] * c + more.v[k];
-        sum.v[k] += g.v[k] * (v.v[k] * rstd);
-      }
-      store<N>(dx + i, d);
-      if (!CHUNKS && partial) store<N>(partial + i, sum);
-    });
-  }
-  if (partial && CHUNKS)
-    for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) { store<N>(partial + i, sums.chunk[chunk]); });
 }
 
 // Launchers
@@ -141,16 +85,22 @@ int run_forward(const Arguments& a, bool wide) {
   });
 }
 
-template <class T, class W, class Arguments>
-int run_backward(const Arguments& a, bool wide) {
-  if (a.blocks > 0x7fffffff) return BLIP3O_BAD_ARGUMENT;
-  const int status = by_width<T>(a.width, wide, [&](auto shape) {
-    using Shape = decltype(shape);
-    return launch(rms_backward<Shape::THREADS, Shape::N, Shape::CHUNKS, T, W, Arguments>, static_cast<unsigned>(a.blocks),
-                  Shape::THREADS, 0, a.stream, a);
-  });
+// The backward pass for x, whose rows are `stride` apart. more: what is added to its gradient, or null.
+template <class Arguments>
+int run_backward(const Arguments& a, const void* x, int64_t stride, const void* more) {
+  if (a.rows < 0 || a.width < 1 || a.blocks < 1 || (a.dweight && !(a.partial && a.weight))) return BLIP3O_BAD_ARGUMENT;
+  NormBackward b = {};
+  b.dx = a.dx, b.dy = a.dy, b.x = x, b.more = more, b.weight = a.weight;
+  b.partial = a.dweight ? a.partial : nullptr;
+  b.batch = 1, b.tokens = a.rows, b.width = a.width, b.stride = stride, b.runs = a.blocks;
+  b.eps = a.eps, b.weight_offset = a.offset;
+  b.dtype = b.condition_dtype = a.dtype, b.weight_dtype = a.weight_dtype;
+  b.stream = a.stream;
+  const int status = rms_backward(b);
   if (status || !a.dweight) return status;
-  return sum_blocks(static_cast<W*>(a.dweight), a.partial, a.blocks, a.width, a.width, a.stream);
+  return by_dtype(a.weight_dtype, [&](auto w) {
+    return sum_blocks(static_cast<decltype(w)*>(a.dweight), a.partial, a.blocks, a.width, a.width, a.stream);
+  });
 }
 
 }  // namespace blip3o

@@ -13,9 +13,5 @@ extern "C" int blip3o_cuda_rms_norm(const blip3o_rms_norm_arguments* a) {
 }
 
 extern "C" int blip3o_cuda_rms_norm_backward(const blip3o_rms_norm_backward_arguments* a) {
-  if (a->rows < 0 || a->width < 1 || a->blocks < 1 || (a->dweight && !(a->partial && a->weight))) return BLIP3O_BAD_ARGUMENT;
-  return by_dtypes(a->dtype, a->weight_dtype, [&](auto t, auto w) {
-    const bool wide = divisible<16 / sizeof(t)>(a->width, a->stride) && aligned(a->x, a->dy, a->dx, a->weight, a->partial);
-    return run_backward<decltype(t), decltype(w)>(*a, wide);
-  });
+  return run_backward(*a, a->x, a->stride, nullptr);
 }

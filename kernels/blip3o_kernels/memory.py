@@ -64,8 +64,8 @@ def tokens_first(x: Tensor, width: int | None = None) -> Tensor:
     width = own if width is None else width
     token = heads * width
     shape, strides = (batch, heads, tokens, width), (tokens * token, width, token, 1)
-    if batch * tokens * token * x.element_size() < LARGE:
-        return torch.empty_strided(shape, strides, dtype=x.dtype)
+    if batch * tokens * token * x.element_size() < LARGE or not x.is_cpu:
+        return torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device)
     return _large(shape, strides, x.dtype)
 
 

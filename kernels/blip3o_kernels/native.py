@@ -60,6 +60,8 @@ FORMATS = {
 # The CPU library has all of them, the CUDA library these.
 ON_CUDA = (
     *("rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward"),
+    *("layer_norm", "layer_norm_backward", "modulate", "modulate_backward"),
+    *("gated_residual", "gated_residual_backward", "qk_norm_rope", "qk_norm_rope_backward"),
     *("swiglu", "swiglu_backward", "rope"),
 )
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
@@ -159,6 +161,11 @@ def cuda_call(op: str) -> Callable[..., None]:
             raise failed(op.removesuffix("_backward"), status)
 
     return checked
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    """Whether x goes to the CUDA library, which has workspaces of its own. tests/cuda_on_host.py says yes to all."""
+    return not x.is_cpu
 
 
 def instruction_set() -> str:

@@ -28,6 +28,17 @@ def conditions(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0)
 
 
+def runs(x: Tensor, batch: int, tokens: int) -> int:
+    """How many runs a GPU cuts the `tokens` rows of each sample into, to add a run up in one block and then the runs.
+
+    By shape alone, so that the GPU's size does not change a bit: as many blocks as 132 multiprocessors hold at once.
+    x: whose rows they are; the longer they are, the more threads a block has (csrc/cuda/rows.cuh).
+    """
+    length = x.shape[-1] * x.element_size()
+    blocks = 264 if length <= 1024 else 528 if length <= 4096 else 264 if length <= 8192 else 132
+    return max(1, min(tokens // 4, blocks // max(1, batch)))
+
+
 def last_adjacent(x: Tensor) -> Tensor:
     """x [..., D] with adjacent elements in the last dimension, without a copy where that is so already."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, get_num_threads
 
-from .. import native
+from .. import native, strides
 from ..dispatch import instruction_set
 from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
@@ -66,7 +66,7 @@ def backward(
     width = added.shape[-1]
     rows = added.numel() // width
     # Sums over rows are cut by shape alone, so that neither threads nor the GPU's size change a bit.
-    blocks = max(1, min(64 if added.is_cpu else 256, rows // 32))
+    blocks = max(1, min(64, rows // 32)) if added.is_cpu else strides.runs(added, 1, rows)
     weight = contiguous(weight)
     dweight = torch.empty_like(weight) if weight is not None and wanted else added.new_empty(0)
     if added.is_cpu:

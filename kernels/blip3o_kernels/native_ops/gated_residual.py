@@ -1,18 +1,19 @@
-"""Calls csrc/cpu/gated_residual.cpp; the contract is ops/gated_residual.py."""
+"""Calls csrc/cpu/gated_residual.cpp and csrc/cuda/gated_residual.cu; the contract is ops/gated_residual.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, get_num_threads
 
-from .. import native
+from .. import native, strides
 from ..dispatch import instruction_set
 from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
 _PACK, _CPU = native.packer("gated_residual"), native.function("cpu", "gated_residual")
-_BACKWARD = native.cpu_call("gated_residual_backward")
+_CUDA = native.cuda_call("gated_residual")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("gated_residual_backward"), native.cuda_call("gated_residual_backward")
 
 
 def forward(
@@ -36,6 +37,12 @@ def forward(
     if weight is not None:
         weight = weight.contiguous()
         gain, floats = weight.data_ptr(), batch * (width + tokens)
+    if not x.is_cpu:
+        saved = torch.empty(floats, dtype=torch.float32, device=x.device)
+        pointers = (y.data_ptr(), saved.data_ptr(), residual.data_ptr(), x.data_ptr(), gate.data_ptr(), gain)
+        sizes = (batch, tokens, width, residual_stride, stride, gate_stride)
+        _CUDA(x, *pointers, *sizes, eps, DTYPES[x.dtype], DTYPES[gate.dtype])
+        return y, saved
     saved = torch.empty(floats, dtype=torch.float32, device=x.device) if saving else scratch(floats)
     # fmt: off
     status = _CPU(
@@ -67,9 +74,14 @@ def backward(
         return gradients
     weight = contiguous(weight)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
-    blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = scratch(blocks * 3 * width)
-    _BACKWARD(
+    gpu = native.on_gpu(x)
+    if gpu:
+        blocks = strides.runs(x, batch, tokens)
+        workspace = torch.empty(batch * blocks * width, dtype=torch.float32, device=x.device)
+    else:
+        blocks = min(batch, 64, 1 + x.numel() // 16384)
+        workspace = scratch(blocks * 3 * width)
+    arguments = (
         dx.data_ptr(),
         dgate.data_ptr(),
         0 if weight is None else dweight.data_ptr(),
@@ -86,4 +98,5 @@ def backward(
         DTYPES[x.dtype],
         DTYPES[gate.dtype],
     )
+    _CUDA_BACKWARD(x, *arguments) if gpu else _BACKWARD(*arguments)
     return gradients

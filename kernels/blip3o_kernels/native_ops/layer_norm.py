@@ -1,18 +1,19 @@
-"""Calls csrc/cpu/layer_norm.cpp; the contract is ops/layer_norm.py."""
+"""Calls csrc/cpu/layer_norm.cpp and csrc/cuda/layer_norm.cu; the contract is ops/layer_norm.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, get_num_threads
 
-from .. import native
+from .. import native, strides
 from ..dispatch import instruction_set
 from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, contiguous, rows
 
 _PACK, _CPU = native.packer("layer_norm"), native.function("cpu", "layer_norm")
-_BACKWARD = native.cpu_call("layer_norm_backward")
+_CUDA = native.cuda_call("layer_norm")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("layer_norm_backward"), native.cuda_call("layer_norm_backward")
 
 
 def forward(
@@ -39,6 +40,10 @@ def forward(
     if bias is not None:
         bias = bias.contiguous()
         shift, parameter_dtype = bias.data_ptr(), DTYPES[bias.dtype]
+    if not x.is_cpu:
+        pointers = (y.data_ptr(), statistics, x.data_ptr(), gain, shift)
+        _CUDA(x, *pointers, number, width, stride, eps, dtype, parameter_dtype)
+        return y, saved
     # fmt: off
     status = _CPU(
         _PACK(
@@ -64,11 +69,16 @@ def backward(
     dweight = x.new_empty(0) if weight is None else torch.empty_like(weight)
     dbias = x.new_empty(0) if bias is None else torch.empty_like(bias)
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
-    blocks = max(1, min(64, number // 32))
-    workspace = scratch(blocks * 3 * width)
+    gpu = native.on_gpu(x)
+    if gpu:
+        blocks = strides.runs(x, 1, number)
+        workspace = torch.empty(blocks * 2 * width, dtype=torch.float32, device=x.device)
+    else:
+        blocks = max(1, min(64, number // 32))
+        workspace = scratch(blocks * 3 * width)
     weight = contiguous(weight)
     parameter = weight if weight is not None else bias if bias is not None else x
-    _BACKWARD(
+    arguments = (
         dx.data_ptr(),
         0 if weight is None else dweight.data_ptr(),
         0 if bias is None else dbias.data_ptr(),
@@ -84,4 +94,5 @@ def backward(
         DTYPES[x.dtype],
         DTYPES[parameter.dtype],
     )
+    _CUDA_BACKWARD(x, *arguments) if gpu else _BACKWARD(*arguments)
     return dx, dweight, dbias

@@ -1,18 +1,19 @@
-"""Calls csrc/cpu/modulate.cpp; the contract is ops/modulate.py."""
+"""Calls csrc/cpu/modulate.cpp and csrc/cuda/modulate.cu; the contract is ops/modulate.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, get_num_threads
 
-from .. import native
+from .. import native, strides
 from ..dispatch import instruction_set
 from ..memory import LARGE, empty_like, scratch
 from ..native import DTYPES
 from ..strides import address, conditions, contiguous, rows
 
 _PACK, _CPU = native.packer("modulate"), native.function("cpu", "modulate")
-_BACKWARD = native.cpu_call("modulate_backward")
+_CUDA = native.cuda_call("modulate")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("modulate_backward"), native.cuda_call("modulate_backward")
 
 
 def forward(
@@ -49,6 +50,11 @@ def forward(
     if bias is not None:
         bias = bias.contiguous()
         offset = bias.data_ptr()
+    if not x.is_cpu:
+        pointers = (y.data_ptr(), statistics, x.data_ptr(), scale.data_ptr(), moved, gain, offset)
+        sizes = (batch, tokens, width, stride, scale_stride, moved_stride)
+        _CUDA(x, *pointers, *sizes, eps, centred, DTYPES[x.dtype], DTYPES[scale.dtype])
+        return y, saved
     # fmt: off
     status = _CPU(
         _PACK(
@@ -90,9 +96,14 @@ def backward(
     weight = contiguous(weight)
     bias = contiguous(bias)
     # Sums over samples are cut by shape alone, so that threads do not change a bit.
-    blocks = min(batch, 64, 1 + x.numel() // 16384)
-    workspace = scratch(blocks * 5 * width)
-    _BACKWARD(
+    gpu = native.on_gpu(x)
+    if gpu:
+        blocks = strides.runs(x, batch, tokens)
+        workspace = torch.empty(batch * blocks * 2 * width, dtype=torch.float32, device=x.device)
+    else:
+        blocks = min(batch, 64, 1 + x.numel() // 16384)
+        workspace = scratch(blocks * 5 * width)
+    arguments = (
         dx.data_ptr(),
         dscale.data_ptr(),
         dshift.data_ptr() if shifted else 0,
@@ -115,4 +126,5 @@ def backward(
         DTYPES[x.dtype],
         DTYPES[scale.dtype],
     )
+    _CUDA_BACKWARD(x, *arguments) if gpu else _BACKWARD(*arguments)
     return gradients

@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/qk_norm_rope.cpp; the contract is ops/qk_norm_rope.py."""
+"""Calls csrc/cpu/qk_norm_rope.cpp and csrc/cuda/qk_norm_rope.cu; the contract is ops/qk_norm_rope.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ..ops.qk_norm_rope import gradients_like, readable
 from ..strides import wide
 
 _PACK, _CPU = native.packer("qk_norm_rope"), native.function("cpu", "qk_norm_rope")
-_BACKWARD = native.cpu_call("qk_norm_rope_backward")
-_ROWS = 7  # of a block's workspace, as csrc/blip3o.h says
+_CUDA = native.cuda_call("qk_norm_rope")
+_BACKWARD, _CUDA_BACKWARD = native.cpu_call("qk_norm_rope_backward"), native.cuda_call("qk_norm_rope_backward")
+_ROWS, _CUDA_ROWS = 7, 2  # of a block's workspace, as csrc/blip3o.h says
 
 
 def forward(
@@ -34,8 +35,9 @@ def forward(
     batch, heads, tokens, head_dim = query.shape
     query_batch, query_head, query_token, query_adjacent = query.stride()
     key_batch, key_head, key_token, key_adjacent = key.stride()
-    if not query_adjacent == key_adjacent == 1 or (across_width and not query_head == key_head == head_dim):
-        query, key = readable(query, across_width), readable(key, across_width)
+    together = across_width and query.is_cpu
+    if not query_adjacent == key_adjacent == 1 or (together and not query_head == key_head == head_dim):
+        query, key = readable(query, together), readable(key, together)
         query_batch, query_head, query_token, _ = query.stride()
         key_batch, key_head, key_token, _ = key.stride()
     groups = key.shape[1]
@@ -54,6 +56,16 @@ def forward(
         sin = wide(sin)
     half = cos.shape[-1]
     table = tokens * half if cos.dim() == 3 else 0
+    if not query.is_cpu:
+        _CUDA(
+            query,
+            *(t.data_ptr() for t in (query_y, key_y, query, key, query_weight, key_weight)),
+            *(query_offset, key_offset, cos.data_ptr(), sin.data_ptr()),
+            *(batch, heads, groups, tokens, head_dim, half, table),
+            *(query_batch, query_head, query_token, key_batch, key_head, key_token),
+            *(eps, DTYPES[query.dtype], DTYPES[query_weight.dtype], centred, across_width, interleaved),
+        )
+        return query_y, key_y
     # fmt: off
     status = _CPU(
         _PACK(
@@ -87,7 +99,8 @@ def backward(
     across_width: bool,
     interleaved: bool,
 ) -> tuple[Tensor, ...]:
-    query, key = readable(query, across_width), readable(key, across_width)
+    gpu = native.on_gpu(query)
+    query, key = readable(query, across_width and not gpu), readable(key, across_width and not gpu)
     query_dy, key_dy = readable(query_dy), readable(key_dy)
     gradients = gradients_like(
         query, key, (query_weight, key_weight, query_bias, key_bias), wanted, memory.tokens_first
@@ -96,10 +109,16 @@ def backward(
     cos, sin = wide(cos), wide(sin)
     batch, heads, tokens, head_dim = query.shape
     # Sums over rows are cut by shape alone, so that threads do not change a bit.
-    blocks = max(1, min(64, batch * tokens * (1 if across_width else heads) // 32))
+    rows = batch * tokens * (1 if across_width else heads)
     span = head_dim * max(heads, key.shape[1]) if across_width else head_dim
-    workspace = memory.scratch(blocks * _ROWS * span)
-    _BACKWARD(
+    if gpu:  # as many blocks as 132 multiprocessors hold at once
+        most = 528 if across_width and span * query.element_size() <= 4096 else 264
+        blocks = max(2, min(rows // (4 if across_width else 64), most))
+        workspace = torch.empty(blocks * _CUDA_ROWS * span, dtype=torch.float32, device=query.device)
+    else:
+        blocks = max(1, min(64, rows // 32))
+        workspace = memory.scratch(blocks * _ROWS * span)
+    arguments = (
         *(t.data_ptr() for t in gradients[:2]),
         *(t.data_ptr() if t.numel() else 0 for t in gradients[2:]),
         workspace.data_ptr(),
@@ -117,6 +136,7 @@ def backward(
         across_width,
         interleaved,
     )
+    _CUDA_BACKWARD(query, *arguments) if gpu else _BACKWARD(*arguments)
     return tuple(gradients)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import LARGEST
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
@@ -149,5 +149,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("residual", "x", "gate", "weight"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, transformed, wanted
 from ..registered import differentiable
@@ -161,5 +161,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "weight", "bias"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
@@ -244,5 +244,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("query", "key", "query_weight", "key_weight", "query_bias", "key_bias"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )
