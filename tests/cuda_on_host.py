@@ -34,9 +34,9 @@ FAULTS = {
         (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
         (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
         (re.compile(r"([\w.]+) >= (a\.\w+)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
-        (re.compile(r"(?<=\()(\w+) (<|>=) (count|vocab)(?=\))"), r"\1 \2 \3 + (host::fault() == NUMBER)"),
+        (re.compile(r"(?<=\()(\w+) (<|>=) vocab(?=\))"), r"\1 \2 vocab + (host::fault() == NUMBER)"),
         (re.compile(r"(?<=&& )left >= N(?=\))"), "left + (host::fault() == NUMBER) >= N"),
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= lanes)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
+        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= lanes|\+\+\1\) group)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
     ],
     "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
 }

@@ -13,12 +13,12 @@ constexpr int TOTAL_THREADS = 1024;
 
 template <class T>
 __global__ void __launch_bounds__(SAMPLE_THREADS) squares_kernel(blip3o_flow_loss_arguments a, Cut cut) {
-  constexpr int N = 16 / sizeof(T);
   __shared__ float scratch[32];
   float sum = 0;
-  for_groups<N>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+  for_groups<16 / sizeof(T)>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+    constexpr int N = decltype(n)::N;
     const int64_t at = sample * a.elements + first;
-    const Stored<T, N> prediction = fetch<N, T>(a.prediction, at, n), target = fetch<N, T>(a.target, at, n);
+    const Stored<T, N> prediction = fetch<T>(a.prediction, at, n), target = fetch<T>(a.target, at, n);
     const Floats<N> p = widened(prediction), t = widened(target);
 #pragma unroll
     for (int k = 0; k < N; ++k) sum += (p.v[k] - t.v[k]) * (p.v[k] - t.v[k]);
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(TOTAL_THREADS) total_kernel(blip3o_flow_loss_a
 
 template <class T>
 __global__ void __launch_bounds__(SAMPLE_THREADS) squares_backward_kernel(blip3o_flow_loss_backward_arguments a, Cut cut) {
-  constexpr int N = 16 / sizeof(T);
-  for_groups<N>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+  for_groups<16 / sizeof(T)>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+    constexpr int N = decltype(n)::N;
     const int64_t at = sample * a.elements + first;
-    const Stored<T, N> prediction = fetch<N, T>(a.prediction, at, n), target = fetch<N, T>(a.target, at, n);
+    const Stored<T, N> prediction = fetch<T>(a.prediction, at, n), target = fetch<T>(a.target, at, n);
     const float share = 2.0f * *a.dloss / static_cast<float>(a.samples) / static_cast<float>(a.elements);
     const float slope = a.weight ? share * a.weight[sample] : share;
     const Floats<N> p = widened(prediction), t = widened(target);
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) squares_backward_kernel(blip3o
       d.v[k] = slope * (p.v[k] - t.v[k]);
       opposite.v[k] = -d.v[k];
     }
-    put<T>(a.dprediction, at, d, n);
-    if (a.dtarget) put<T>(a.dtarget, at, opposite, n);
+    store<N>(static_cast<T*>(a.dprediction) + at, d);
+    if (a.dtarget) store<N>(static_cast<T*>(a.dtarget) + at, opposite);
   });
 }
 

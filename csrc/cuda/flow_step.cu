@@ -9,15 +9,15 @@ namespace {
 using namespace blip3o;
 
 // What the velocity is made of, as it is stored.
-template <int N, class T>
+template <class T, int N>
 struct Velocity {
   Stored<T, N> velocity, unconditional, previous;
 
-  template <class Arguments, class Count>
-  __device__ Velocity(const Arguments& a, int64_t at, Count n)
-      : velocity(fetch<N, T>(a.velocity, at, n)),
-        unconditional(fetch<N, T>(a.unconditional, at, n)),
-        previous(fetch<N, T>(a.previous, at, n)) {}
+  template <class Arguments>
+  __device__ Velocity(const Arguments& a, int64_t at, Width<N> n)
+      : velocity(fetch<T>(a.velocity, at, n)),
+        unconditional(fetch_any<T>(a.unconditional, at, n)),
+        previous(fetch_any<T>(a.previous, at, n)) {}
 
   template <class Arguments>
   __device__ Floats<N> of(const Arguments& a) const {
@@ -34,30 +34,30 @@ struct Velocity {
 
 template <class T>
 __global__ void __launch_bounds__(SAMPLE_THREADS) step_kernel(blip3o_flow_step_arguments a, Cut cut) {
-  constexpr int N = 16 / sizeof(T);
-  for_groups<N>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+  for_groups<16 / sizeof(T)>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+    constexpr int N = decltype(n)::N;
     const int64_t at = sample * a.elements + first;
-    const Stored<T, N> x = fetch<N, T>(a.x, at, n);
-    const Velocity<N, T> velocity(a, at, n);
+    const Stored<T, N> x = fetch<T>(a.x, at, n);
+    const Velocity<T, N> velocity(a, at, n);
     const float step = a.steps ? a.steps[sample] : a.step;
     Floats<N> y = widened(x);
     const Floats<N> v = velocity.of(a);
 #pragma unroll
     for (int k = 0; k < N; ++k) y.v[k] += step * v.v[k];
-    put<T>(a.y, at, y, n);
+    store<N>(static_cast<T*>(a.y) + at, y);
   });
 }
 
 template <class T>
 __global__ void __launch_bounds__(SAMPLE_THREADS) step_backward_kernel(blip3o_flow_step_backward_arguments a, Cut cut) {
-  constexpr int N = 16 / sizeof(T);
   __shared__ float scratch[32];
   float sum = 0;
-  for_groups<N>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+  for_groups<16 / sizeof(T)>(cut, a.elements, [&](int64_t sample, int64_t first, auto n) {
+    constexpr int N = decltype(n)::N;
     const int64_t at = sample * a.elements + first;
-    const Stored<T, N> stored = fetch<N, T>(a.dy, at, n);
+    const Stored<T, N> stored = fetch<T>(a.dy, at, n);
     if (a.dsteps) {
-      const Velocity<N, T> velocity(a, at, n);
+      const Velocity<T, N> velocity(a, at, n);
       const Floats<N> dy = widened(stored), v = velocity.of(a);
 #pragma unroll
       for (int k = 0; k < N; ++k) sum += dy.v[k] * v.v[k];
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(SAMPLE_THREADS) step_backward_kernel(blip3o_fl
       Floats<N> d = widened(stored);
 #pragma unroll
       for (int k = 0; k < N; ++k) d.v[k] *= factor;
-      put<T>(to, at, d, n);
+      store<N>(static_cast<T*>(to) + at, d);
     };
     give(a.dvelocity, a.unconditional ? step * a.guidance : step);
     give(a.dunconditional, step * (1.0f - a.guidance));

@@ -17,27 +17,23 @@ struct Cut {
   bool wide;               // whether N elements may be one access
 };
 
-struct Whole {};  // N elements, in one access; otherwise an int says how many there are
+template <int N_>
+struct Width {  // of one access
+  static constexpr int N = N_;
+};
 
-template <int N, class T>
-__device__ inline Stored<T, N> fetch(const T* p, Whole) {
-  return *reinterpret_cast<const Stored<T, N>*>(p);
+// Elements from `at` on as they are stored, so that several loads are under way before the first is converted.
+template <class T, int N>
+__device__ inline Stored<T, N> fetch(const void* p, int64_t at, Width<N>) {
+  return *reinterpret_cast<const Stored<T, N>*>(static_cast<const T*>(p) + at);
 }
 
-template <int N, class T>
-__device__ inline Stored<T, N> fetch(const T* p, int count) {
-  Stored<T, N> stored = {};
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    if (k < count) stored.v[k] = p[k];
+// Of null anything, not zeros: those would have to be put together element by element.
+template <class T, int N>
+__device__ inline Stored<T, N> fetch_any(const void* p, int64_t at, Width<N> n) {
+  Stored<T, N> stored;
+  if (p) stored = fetch<T>(p, at, n);
   return stored;
-}
-
-// Element `at` and those after it, as they are stored, so that several loads are under way before the first is converted; of null
-// zeros.
-template <int N, class T, class Count>
-__device__ inline Stored<T, N> fetch(const void* p, int64_t at, Count n) {
-  return p ? fetch<N>(static_cast<const T*>(p) + at, n) : Stored<T, N>{};
 }
 
 template <class T, int N>
@@ -48,28 +44,21 @@ __device__ inline Floats<N> widened(const Stored<T, N>& stored) {
   return floats;
 }
 
-template <class T, int N>
-__device__ inline void put(void* p, int64_t at, const Floats<N>& floats, Whole) {
-  store<N>(static_cast<T*>(p) + at, floats);
-}
-
-template <class T, int N>
-__device__ inline void put(void* p, int64_t at, const Floats<N>& floats, int count) {
-#pragma unroll
-  for (int k = 0; k < N; ++k)
-    if (k < count) static_cast<T*>(p)[at + k] = from_float<T>(floats.v[k]);
-}
-
-// group(sample, first, n) for this thread's elements of the block's sample: n of them from `first` on, counted within the sample.
+// group(sample, first, Width<N>()) for N elements of the block's sample that are this thread's, from `first` on, counted within the sample;
+// where they are fewer, or not aligned, with Width<1> for one after the other.
 template <int N, class Group>
 __device__ inline void for_groups(const Cut& cut, int64_t elements, Group group) {
   const int64_t sample = blockIdx.x / cut.blocks;
+#pragma unroll 1
   for (unsigned step = blockIdx.x % cut.blocks; step < cut.steps; step += cut.blocks) {
     const int64_t first = (static_cast<int64_t>(step) * SAMPLE_THREADS + threadIdx.x) * N, left = elements - first;
-    if (cut.wide && left >= N)
-      group(sample, first, Whole());
-    else if (left > 0)
-      group(sample, first, static_cast<int>(left < N ? left : N));
+    if (cut.wide && left >= N) {
+      group(sample, first, Width<N>());
+    } else {
+      const int count = static_cast<int>(left < N ? left : N);
+#pragma unroll 1
+      for (int k = 0; k < count; ++k) group(sample, first + k, Width<1>());
+    }
   }
 }
 
