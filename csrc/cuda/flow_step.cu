@@ -8,7 +8,7 @@ namespace {
 
 using namespace blip3o;
 
-// What the velocity is made of, as it is stored.
+// What the velocity is made of, as it is stored; of what is missing the velocity again, which costs less than a branch.
 template <class T, int N>
 struct Velocity {
   Stored<T, N> velocity, unconditional, previous;
@@ -16,8 +16,8 @@ struct Velocity {
   template <class Arguments>
   __device__ Velocity(const Arguments& a, int64_t at, Width<N> n)
       : velocity(fetch<T>(a.velocity, at, n)),
-        unconditional(fetch_any<T>(a.unconditional, at, n)),
-        previous(fetch_any<T>(a.previous, at, n)) {}
+        unconditional(fetch<T>(a.unconditional ? a.unconditional : a.velocity, at, n)),
+        previous(fetch<T>(a.previous ? a.previous : a.velocity, at, n)) {}
 
   template <class Arguments>
   __device__ Floats<N> of(const Arguments& a) const {

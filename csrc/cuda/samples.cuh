@@ -28,14 +28,6 @@ __device__ inline Stored<T, N> fetch(const void* p, int64_t at, Width<N>) {
   return *reinterpret_cast<const Stored<T, N>*>(static_cast<const T*>(p) + at);
 }
 
-// Of null anything, not zeros: those would have to be put together element by element.
-template <class T, int N>
-__device__ inline Stored<T, N> fetch_any(const void* p, int64_t at, Width<N> n) {
-  Stored<T, N> stored;
-  if (p) stored = fetch<T>(p, at, n);
-  return stored;
-}
-
 template <class T, int N>
 __device__ inline Floats<N> widened(const Stored<T, N>& stored) {
   Floats<N> floats;
