@@ -102,7 +102,7 @@ def put_in_place(library: Path) -> None:
 
 
 def draws() -> list[str]:
-    """What is wrong with the noise that the kernels draw: its bits, and what test_philox.py asks of a backend beside."""
+    """What is wrong with the noise that the kernels draw, by the tests of test_philox.py."""
     import test_philox
 
     broken = []

@@ -1,4 +1,7 @@
-"""Calls csrc/cpu/timestep_embedding.cpp and csrc/cuda/timestep_embedding.cu; the contract is ops/timestep_embedding.py."""
+"""Calls csrc/cpu/timestep_embedding.cpp and csrc/cuda/timestep_embedding.cu.
+
+The contract is ops/timestep_embedding.py.
+"""
 
 from __future__ import annotations
 
