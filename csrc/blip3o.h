@@ -18,7 +18,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 6
+#define BLIP3O_VERSION 7
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -242,7 +242,7 @@ BLIP3O_API int blip3o_cpu_layer_norm_backward(const blip3o_layer_norm_backward_a
 BLIP3O_API int blip3o_cuda_layer_norm_backward(const blip3o_layer_norm_backward_arguments* arguments);
 
 /* timestep_embedding as kernels/blip3o_kernels/ops/timestep_embedding.py defines it: y [rows, 2 * half]. frequencies is a
- * workspace of half + 15. */
+ * workspace of half + 15 (CPU). */
 typedef struct {
   float* y;
   double* frequencies;
@@ -265,10 +265,13 @@ typedef struct {
 } blip3o_timestep_embedding_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_timestep_embedding(const blip3o_timestep_embedding_arguments* arguments);
+BLIP3O_API int blip3o_cuda_timestep_embedding(const blip3o_timestep_embedding_arguments* arguments);
 BLIP3O_API int blip3o_cpu_timestep_embedding_backward(const blip3o_timestep_embedding_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_timestep_embedding_backward(const blip3o_timestep_embedding_backward_arguments* arguments);
 
 /* The flow ops read contiguous samples of `elements` values each. They cut them into chunks of BLIP3O_CHUNK elements, the last
- * of a sample being shorter; sums has room for one number per chunk. */
+ * of a sample being shorter; sums has room for one number per chunk. A GPU cuts them in its
+ * own way and keeps floats there, no more of them than there is room for. */
 #define BLIP3O_CHUNK 1024
 
 /* What random bits are for; kernels/blip3o_kernels/philox.py defines them, from a seed (64 bits), positions and a draw (24 bits). */
@@ -306,7 +309,9 @@ typedef struct {
 } blip3o_flow_interpolate_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_flow_interpolate(const blip3o_flow_interpolate_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_interpolate(const blip3o_flow_interpolate_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_interpolate_backward(const blip3o_flow_interpolate_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_interpolate_backward(const blip3o_flow_interpolate_backward_arguments* arguments);
 
 /* flow_timesteps as kernels/blip3o_kernels/ops/flow_timesteps.py defines it. */
 typedef struct {
@@ -320,6 +325,7 @@ typedef struct {
 } blip3o_flow_timesteps_arguments;
 
 BLIP3O_API int blip3o_cpu_flow_timesteps(const blip3o_flow_timesteps_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_timesteps(const blip3o_flow_timesteps_arguments* arguments);
 
 /* flow_loss as kernels/blip3o_kernels/ops/flow_loss.py defines it. means [samples]: each sample's own, without its weight. */
 typedef struct {
@@ -350,7 +356,9 @@ typedef struct {
 } blip3o_flow_loss_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_flow_loss(const blip3o_flow_loss_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_loss(const blip3o_flow_loss_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_loss_backward(const blip3o_flow_loss_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_loss_backward(const blip3o_flow_loss_backward_arguments* arguments);
 
 /* flow_step as kernels/blip3o_kernels/ops/flow_step.py defines it. Without steps, one step serves all samples. */
 typedef struct {
@@ -387,24 +395,29 @@ typedef struct {
 } blip3o_flow_step_backward_arguments;
 
 BLIP3O_API int blip3o_cpu_flow_step(const blip3o_flow_step_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_step(const blip3o_flow_step_arguments* arguments);
 BLIP3O_API int blip3o_cpu_flow_step_backward(const blip3o_flow_step_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_flow_step_backward(const blip3o_flow_step_backward_arguments* arguments);
+
 /* linear_cross_entropy as kernels/blip3o_kernels/ops/linear_cross_entropy.py defines it, between its products: the
- * logits [rows, vocab], contiguous, of rows start, start + 1, ... of `targets` ones, chunk after chunk. *loss is the mean so far:
- * the losses up to here over the number of kept rows among all, so the last chunk's is the result. With `wanted`, the logits are
- * overwritten by its gradient. */
+ * logits [rows, vocab], contiguous, of rows start, start + 1, ... of `targets` ones, chunk after chunk from the first on.
+ * After the last of them *loss is the mean: the losses over the number of kept rows. dlogits may be logits, and is on a CPU. On a GPU
+ * logits are float32; of 2 `parts` of dlogits the second, `rows` rows behind the first, holds what rounding takes from that one. */
 typedef struct {
   void* logits;
-  double* losses; /* [targets], workspace */
+  void* dlogits;  /* [parts * rows, vocab], rows dlogits_stride apart; null: not wanted */
+  double* losses; /* [targets], workspace; on a GPU of floats */
   float* loss;
-  const int64_t* target; /* [targets], in [0, vocab) or ignore_index */
-  int64_t targets, start, rows, vocab, ignore_index;
+  const int64_t* target; /* [targets], in [0, vocab) or ignore_index; on a GPU any other makes the loss NaN */
+  int64_t targets, start, rows, vocab, dlogits_stride, ignore_index;
   float label_smoothing, z_loss, softcap; /* softcap 0: none */
-  int dtype, wanted;
+  int dtype, dlogits_dtype, parts;
   int instruction_set, threads;
   void* stream;
 } blip3o_linear_cross_entropy_arguments;
 
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
+BLIP3O_API int blip3o_cuda_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
 /* All of it, products included, in float32, or in bfloat16 on chips with BLIP3O_AMX. Forward: *loss and `sums`, three numbers of
  * each row that the backward pass wants, and with `logits` those, in an order of their own. Backward: dx and dweight, contiguous,

@@ -42,7 +42,9 @@ def test_interface_is_the_header() -> None:
     for name in native.FORMATS:
         for kind in ("cpu", "cuda"):
             declaration = f"int blip3o_{kind}_{name}(const blip3o_{name}_arguments* arguments);"
-            assert (declaration in header) == ((re.sub("_(backward|fused)$", "", name), kind) in bodies), declaration
+            only_cpu = name.endswith("_fused") and kind == "cuda"
+            declared = not only_cpu and (re.sub("_(backward|fused)$", "", name), kind) in bodies
+            assert (declaration in header) == declared, declaration
     for constant, value in (("VERSION", native.VERSION), ("CHUNK", native.CHUNK)):
         assert f"#define BLIP3O_{constant} {value}\n" in header
     for dtype, code in native.DTYPES.items():

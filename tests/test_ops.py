@@ -40,7 +40,7 @@ TRITON = {("triton", "cuda"): BOTH, ("triton", "cpu"): BOTH}
 MATRIX = {
     "rms_norm": {**NATIVE, **CUDA, **TRITON},
     # of positions, which are int64; no gradient
-    "flow_timesteps": dict.fromkeys({**NATIVE, **TRITON}, ((torch.int64,), "forward")),
+    "flow_timesteps": dict.fromkeys({**NATIVE, **CUDA, **TRITON}, ((torch.int64,), "forward")),
     "add_rms_norm": {**NATIVE, **CUDA, **TRITON},
     "layer_norm": {**NATIVE, **CUDA, **TRITON},
     "modulate": {**NATIVE, **CUDA, **TRITON},
@@ -49,11 +49,11 @@ MATRIX = {
     "qk_norm_rope": {**NATIVE, **CUDA, **TRITON},
     "attention": {**NATIVE, **TRITON},
     "swiglu": {**NATIVE, **CUDA, **TRITON},
-    "timestep_embedding": {**NATIVE, **TRITON},
-    "flow_interpolate": {**NATIVE, **TRITON},
-    "flow_loss": {**NATIVE, **TRITON},
-    "flow_step": {**NATIVE, **TRITON},
-    "linear_cross_entropy": {**NATIVE, **TRITON},
+    "timestep_embedding": {**NATIVE, **CUDA, **TRITON},
+    "flow_interpolate": {**NATIVE, **CUDA, **TRITON},
+    "flow_loss": {**NATIVE, **CUDA, **TRITON},
+    "flow_step": {**NATIVE, **CUDA, **TRITON},
+    "linear_cross_entropy": {**NATIVE, **CUDA, **TRITON},
 }
 
 

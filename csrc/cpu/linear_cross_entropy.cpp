@@ -91,7 +91,7 @@ static inline double exponentials(T* logits, int64_t vocab, float maximum, float
   });
 }
 
-// The loss of the row; with `wanted`, its logits, or their exponentials, become their gradient.
+// The loss of the row; with dlogits, its logits, or their exponentials, become their gradient.
 template <class T, bool CAPPED>
 static inline double third_pass(const Row& row, const blip3o_linear_cross_entropy_arguments& a, T* logits, int64_t target,
                                 double share) {
@@ -101,7 +101,7 @@ static inline double third_pass(const Row& row, const blip3o_linear_cross_entrop
   const double tanh = CAPPED ? std::tanh(raw / softcap) : 0.0, chosen = CAPPED ? softcap * tanh : raw;
   const double loss =
       log_sum - (1.0 - smoothing) * chosen + z_loss * log_sum * log_sum - smoothing / vocab * row.spread;
-  if (!a.wanted) return loss;
+  if (!a.dlogits) return loss;
   // d loss / d logit[v] = probability[v] (1 + 2 z_loss log_sum) - smoothing / vocab - (1 - smoothing) [v = target]
   const double slope = share * (1.0 + 2.0 * z_loss * log_sum) / row.total;
   const double spread = share * smoothing / vocab;
@@ -136,7 +136,7 @@ static void some_rows(const blip3o_linear_cross_entropy_arguments& a, int64_t st
   for (int64_t r = 0; r < rows; ++r) {
     if (target[r] == a.ignore_index) continue;
     T* row = logits + r * a.vocab;
-    if (IN_PLACE<T, CAPPED> && a.wanted)
+    if (IN_PLACE<T, CAPPED> && a.dlogits)
       found[r].total = exponentials<T, CAPPED, true>(row, a.vocab, found[r].maximum, a.softcap);
     else
       found[r].total = exponentials<T, CAPPED, false>(row, a.vocab, found[r].maximum, a.softcap);
@@ -148,7 +148,7 @@ static void some_rows(const blip3o_linear_cross_entropy_arguments& a, int64_t st
       losses[r] = third_pass<T, CAPPED>(found[r], a, row, target[r], share);
     } else {
       losses[r] = 0.0;
-      if (a.wanted) std::memset(static_cast<void*>(row), 0, length * sizeof(T));
+      if (a.dlogits) std::memset(static_cast<void*>(row), 0, length * sizeof(T));
     }
   }
 }
@@ -174,6 +174,8 @@ static int run(const blip3o_linear_cross_entropy_arguments& a) {
 
 static int linear_cross_entropy(const blip3o_linear_cross_entropy_arguments& a) {
   if (a.rows < 0 || a.vocab < 1 || a.start < 0 || a.start + a.rows > a.targets) return BLIP3O_BAD_ARGUMENT;
+  if (a.dlogits && (a.dlogits != a.logits || a.dlogits_stride != a.vocab || a.dlogits_dtype != a.dtype || a.parts != 1))
+    return BLIP3O_BAD_ARGUMENT;
   for (int64_t row = 0; row < a.rows; ++row) {
     const int64_t target = a.target[a.start + row];
     if (target != a.ignore_index && (target < 0 || target >= a.vocab)) return BLIP3O_BAD_ARGUMENT;

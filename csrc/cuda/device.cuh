@@ -10,6 +10,8 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "../blip3o.h"
 
@@ -30,6 +32,28 @@ template <>
 __device__ inline bfloat16 from_float<bfloat16>(float x) { return __float2bfloat16_rn(x); }
 template <>
 __device__ inline float16 from_float<float16>(float x) { return __float2half_rn(x); }
+
+// The square root of a normal number to about one unit in the last place, in one instruction.
+__device__ inline float quick_root(float x) {
+#ifdef __CUDACC__
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return std::sqrt(x);
+#endif
+}
+
+// All 64 bits of a product, in one instruction: of 64-bit factors whose upper halves are 0, nvcc adds those zeros.
+__device__ inline uint64_t wide_product(uint32_t a, uint32_t b) {
+#ifdef __CUDACC__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
 
 // N consecutive elements as floats. With N > 1 the address is a multiple of min(16, N * sizeof(T)) bytes.
 template <int N>
@@ -52,12 +76,33 @@ __device__ inline Floats<N> load(const T* p) {
   return floats;
 }
 
+// In accesses of 16 bytes or of 8: nvcc takes the store of a struct apart word by word, but not that of an integer.
+template <class T, int N>
+__device__ inline void put(T* p, const Stored<T, N>& stored) {
+  constexpr int BYTES = sizeof(stored);
+  using Whole = std::conditional_t<BYTES == 8, uint64_t, unsigned __int128>;
+  constexpr int WORDS = sizeof(Whole) / 4;
+  if constexpr (BYTES % sizeof(Whole) == 0) {
+    uint32_t words[BYTES / 4];
+    memcpy(words, &stored, BYTES);
+#pragma unroll
+    for (int i = 0; i < BYTES / 4; i += WORDS) {
+      Whole whole = 0;
+#pragma unroll
+      for (int j = WORDS; j-- > 0;) whole = whole << 32 | words[i + j];
+      reinterpret_cast<Whole*>(p)[i / WORDS] = whole;
+    }
+  } else {
+    *reinterpret_cast<Stored<T, N>*>(p) = stored;
+  }
+}
+
 template <int N, class T>
 __device__ inline void store(T* p, const Floats<N>& floats) {
   Stored<T, N> stored;
 #pragma unroll
   for (int i = 0; i < N; ++i) stored.v[i] = from_float<T>(floats.v[i]);
-  *reinterpret_cast<Stored<T, N>*>(p) = stored;
+  put(p, stored);
 }
 
 // The sum over all threads of the block, in every thread, in an order that the block's size alone decides. `scratch` holds 32

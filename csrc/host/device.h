@@ -90,6 +90,20 @@ inline float __uint_as_float(uint32_t word) {
   return value;
 }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  return word;
+}
+
+inline float __uint_as_float(uint32_t word) {
+  float value;
+  std::memcpy(&value, &word, 4);
+  return value;
+}
 
 // Both 16-bit formats as their bits; arithmetic is on float alone.
 struct __nv_bfloat16 {

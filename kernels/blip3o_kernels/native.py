@@ -22,7 +22,7 @@ import torch
 from .dispatch import INSTRUCTION_SETS, BackendError
 from .dispatch import instruction_set as forced_instruction_set
 
-VERSION = 6  # BLIP3O_VERSION
+VERSION = 7  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
@@ -47,7 +47,7 @@ FORMATS = {
     "flow_loss_backward": "PPPPPPqqiiiP",
     "flow_step": "PPPPPPqqffiiiP",
     "flow_step_backward": "PPPPPPPPPPqqffiiiP",
-    "linear_cross_entropy": "PPPPqqqqqfffiiiiP",
+    "linear_cross_entropy": "PPPPPqqqqqqfffiiiiiP",
     "linear_cross_entropy_fused": "PPPPPPPPPqqqqqqqffffiiiiP",
     "swiglu": "PPPqqqqiiiP",
     "swiglu_backward": "PPPPPqqqqqiiiP",
@@ -63,6 +63,8 @@ ON_CUDA = (
     *("layer_norm", "layer_norm_backward", "modulate", "modulate_backward"),
     *("gated_residual", "gated_residual_backward", "qk_norm_rope", "qk_norm_rope_backward"),
     *("swiglu", "swiglu_backward", "rope"),
+    *("flow_interpolate", "flow_interpolate_backward", "flow_timesteps", "flow_loss", "flow_loss_backward"),
+    *("flow_step", "flow_step_backward", "timestep_embedding", "timestep_embedding_backward", "linear_cross_entropy"),
 )
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 

@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/flow_interpolate.cpp; the contract is ops/flow_interpolate.py."""
+"""Calls csrc/cpu/flow_interpolate.cpp and csrc/cuda/flow_interpolate.cu; the contract is ops/flow_interpolate.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from ..memory import empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
-_FORWARD, _BACKWARD = native.cpu_call("flow_interpolate"), native.cpu_call("flow_interpolate_backward")
+_CPU, _CUDA = native.cpu_call("flow_interpolate"), native.cuda_call("flow_interpolate")
+_CPU_BACKWARD = native.cpu_call("flow_interpolate_backward")
+_CUDA_BACKWARD = native.cuda_call("flow_interpolate_backward")
 
 
 def forward(
@@ -18,7 +20,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     x, noise, sigma, positions = _contiguous(x, noise, sigma, positions)
     x_sigma, velocity = empty_like(x), empty_like(x)
-    _FORWARD(
+    arguments = (
         x_sigma.data_ptr(),
         velocity.data_ptr(),
         x.data_ptr(),
@@ -31,6 +33,7 @@ def forward(
         DTYPES[x.dtype],
         draw,
     )
+    _CPU(*arguments) if x.is_cpu else _CUDA(x, *arguments)
     return x_sigma, velocity
 
 
@@ -53,8 +56,8 @@ def backward(
     dnoise = empty_like(x) if noise_wanted else x.new_empty(0)
     dsigma = torch.empty_like(sigma) if sigma_wanted else sigma.new_empty(0)
     samples, elements = x.shape[0], x.shape[1:].numel()
-    sums = torch.empty(samples * -(-elements // CHUNK) if sigma_wanted else 0, dtype=torch.float64)
-    _BACKWARD(
+    sums = torch.empty(samples * -(-elements // CHUNK) if sigma_wanted else 0, dtype=torch.float64, device=x.device)
+    arguments = (
         dx.data_ptr(),
         dnoise.data_ptr(),
         dsigma.data_ptr(),
@@ -71,6 +74,7 @@ def backward(
         DTYPES[x.dtype],
         draw,
     )
+    _CPU_BACKWARD(*arguments) if x.is_cpu else _CUDA_BACKWARD(x, *arguments)
     return dx, dnoise, dsigma
 
 

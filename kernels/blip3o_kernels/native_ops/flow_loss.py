@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/flow_loss.cpp; the contract is ops/flow_loss.py."""
+"""Calls csrc/cpu/flow_loss.cpp and csrc/cuda/flow_loss.cu; the contract is ops/flow_loss.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from ..memory import empty_like
 from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
-_FORWARD, _BACKWARD = native.cpu_call("flow_loss"), native.cpu_call("flow_loss_backward")
+_CPU, _CUDA = native.cpu_call("flow_loss"), native.cuda_call("flow_loss")
+_CPU_BACKWARD, _CUDA_BACKWARD = native.cpu_call("flow_loss_backward"), native.cuda_call("flow_loss_backward")
 
 
 def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -19,8 +20,8 @@ def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[
     samples, elements = prediction.shape[0], prediction.shape[1:].numel()
     loss = prediction.new_empty((), dtype=torch.float32)
     means = prediction.new_empty(samples, dtype=torch.float32)
-    sums = torch.empty(samples * -(-elements // CHUNK), dtype=torch.float64)
-    _FORWARD(
+    sums = prediction.new_empty(samples * -(-elements // CHUNK), dtype=torch.float64)
+    arguments = (
         loss.data_ptr(),
         means.data_ptr(),
         sums.data_ptr(),
@@ -31,6 +32,7 @@ def forward(prediction: Tensor, target: Tensor, weight: Tensor | None) -> tuple[
         elements,
         DTYPES[prediction.dtype],
     )
+    _CPU(*arguments) if prediction.is_cpu else _CUDA(prediction, *arguments)
     return loss, means
 
 
@@ -42,7 +44,7 @@ def backward(
     weight = contiguous(weight)
     dprediction = empty_like(prediction)
     dtarget = empty_like(prediction) if to_target else prediction.new_empty(0)
-    _BACKWARD(
+    arguments = (
         dprediction.data_ptr(),
         dtarget.data_ptr() if to_target else 0,
         dloss.data_ptr(),
@@ -53,4 +55,5 @@ def backward(
         prediction.shape[1:].numel(),
         DTYPES[prediction.dtype],
     )
+    _CPU_BACKWARD(*arguments) if prediction.is_cpu else _CUDA_BACKWARD(prediction, *arguments)
     return dprediction, dtarget

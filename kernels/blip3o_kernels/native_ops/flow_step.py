@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/flow_step.cpp; the contract is ops/flow_step.py."""
+"""Calls csrc/cpu/flow_step.cpp and csrc/cuda/flow_step.cu; the contract is ops/flow_step.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..native import CHUNK, DTYPES
 from ..strides import address, contiguous
 
 _PACK, _CPU = native.packer("flow_step"), native.function("cpu", "flow_step")
-_BACKWARD = native.cpu_call("flow_step_backward")
+_CUDA = native.cuda_call("flow_step")
+_CPU_BACKWARD, _CUDA_BACKWARD = native.cpu_call("flow_step_backward"), native.cuda_call("flow_step_backward")
 
 
 def forward(
@@ -41,14 +42,12 @@ def forward(
         lengths, samples = steps.data_ptr(), x.shape[0]
         elements //= max(samples, 1)
     y = torch.empty_like(x) if x.nbytes < LARGE else empty_like(x)
-    # fmt: off
-    status = _CPU(
-        _PACK(
-            y.data_ptr(), x.data_ptr(), velocity.data_ptr(), base, before, lengths, samples, elements, step, guidance,
-            DTYPES[x.dtype], instruction_set(), get_num_threads(), 0,
-        )
-    )
-    # fmt: on
+    addresses = (y.data_ptr(), x.data_ptr(), velocity.data_ptr(), base, before, lengths)
+    options = (samples, elements, step, guidance, DTYPES[x.dtype])
+    if not x.is_cpu:
+        _CUDA(x, *addresses, *options)
+        return y
+    status = _CPU(_PACK(*addresses, *options, instruction_set(), get_num_threads(), 0))
     if status:
         raise native.failed("flow_step", status)
     return y
@@ -70,8 +69,8 @@ def backward(
     elements = dy.numel() // max(samples, 1)
     dvelocity, dunconditional, dprevious = (empty_like(dy) if wanted[i] else dy.new_empty(0) for i in (0, 2, 3))
     dsteps = dy.new_empty(samples if wanted[1] else 0, dtype=torch.float32)
-    sums = torch.empty(samples * -(-elements // CHUNK) if wanted[1] else 0, dtype=torch.float64)
-    _BACKWARD(
+    sums = dy.new_empty(samples * -(-elements // CHUNK) if wanted[1] else 0, dtype=torch.float64)
+    arguments = (
         dvelocity.data_ptr() if wanted[0] else 0,
         dunconditional.data_ptr() if wanted[2] else 0,
         dprevious.data_ptr() if wanted[3] else 0,
@@ -88,6 +87,7 @@ def backward(
         guidance,
         DTYPES[dy.dtype],
     )
+    _CPU_BACKWARD(*arguments) if dy.is_cpu else _CUDA_BACKWARD(dy, *arguments)
     return dvelocity, dsteps, dunconditional, dprevious
 
 

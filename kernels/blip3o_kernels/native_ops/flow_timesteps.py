@@ -1,4 +1,4 @@
-"""Calls csrc/cpu/flow_timesteps.cpp; the contract is ops/flow_timesteps.py."""
+"""Calls csrc/cpu/flow_timesteps.cpp and csrc/cuda/flow_timesteps.cu; the contract is ops/flow_timesteps.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import native
 
-_CPU = native.cpu_call("flow_timesteps")
+_CPU, _CUDA = native.cpu_call("flow_timesteps"), native.cuda_call("flow_timesteps")
 
 
 def forward(
@@ -15,5 +15,7 @@ def forward(
 ) -> Tensor:
     positions = positions.contiguous()
     sigma = torch.empty_like(positions, dtype=torch.float32)
-    _CPU(sigma.data_ptr(), positions.data_ptr(), positions.numel(), seed, mean, std, shift, logit_normal, draw)
+    addresses = (sigma.data_ptr(), positions.data_ptr())
+    arguments = (*addresses, positions.numel(), seed, mean, std, shift, logit_normal, draw)
+    _CPU(*arguments) if positions.is_cpu else _CUDA(positions, *arguments)
     return sigma

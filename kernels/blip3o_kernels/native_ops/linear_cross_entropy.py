@@ -1,5 +1,5 @@
-"""Calls csrc/cpu/linear_cross_entropy.cpp between the products of logits.py, or fused_cross_entropy.h, which has
-them too; the contract is ops/linear_cross_entropy.py."""
+"""Calls csrc/cpu/linear_cross_entropy.cpp and csrc/cuda/linear_cross_entropy.cu between the products of logits.py, or
+fused_cross_entropy.h, which has them too; the contract is ops/linear_cross_entropy.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from ..memory import empty
 from ..native import DTYPES
 
 _PACK, _CPU = native.packer("linear_cross_entropy"), native.function("cpu", "linear_cross_entropy")
+_CUDA = native.cuda_call("linear_cross_entropy")
 _PACK_FUSED = native.packer("linear_cross_entropy_fused")
 _CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
+SPLIT = {"cuda"}  # where dlogits of bfloat16 operands are the sum of two bfloat16 numbers
 MANY = 2**22  # logits from which on float32 gradients gain by a dweight that is written once
 KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
 LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
@@ -173,34 +175,38 @@ def forward(
     want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of x [N, D] and the gradients that are wanted, all float32; target [N] int64."""
-    rows = x.shape[0]
-    loss, losses = torch.empty((), dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
+    rows, device = x.shape[0], x.device
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    losses = torch.empty(rows, dtype=torch.float64, device=device)
     if rows == 0:
         loss.zero_()
 
     def kernel(chunk: Tensor, dlogits: Tensor | None, start: int) -> None:
-        status = _CPU(
-            _PACK(
-                chunk.data_ptr(),
-                losses.data_ptr(),
-                loss.data_ptr(),
-                target.data_ptr(),
-                rows,
-                start,
-                *chunk.shape,
-                ignore_index,
-                label_smoothing,
-                z_loss,
-                softcap,
-                DTYPES[chunk.dtype],
-                dlogits is not None,
-                instruction_set(),
-                torch.get_num_threads(),
-                0,
-            )
+        gradient = chunk if dlogits is None else dlogits
+        arguments = (
+            chunk.data_ptr(),
+            0 if dlogits is None else dlogits.data_ptr(),
+            losses.data_ptr(),
+            loss.data_ptr(),
+            target.data_ptr(),
+            rows,
+            start,
+            *chunk.shape,
+            gradient.stride(0),
+            ignore_index,
+            label_smoothing,
+            z_loss,
+            softcap,
+            DTYPES[chunk.dtype],
+            DTYPES[gradient.dtype],
+            gradient.shape[0] // chunk.shape[0],
         )
+        if not chunk.is_cpu:
+            _CUDA(chunk, *arguments)
+            return
+        status = _CPU(_PACK(*arguments, instruction_set(), torch.get_num_threads(), 0))
         if status:
             logits.check_target(target, chunk.shape[1], ignore_index)  # the most likely reason
             raise native.failed("linear_cross_entropy", status)
 
-    return loss, *logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=False)
+    return loss, *logits.gradients(kernel, x, weight, autocast, want_x, want_weight, split=device.type in SPLIT)

@@ -1,4 +1,7 @@
-"""Calls csrc/cpu/timestep_embedding.cpp; the contract is ops/timestep_embedding.py."""
+"""Calls csrc/cpu/timestep_embedding.cpp and csrc/cuda/timestep_embedding.cu.
+
+The contract is ops/timestep_embedding.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from ..dispatch import instruction_set
 from ..memory import scratch
 
 _PACK, _CPU = native.packer("timestep_embedding"), native.function("cpu", "timestep_embedding")
-_BACKWARD = native.cpu_call("timestep_embedding_backward")
+_CUDA = native.cuda_call("timestep_embedding")
+_CPU_BACKWARD = native.cpu_call("timestep_embedding_backward")
+_CUDA_BACKWARD = native.cuda_call("timestep_embedding_backward")
 _PADDING = 15  # of the workspace, in elements
 
 
@@ -18,6 +23,9 @@ def forward(timestep: Tensor, dim: int, max_period: float) -> Tensor:
     timestep = timestep.contiguous()
     batch = timestep.numel()
     y = torch.empty(batch, dim, dtype=torch.float32, device=timestep.device)
+    if not timestep.is_cpu:
+        _CUDA(timestep, y.data_ptr(), 0, timestep.data_ptr(), batch, dim // 2, max_period)
+        return y
     frequencies = scratch(dim + 2 * _PADDING)  # float64: each takes two
     # fmt: off
     status = _CPU(
@@ -36,14 +44,10 @@ def backward(dy: Tensor, timestep: Tensor, max_period: float) -> Tensor:
     dy, timestep = dy.contiguous(), timestep.contiguous()
     dtimestep = torch.empty_like(timestep)
     half = dy.shape[1] // 2
-    frequencies = torch.empty(half + _PADDING, dtype=torch.float64)
-    _BACKWARD(
-        dtimestep.data_ptr(),
-        frequencies.data_ptr(),
-        dy.data_ptr(),
-        timestep.data_ptr(),
-        len(timestep),
-        half,
-        max_period,
-    )
+    addresses, sizes = (dy.data_ptr(), timestep.data_ptr()), (len(timestep), half, max_period)
+    if timestep.is_cpu:
+        frequencies = torch.empty(half + _PADDING, dtype=torch.float64)
+        _CPU_BACKWARD(dtimestep.data_ptr(), frequencies.data_ptr(), *addresses, *sizes)
+    else:
+        _CUDA_BACKWARD(timestep, dtimestep.data_ptr(), 0, *addresses, *sizes)
     return dtimestep

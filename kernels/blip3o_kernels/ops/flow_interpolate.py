@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch, philox
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable
 from ..samples import Draw, Sample
@@ -176,5 +176,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "noise", "sigma"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..registered import differentiable
 from ..samples import Draw, Sample
@@ -123,5 +123,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("prediction", "target", "weight"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

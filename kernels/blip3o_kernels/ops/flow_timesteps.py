@@ -135,6 +135,7 @@ OP = Op(
     differentiable=(),
     bodies=(
         Body("native", "cpu", _POSITIONS, False, native.CPU_MISSING),
+        Body("native", "cuda", _POSITIONS, False, native.CUDA_MISSING),
         Body("triton", "cuda", _POSITIONS, False, triton_ops.GPU_MISSING),
         Body("triton", "cpu", _POSITIONS, False, triton_ops.CPU_MISSING),
     ),

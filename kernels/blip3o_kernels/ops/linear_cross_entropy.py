@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..dispatch import Op, choose, direct, plain, transformed
 from ..logits import check_target
 from ..memory import empty
@@ -104,7 +104,8 @@ def linear_cross_entropy(
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     wanted = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    late = backend == "native" and native.late(x.dtype, target.numel() * weight.shape[0], any(wanted), autocast)
+    elements = target.numel() * weight.shape[0]
+    late = backend == "native" and x.is_cpu and native.late(x.dtype, elements, any(wanted), autocast)
     options: tuple[Any, ...] = (ignore_index, label_smoothing, z_loss, softcap or 0.0, autocast, late, backend)
     if not immediate:
         loss: Tensor = _forward_op(x, weight, target, *wanted, *options)[0]
@@ -278,5 +279,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("x", "weight"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import LARGEST, TINY
 from ..dispatch import Op, choose, direct, transformed
 from ..registered import differentiable
@@ -114,5 +114,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("timestep",),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )
