@@ -83,12 +83,6 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
 inline cudaError_t cudaGetLastError() { return host::last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return host::name_of(error); }
 
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __uint_as_float(uint32_t word) {
-  float value;
-  std::memcpy(&value, &word, 4);
-  return value;
-}
 inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }
