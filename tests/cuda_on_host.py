@@ -34,13 +34,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
-BEYOND = r"\1 < \2 + (host::fault() == NUMBER)"
 FAULTS = {
     "memory": [
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
-        (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
-        (re.compile(r"(?<=[ (])(row|token|column|lane|block) < ((?:a\.)?(?:last|width|items|blocks))(?=[;,)])"), BEYOND),
-        (re.compile(r"([\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);"), r"\1 >= \2 + (host::fault() == NUMBER)) \3;"),
+        (re.compile(pattern), replacement.replace("BEYOND", "+ (host::fault() == NUMBER)"))
+        for pattern, replacement in (
+            (r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)", r"; \1 < \2 BEYOND; "),
+            (
+                r"(?<=[ (])(i|row|token|column|lane|block) < ((?:a\.)?(?:last|width|items|blocks))(?=[;,)])",
+                r"\1 < \2 BEYOND",
+            ),
+            (r"([\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);", r"\1 >= \2 BEYOND) \3;"),
+        )
     ],
     "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
 }
@@ -113,8 +117,11 @@ def put_in_place(library: Path) -> None:
             contract._shortcut = lambda *_: None  # type: ignore[attr-defined]  # which leads to the C++
 
 
-def conform(first: bool = False) -> list[str]:
-    """What is wrong with the ops' results, or the first of it; prints how many there were."""
+def conform(first: bool = False, place: str = "") -> list[str]:
+    """What is wrong with the ops' results, or the first of it; prints how many there were.
+
+    place: where a fault may be. The ops whose name it holds come first, as a fault is mostly noticed there.
+    """
     import torch
     from conformance import bound, evaluate, expectation, violations
 
@@ -122,7 +129,7 @@ def conform(first: bool = False) -> list[str]:
 
     torch.set_num_threads(1)
     broken = []
-    for op in OPS:
+    for op in sorted(OPS, key=lambda op: op.name not in place):
         if op.name not in native.ON_CUDA:
             continue
         samples = 0
@@ -149,7 +156,7 @@ def missed(library: Path, places: list[str]) -> list[str]:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            os._exit(bool(conform(first=True)))
+            os._exit(bool(conform(first=True, place=place)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found

@@ -185,7 +185,7 @@ struct SpreadShape {
   static constexpr bool HELD = HELD_;
 };
 
-// run(shape) with the shape for a job: rows of more than 512 items go pair by pair, as those do that are not aligned.
+// run(shape) with the shape for a job: rows of more than 384 items go pair by pair, as those do that are not aligned.
 template <class T, class Run>
 int by_shape(Job& a, Run run) {
   constexpr int N = 16 / sizeof(T);
@@ -198,7 +198,7 @@ int by_shape(Job& a, Run run) {
     if (!a.across_width && parts <= 32) return run(SpreadShape<0, N, true>());
     if (items <= 128) return run(SpreadShape<128, N, true>());
     if (items <= 256) return run(SpreadShape<256, N, true>());
-    if (items <= 512) return run(SpreadShape<512, N, true>());
+    if (items <= 384) return run(SpreadShape<384, N, true>());  // 512 threads would have too few registers
   }
   if (heads > 0x7fffffff / (a.half + rest)) return BLIP3O_BAD_ARGUMENT;
   a.parts = static_cast<unsigned>(a.half + rest);
