@@ -4,13 +4,9 @@
 using namespace blip3o;
 
 extern "C" int blip3o_cuda_add_rms_norm(const blip3o_add_rms_norm_arguments* a) {
-  if (a->rows < 0 || a->width < 1) return BLIP3O_BAD_ARGUMENT;
-  if (!a->rows) return BLIP3O_OK;
-  return by_dtypes(a->dtype, a->weight_dtype, [&](auto t, auto w) {
-    const bool wide = divisible<16 / sizeof(t)>(a->width, a->stride, a->residual_stride) &&
-                      aligned(a->x, a->residual, a->y, a->added, a->weight);
-    return run_forward<decltype(t), decltype(w)>(*a, wide);
-  });
+  NormForward f = forward_of(*a);
+  f.residual = a->residual, f.residual_stride = a->residual_stride, f.added = a->added;
+  return norm_forward(f);
 }
 
 extern "C" int blip3o_cuda_add_rms_norm_backward(const blip3o_add_rms_norm_backward_arguments* a) {

@@ -1,16 +1,16 @@
-// Layer normalisation on a GPU, which is modulate's without a condition; the contract is kernels/blip3o_kernels/ops/layer_norm.py.
+// Layer normalisation on a GPU; the contract is kernels/blip3o_kernels/ops/layer_norm.py.
 #include "norm.cuh"
 
 using namespace blip3o;
 
 extern "C" int blip3o_cuda_layer_norm(const blip3o_layer_norm_arguments* a) {
-  blip3o_modulate_arguments b = {};
-  b.y = a->y, b.saved = a->saved, b.x = a->x, b.weight = a->weight, b.bias = a->bias;
-  b.batch = 1, b.tokens = a->rows, b.width = a->width, b.stride = a->stride;
-  b.eps = a->eps, b.centred = 1;
-  b.dtype = a->dtype, b.condition_dtype = a->weight_dtype;
-  b.stream = a->stream;
-  return normalise(b);
+  NormForward f = {};
+  f.y = a->y, f.saved = a->saved, f.x = a->x, f.weight = a->weight, f.bias = a->bias;
+  f.batch = 1, f.tokens = a->rows, f.width = a->width, f.stride = a->stride;
+  f.eps = a->eps, f.centred = 1;
+  f.dtype = a->dtype, f.parameter_dtype = a->weight_dtype;
+  f.stream = a->stream;
+  return norm_forward(f);
 }
 
 extern "C" int blip3o_cuda_layer_norm_backward(const blip3o_layer_norm_backward_arguments* a) {

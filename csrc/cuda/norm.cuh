@@ -1,5 +1,5 @@
-// What layer_norm, modulate and gated_residual share: the moments of a row, and one backward pass (norm_backward.cu), which
-// rms_norm and add_rms_norm use too.
+// What the norms share: the moments of a row, one forward pass (norm_forward.cu; gated_residual has its own) and one backward pass
+// (norm_backward.cu).
 #pragma once
 
 #include "rows.cuh"
@@ -59,6 +59,21 @@ __device__ inline Floats<N> load_or(const void* p, bool is_float, int64_t i, flo
 // Whether parameters of that type can be read beside values of type `dtype`.
 inline bool is_parameter(int parameter_dtype, int dtype) { return parameter_dtype == dtype || parameter_dtype == BLIP3O_FLOAT32; }
 
+// Forward, with v = x, or round(x + residual), which goes to `added`:
+//   n = (v - mean) * rstd                                 mean is 0 if not `centred`; rounded if `round_before_weight`
+//   y = round((n * (weight_offset + weight) + bias) * (1 + scale) + shift)       of what there is
+struct NormForward {
+  void *y, *added;
+  float* saved;  // rstd of each row, then, if centred, the mean of each row; null: not wanted
+  const void *x, *residual, *weight, *bias;
+  const void *scale, *shift;  // [batch, width]
+  int64_t batch, tokens, width, stride, residual_stride, scale_stride, shift_stride;
+  float eps, weight_offset;
+  int dtype, parameter_dtype, centred, round_before_weight;
+  void* stream;
+};
+int norm_forward(const NormForward& arguments);
+
 // Backward, with n = (x - mean) * rstd, or x if not `normed`, and u = dy * gain:
 //   dx   = rstd * (u - mean(u) - n * mean(u * n)) + more         mean(u) only if there is a mean, or dy * gain if not `normed`
 //   gain = (condition_offset + condition) * (weight_offset + weight), of what there is
@@ -85,8 +100,5 @@ struct NormBackward {
 int norm_backward(NormBackward arguments);
 // For RMS norms: 1/rms is found again from x, there may be `more`, and there are no condition, mean and plain sums.
 int rms_backward(NormBackward arguments);
-
-// modulate.cu's forward pass, where scale may be null: layer normalisation.
-int normalise(const blip3o_modulate_arguments& arguments);
 
 }  // namespace blip3o

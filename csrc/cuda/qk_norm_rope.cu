@@ -1,6 +1,6 @@
 // Normalised and rotated queries and keys on a GPU; the contract is kernels/blip3o_kernels/ops/qk_norm_rope.py. The backward pass
 // is in qk_norm_rope_backward.cu.
-#include "normed_rotation.cuh"
+#include "qk_norm_rope.cuh"
 
 namespace {
 

@@ -39,6 +39,21 @@ __device__ inline Floats<16 / sizeof(T)> unpacked(const Packed& packed) {
   return floats;
 }
 
+template <class T>
+__device__ inline void store_packed(T* p, const Packed& packed) {
+  *reinterpret_cast<Packed*>(p) = packed;
+}
+
+template <class T>
+__device__ inline Packed packed(const Floats<16 / sizeof(T)>& floats) {
+  T values[16 / sizeof(T)];
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(16 / sizeof(T)); ++i) values[i] = from_float<T>(floats.v[i]);
+  Packed packed;
+  memcpy(&packed, values, sizeof(packed));
+  return packed;
+}
+
 // Columns that a thread keeps in registers.
 template <int N, int CHUNKS>
 struct Held {

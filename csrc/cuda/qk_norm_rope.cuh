@@ -185,21 +185,25 @@ struct SpreadShape {
   static constexpr bool HELD = HELD_;
 };
 
-// run(shape) with the shape for a job.
+// run(shape) with the shape for a job: rows of more than 384 items go pair by pair, as those do that are not aligned.
 template <class T, class Run>
 int by_shape(Job& a, Run run) {
   constexpr int N = 16 / sizeof(T);
-  const bool wide = is_wide<N>(a);
-  const int64_t rest = (a.head_dim - 2 * a.half + 1) / 2, parts = (a.half + rest) / (wide ? N : 1);
-  const int64_t heads = a.across_width ? (a.query.heads > a.key.heads ? a.query.heads : a.key.heads) : 1, items = heads * parts;
-  if (items > 0x7fffffff) return BLIP3O_BAD_ARGUMENT;
-  a.parts = static_cast<unsigned>(parts);
-  for (a.lanes = 1; a.lanes < parts && a.lanes < 32;) a.lanes *= 2;
-  if (!wide) return run(SpreadShape<128, 1, false>());
-  if (!a.across_width && parts <= 32) return run(SpreadShape<0, N, true>());
-  if (items <= 128) return run(SpreadShape<128, N, true>());
-  if (items <= 256) return run(SpreadShape<256, N, true>());
-  return run(SpreadShape<512, N, false>());
+  const int64_t rest = (a.head_dim - 2 * a.half + 1) / 2;
+  const int64_t heads = a.across_width ? (a.query.heads > a.key.heads ? a.query.heads : a.key.heads) : 1;
+  if (is_wide<N>(a)) {
+    const int64_t parts = (a.half + rest) / N, items = heads * parts;
+    a.parts = static_cast<unsigned>(parts);
+    for (a.lanes = 1; a.lanes < parts && a.lanes < 32;) a.lanes *= 2;
+    if (!a.across_width && parts <= 32) return run(SpreadShape<0, N, true>());
+    if (items <= 128) return run(SpreadShape<128, N, true>());
+    if (items <= 256) return run(SpreadShape<256, N, true>());
+    if (items <= 384) return run(SpreadShape<384, N, true>());  // 512 threads would have too few registers
+  }
+  if (heads > 0x7fffffff / (a.half + rest)) return BLIP3O_BAD_ARGUMENT;
+  a.parts = static_cast<unsigned>(a.half + rest);
+  a.lanes = 1;
+  return run(SpreadShape<128, 1, false>());
 }
 
 // The job of those arguments, but for what only one direction has.
