@@ -44,13 +44,15 @@ SANITIZERS = {
 }
 
 
-def with_faults(folder: Path, kind: str) -> tuple[Path, list[str]]:
-    """A copy of csrc whose faults can be switched on, and where each of them is."""
+def with_faults(
+    folder: Path, faults: list[tuple[re.Pattern[str], str]], files: str = "cuda/*.cu*"
+) -> tuple[Path, list[str]]:
+    """A copy of csrc whose faults can be switched on, in those files, and where each of them is."""
     source, places = folder / "csrc", [""]
     shutil.copytree(ROOT / "csrc", source)
-    for file in sorted(source.glob("cuda/*.cu*")):
+    for file in sorted(source.glob(files)):
         text = file.read_text()
-        for pattern, replacement in FAULTS[kind]:
+        for pattern, replacement in faults:
             for match in reversed(list(pattern.finditer(text))):
                 fault = match.expand(replacement).replace("NUMBER", str(len(places)))
                 line = text.count("\n", 0, match.start()) + 1
@@ -60,10 +62,10 @@ def with_faults(folder: Path, kind: str) -> tuple[Path, list[str]]:
     return source, places
 
 
-def build(folder: Path, kind: str, source: Path) -> Path:
-    """The library of the CUDA kernels for this machine's processor."""
+def build(folder: Path, kind: str, kernels: list[Path], source: Path) -> Path:
+    """The library of these CUDA sources for this machine's processor."""
     library, objects = folder / f"libblip3o_cuda_{kind}.so", []
-    for file in [*sorted(source.glob("cuda/*.cu")), *sorted(source.glob("host/*.cpp"))]:
+    for file in [*sorted(kernels), *sorted(source.glob("host/*.cpp"))]:
         checked = SANITIZERS[kind] if kind == "memory" or file.suffix == ".cu" else ["-DBLIP3O_RACES"]
         target = folder / f"{file.stem}.o"
         command = [compiler(), *COMMON, *checked, "-x", "c++", "-c", str(file), "-o", str(target)]
@@ -158,6 +160,19 @@ def located(text: str, library: Path) -> str:
     return re.sub(r"code (0x[0-9a-f]+)", line, text)
 
 
+def environment_of(kind: str, seed: int) -> dict[str, str]:
+    """That of a process that loads such a library."""
+    environment = {**os.environ, "BLIP3O_HOST_SEED": str(seed)}
+    if kind == "memory":
+        runtimes = [
+            subprocess.run([compiler(), f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout
+            for x in ("libasan.so", "libubsan.so")
+        ]
+        environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python and torch never free some of theirs
+    return environment
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=list(SANITIZERS))
@@ -169,19 +184,11 @@ def main() -> int:
         return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, places = with_faults(folder, options.kind) if options.faults else (ROOT / "csrc", [])
-        library = build(folder, options.kind, source)
+        source, places = with_faults(folder, FAULTS[options.kind]) if options.faults else (ROOT / "csrc", [])
+        library = build(folder, options.kind, list(source.glob("cuda/*.cu")), source)
         library.with_suffix(".json").write_text(json.dumps(places))
-        environment = {**os.environ, "BLIP3O_HOST_SEED": str(options.seed)}
-        if options.kind == "memory":
-            runtimes = [
-                subprocess.run([compiler(), f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout
-                for x in ("libasan.so", "libubsan.so")
-            ]
-            environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
-            environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python and torch never free some of theirs
         command = [sys.executable, __file__, options.kind, "--inside", str(library)]
-        run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+        run = subprocess.run(command, env=environment_of(options.kind, options.seed), stderr=subprocess.PIPE, text=True, check=False)
         sys.stderr.write(located(run.stderr, library))
         return run.returncode
 
