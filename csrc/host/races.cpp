@@ -24,8 +24,15 @@ struct Access {
 
 struct Byte {
   uint64_t block = 0;              // the rest is of an earlier block, and void, unless this is the current one
+  bool under_way = false;          // a copy may write it now
   Access write, read, other_read;  // the last, and the last of another thread
 };
+
+#ifdef BLIP3O_RACES
+constexpr bool ON = true;
+#else
+constexpr bool ON = false;  // the kernels do not say what they access
+#endif
 
 std::vector<Clock> clocks;
 std::vector<Byte> bytes;
@@ -73,6 +80,7 @@ void ordered(const char* what, const void* code, const Access& before, size_t th
 }  // namespace
 
 void begin(size_t threads) {
+  if (!ON) return;
   if (!low) dl_iterate_phdr(find_variables, nullptr);
   clocks.assign(threads, Clock(threads, 0));
   for (size_t t = 0; t < threads; ++t) clocks[t][t] = 1;
@@ -81,12 +89,14 @@ void begin(size_t threads) {
 }
 
 void barrier() {
+  if (!ON) return;
   std::vector<size_t> all(clocks.size());
   for (size_t i = 0; i < all.size(); ++i) all[i] = i;
   join(all);
 }
 
 void meet(size_t first, uint32_t lanes) {
+  if (!ON) return;
   std::vector<size_t> some;
   for (size_t lane = 0; lane < 32; ++lane)
     if (lanes >> lane & 1) some.push_back(first + lane);
@@ -95,7 +105,7 @@ void meet(size_t first, uint32_t lanes) {
 
 void access(const void* p, size_t size, bool writes, const void* code) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-  if (address < low || address + size > high || !running()) return;
+  if (!ON || address < low || address + size > high || !running()) return;
   const size_t thread = number();
   const Access now{static_cast<int>(thread), clocks[thread][thread]};
   for (size_t i = 0; i < size; ++i) {
@@ -106,13 +116,24 @@ void access(const void* p, size_t size, bool writes, const void* code) {
       ordered("writes shared memory", code, byte.read, thread);
       ordered("writes shared memory", code, byte.other_read, thread);
       byte.write = now;
+      byte.under_way = false;
     } else {
+      if (byte.under_way) report("reads shared memory that a copy writes, without a wait for it", code, nullptr);
       if (byte.write.thread < 0) report("reads shared memory that no thread of its block has written", code, nullptr);
       if (byte.read.thread != now.thread) byte.other_read = byte.read;
       byte.read = now;
     }
   }
 }
+
+void copying(const void* p, size_t size, const void* code) {
+  access(p, size, true, code);
+  const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+  if (!ON || address < low || address + size > high) return;
+  for (size_t i = 0; i < size; ++i) bytes[address + i - low].under_way = true;
+}
+
+void copied(const void* p, size_t size, const void* code) { access(p, size, true, code); }
 
 }  // namespace host::races
 

@@ -16,5 +16,9 @@ namespace host::races {
 void begin(size_t threads);                    // a block
 void barrier();                                // of all its threads
 void meet(size_t first, uint32_t lanes);       // of these lanes of the warp that starts at thread `first`
+void access(const void* p, size_t size, bool writes, const void* code);  // of the running thread, if the memory is shared
+// Of an asynchronous copy: it writes at any moment from the one to the other, and in between nobody may read.
+void copying(const void* p, size_t size, const void* code);
+void copied(const void* p, size_t size, const void* code);
 
 }  // namespace host::races
