@@ -91,13 +91,16 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 # What a body is measured by in place of its reference: one that rounds where the fastest algorithm has to, as torch's
-# fused kernels do. Of the native ones only the body for AMX does so, which takes bfloat16.
+# fused kernels do. Of the native ones those on a GPU do so, and the body for AMX, which takes bfloat16. "native:cuda"
+# are the CUDA kernels wherever they run.
 FUSED: dict[str, Callable[..., object]] = {"attention": fused_attention}
 
 
 def rounds_as_fused(backend: str, arguments: dict[str, object]) -> bool:
     tiled = backend == "native:amx" or (backend == "native" and native.instruction_set() == "amx")
-    return backend == "triton" or (tiled and next(iter(tensors_of(arguments).values())).dtype is torch.bfloat16)
+    first = next(iter(tensors_of(arguments).values()))
+    on_gpu = backend == "native:cuda" or (backend == "native" and first.is_cuda)
+    return backend == "triton" or on_gpu or (tiled and first.dtype is torch.bfloat16)
 
 
 @dataclass(frozen=True)

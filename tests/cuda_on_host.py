@@ -8,7 +8,7 @@ suite run on what comes out.
 Threads and blocks take turns in an order drawn from --seed. The first report ends the run with a status that is not 0.
 
 With --faults the kernels are made wrong first, one place at a time, and each fault must be noticed: `memory` lets every
-loop over elements run one step too far, `races` leaves out every barrier.
+loop over elements run one step too far, and stops stores one short; `races` leaves out every barrier and every wait.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rebuilt import ROOT, compiler
@@ -31,11 +32,20 @@ from rebuilt import ROOT, compiler
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
 FAULTS = {
     "memory": [
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
+        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"), r"; \1 < \2 + (host::fault() == NUMBER); "),
         (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
-        (re.compile(r"([\w.]+) >= (a\.\w+)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
+        (re.compile(r"([\w.]+) >= (a\.\w+|rows)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
+        (re.compile(r"(?<=[ (])row < (rows) && "), r"row < \1 + (host::fault() == NUMBER) && "),
+        (re.compile(r"step < steps;"), r"step < steps - (host::fault() == NUMBER);"),
+        # Elements that nobody writes.
+        (re.compile(r"row >= count \|\| "), r"row >= count - (host::fault() == NUMBER) || "),
+        (re.compile(r"(?<=column) < (a\.value_dim)\) "), r" < \1 - (host::fault() == NUMBER)) "),
+        (re.compile(r"(?<=\+ its) < (at\.rows)\)"), r" < \1 - (host::fault() == NUMBER))"),
     ],
-    "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
+    "races": [
+        (re.compile(r"(?<=\s)(__sync(?:threads|warp)\(\);)"), r"if (host::fault() != NUMBER) \1"),
+        (re.compile(r"(?<=\s)(cp_async_(?:commit|wait)(?:<\d>)?\(\);)"), r"if (host::fault() != NUMBER) \1"),
+    ],
 }
 COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
 SANITIZERS = {
@@ -89,16 +99,29 @@ def put_in_place(library: Path) -> None:
         found.argtypes = [ctypes.c_char_p]
         return found
 
-    native.function = function  # type: ignore[assignment]
+    def cuda_call(op: str) -> Callable[..., None]:
+        pack, call = native.packer(op), function("cuda", op)
+
+        def checked(x: object, *arguments: float) -> None:
+            status = call(pack(*arguments, 0, 0, 0))
+            if status:
+                raise native.failed(op, status)
+
+        return checked
+
+    native.function, native.cuda_call = function, cuda_call  # type: ignore[assignment]
     for op in native.ON_CUDA:
         if not op.endswith("_backward"):
-            importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))
+            module = importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))
+            if hasattr(module, "forward_cuda"):  # what it does on a GPU differs by more than the function
+                module.forward, module.backward = module.forward_cuda, module.backward_cuda
             contract = importlib.import_module(f"blip3o_kernels.ops.{op}")
             contract._shortcut = lambda *_: None  # type: ignore[attr-defined]  # which leads to the C++
+            contract.at_once = lambda *_: None  # type: ignore[attr-defined]
 
 
-def conform(first: bool = False) -> list[str]:
-    """What is wrong with the ops' results, or the first of it; prints how many there were."""
+def conform(first: bool = False, only: tuple[str, ...] = ()) -> list[str]:
+    """What is wrong with the results of the ops, or of `only` these, or the first of it; prints how many there were."""
     import torch
     from conformance import bound, evaluate, expectation, violations
 
@@ -107,7 +130,7 @@ def conform(first: bool = False) -> list[str]:
     torch.set_num_threads(1)
     broken = []
     for op in OPS:
-        if op.name not in native.ON_CUDA:
+        if op.name not in native.ON_CUDA or op.name not in (only or native.ON_CUDA):
             continue
         samples = 0
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -115,7 +138,7 @@ def conform(first: bool = False) -> list[str]:
                 arguments = bound(op, sample)
                 with use("native"):
                     got = evaluate(op, op.function, arguments)
-                found = list(violations(got, expectation(op, "native", arguments)))
+                found = list(violations(got, expectation(op, "native:cuda", arguments)))
                 broken += [f"{op.name} {dtype} {sample.name}: {found}"] if found else []
                 if first and broken:
                     return broken
@@ -124,16 +147,26 @@ def conform(first: bool = False) -> list[str]:
     return broken
 
 
+def inclusions(file: Path) -> set[str]:
+    """The names of a source of csrc/cuda and of the files there that it includes, and those, ..."""
+    found = {file.name}
+    for name in re.findall(r'^#include "(\w+\.cuh)"', file.read_text(), re.MULTILINE):
+        found |= inclusions(file.parent / name)
+    return found
+
+
 def missed(library: Path, places: list[str]) -> list[str]:
     """The faults that nothing notices: each is tried in a process of its own, because most of them end it."""
     fault, found = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "blip3o_host_fault"), []
+    included = {file.name: inclusions(file) for file in (ROOT / "csrc/cuda").glob("*.cu")}
     for number, place in enumerate(places[1:], start=1):
         child = os.fork()
         if child == 0:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            os._exit(bool(conform(first=True)))
+            only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
+            os._exit(bool(conform(True, only)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found
@@ -169,7 +202,10 @@ def environment_of(kind: str, seed: int) -> dict[str, str]:
             for x in ("libasan.so", "libubsan.so")
         ]
         environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
-        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python and torch never free some of theirs
+        environment["ASAN_OPTIONS"] = (
+            "detect_leaks=0"  # Python and torch never free some of theirs
+            ":max_malloc_fill_size=268435456:malloc_fill_byte=255"  # NaN, where nothing is written
+        )
     return environment
 
 

@@ -106,7 +106,8 @@ def computed(library: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     y, log_sum = unwritten(query), torch.full((batch, heads, tokens), torch.nan)
     left, right = arguments.get("window_size") or (-1, -1)
     softcap, scale = arguments.get("softcap") or 0.0, arguments.get("scale") or head_dim**-0.5
-    sizes = (batch, heads, groups, tokens, keys, head_dim, head_dim, 1, 0)
+    floats = 2 * batch * heads * ((tokens + 127) // 128 * 128)
+    sizes = (batch, heads, groups, tokens, keys, head_dim, head_dim, 1, floats)
     ends = (left, 0 if arguments.get("is_causal") else right, softcap, scale, native.DTYPES[query.dtype], 0, 0, 0, 0)
     inputs = (query, key, value)
     packed = native.packer("attention")(
@@ -120,7 +121,7 @@ def computed(library: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         return found
     dy = next(upstreams(found)).to(y).transpose(1, 2).contiguous().transpose(1, 2)
     gradients = [unwritten(x) for x in inputs]
-    workspace = torch.full((batch, heads, 2, (tokens + 127) // 128 * 128), torch.nan)
+    workspace = torch.full((floats,), torch.nan)
     packed = native.packer("attention_backward")(
         *addresses(*gradients, dy, y, log_sum, *inputs), 0, 0, 0, *addresses(workspace), *sizes,
         *strides(*gradients, dy, y, *inputs), 0, 0, 0, tokens, *ends,

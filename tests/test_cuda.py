@@ -43,8 +43,7 @@ def test_compiles_without_spills(library: Path) -> None:
     assert set(spills) == {("0", "0")}
 
 
-def test_instructions(library: Path) -> None:
-    """The machine code holds what is meant: 16-byte loads and stores, no atomics, no double precision."""
+def machine_code(library: Path) -> str:
     assert NVCC is not None
     folders = [Path(NVCC).resolve().parent]
     triton = find_spec("triton")  # brings a cuobjdump, should nvcc come without
@@ -53,9 +52,38 @@ def test_instructions(library: Path) -> None:
     dump = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
     assert dump is not None
     command = [dump, "-sass", "-arch", "sm_90a", str(library)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_instructions(library: Path) -> None:
+    """The machine code holds what is meant: 16-byte loads and stores, no atomics, no double precision."""
+    code = machine_code(library)
     assert "LDG.E.128" in code and "STG.E.128" in code
     assert not re.search(r"\s(RED|ATOM|ATOMG|DADD|DMUL|DFMA)\b", code)
+
+
+def test_instructions_of_attention(library: Path) -> None:
+    """Tiles come by asynchronous copies; 16-bit products are of tensor cores, those of float32 are not, as TF32 is none."""
+    kernels = re.findall(r"Function : (\S*attention_(?:forward|backward)\S*)(.*?)(?=Function : |\Z)", machine_code(library), re.DOTALL)
+    assert len(kernels) > 20
+    for name, code in kernels:
+        tensor_cores, float32 = "TensorCores" in name, "MultiplyAdds" in name
+        assert tensor_cores != float32 and "LDGSTS.E.BYPASS.128" in code
+        assert ("HMMA.16816.F32" in code and "LDSM.16.MT88.4" in code) == tensor_cores and ("HMMA" in code) == tensor_cores
+
+
+def test_instructions_of_hopper(library: Path) -> None:
+    """Attention for sm_90a: products of warpgroups that wait for one another only where told to, tiles by TMA, barriers that count,
+    registers moved to who needs them."""
+    assert "wgmma" not in Path(f"{library}.txt").read_text()  # a remark that products are serialised
+    kernels = re.findall(
+        r"Function : \S*(?:forward|gradients)_kernel\S*Shape(.*?)(?=Function : |\Z)", machine_code(library), re.DOTALL
+    )
+    assert len(kernels) == 16
+    for code in kernels:
+        for instruction in ("HGMMA.64x", "UTMALDG.4D", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "USETMAXREG", "MUFU.EX2"):
+            assert instruction in code
+        assert "HMMA.16816" not in code and "LDL" not in code and "STL" not in code
 
 
 def test_library_loads_without_a_driver(library: Path) -> None:

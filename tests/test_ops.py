@@ -47,7 +47,7 @@ MATRIX = {
     "gated_residual": {**NATIVE, **TRITON},
     "rope": {**NATIVE, **CUDA, **TRITON},
     "qk_norm_rope": {**NATIVE, **TRITON},
-    "attention": {**NATIVE, **TRITON},
+    "attention": {**NATIVE, **CUDA, **TRITON},
     "swiglu": {**NATIVE, **CUDA, **TRITON},
     "timestep_embedding": {**NATIVE, **TRITON},
     "flow_interpolate": {**NATIVE, **TRITON},

@@ -10,6 +10,7 @@
 namespace {
 
 using namespace blip3o;
+using namespace blip3o::hopper;
 
 struct Forward {
   void* y;

@@ -1,4 +1,4 @@
-// Attention for sm_90a: what the forward and the backward pass share, and where the launchers of attention.cu find them.
+// Attention for sm_90a: what the forward and the backward pass share.
 //
 // Tiles come from TMA through a ring of stages, which a producer fills and warpgroups of consumers empty; each stage has a barrier
 // that ends a phase when it is full and one that does when it is empty. All products are wgmma's.
@@ -6,18 +6,10 @@
 
 #include <algorithm>
 
+#include "attention_hopper.h"
 #include "hopper.cuh"
 
-namespace blip3o {
-
-// Whether the device is a Hopper and the arguments suit: 16-bit elements, head_dim = value_dim of 64, 128 or, forward, 256, 16-byte
-// alignment, neither a mask nor packed sequences nor, backward, a softcap; and enough queries for tiles of 64 of them.
-bool fits_hopper(const blip3o_attention_arguments& a);
-bool fits_hopper(const blip3o_attention_backward_arguments& a);
-// The passes; the arguments fit, but for the number of queries, which may be any. The backward pass has as its workspace 2 floats
-// for each query of each head of each sample, with the queries rounded up to 128.
-int attention_hopper(const blip3o_attention_arguments& a);
-int attention_hopper(const blip3o_attention_backward_arguments& a);
+namespace blip3o::hopper {
 
 constexpr float LOG2_E = 1.44269504088896341f, LN_2 = 0.69314718055994531f;
 
@@ -183,4 +175,4 @@ __device__ inline void store_quad(T* row, const float (&sums)[D / 2], float fact
 
 #endif
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper

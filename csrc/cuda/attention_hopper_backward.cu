@@ -11,6 +11,7 @@
 namespace {
 
 using namespace blip3o;
+using namespace blip3o::hopper;
 
 struct Backward {
   void* results[2];  // of keys: dkey, dvalue; of queries: dquery
@@ -285,7 +286,6 @@ __global__ void __launch_bounds__(128) stats_kernel(blip3o_attention_backward_ar
   stats[padded] = delta;
 }
 
-// Launchers
 
 template <class S>
 int run(const blip3o_attention_backward_arguments& a, const Backward& f, const Maps& maps) {
@@ -329,12 +329,14 @@ int by_dim(const blip3o_attention_backward_arguments& a) {
   return a.head_dim == 64 ? run<T, 64>(a) : run<T, 128>(a);
 }
 
+int64_t workspace_floats(const blip3o_attention_backward_arguments& a) { return 2 * a.batch * a.heads * ((a.tokens + 127) / 128 * 128); }
+
 }  // namespace
 
 bool blip3o::fits_hopper(const blip3o_attention_backward_arguments& a) {
   const bool strides = divisible<8>(a.dquery_batch, a.dquery_head, a.dquery_token, a.dkey_batch, a.dkey_head, a.dkey_token, a.dvalue_batch,
                                     a.dvalue_head, a.dvalue_token, a.y_batch, a.y_head, a.y_token);
-  return (a.head_dim == 64 || a.head_dim == 128) && a.softcap == 0.0f && strides && aligned(a.y) &&
+  return (a.head_dim == 64 || a.head_dim == 128) && a.softcap == 0.0f && strides && a.workspace_floats >= workspace_floats(a) && aligned(a.y) &&
          aligned(a.dquery, a.dkey, a.dvalue, a.workspace) && suits(a) &&
          walks(a.batch, a.heads, a.tokens, a.dy, a.dy_batch, a.dy_head, a.dy_token);
 }

@@ -1,7 +1,7 @@
 // What TMA is told of a tensor: by the driver, which is looked up when it is first wanted, so that the library loads without one.
 #include "hopper.cuh"
 
-namespace blip3o {
+namespace blip3o::hopper {
 
 bool describe(TensorMap* map, int dtype, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3], int rows) {
   // As TMA counts them, from the last dimension to the first; strides in bytes.
@@ -41,4 +41,4 @@ bool describe(TensorMap* map, int dtype, const void* data, const int64_t (&sizes
 #endif
 }
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper

@@ -18,12 +18,12 @@
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define BLIP3O_HOPPER  // this pass makes code for sm_90a; in others there are no such instructions
 #endif
-namespace blip3o {
+namespace blip3o::hopper {
 using TensorMap = CUtensorMap;
 }
 #endif
 
-namespace blip3o {
+namespace blip3o::hopper {
 
 constexpr int PANEL = 64;  // elements of a row of a panel, which has two bytes for each
 
@@ -198,4 +198,4 @@ __device__ inline uint32_t packed(float low, float high) {
 
 #endif
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper

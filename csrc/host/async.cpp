@@ -10,7 +10,7 @@
 namespace host::async {
 namespace {
 
-using blip3o::TensorMap;
+using blip3o::hopper::TensorMap;
 
 struct State {  // of an mbarrier
   unsigned count, pending, parity = 0;
@@ -43,7 +43,7 @@ std::map<const void*, State> barriers;
 std::vector<Copy> copies;
 Named named[16];
 
-State& state_of(blip3o::Barrier* barrier, const void* code) {
+State& state_of(blip3o::hopper::Barrier* barrier, const void* code) {
   const auto found = barriers.find(barrier);
   if (found == barriers.end()) fail("uses a barrier that was not initialised", code);
   if (races::ON) races::access(barrier, sizeof *barrier, false, code);
@@ -74,7 +74,7 @@ void write_panel(const Copy& copy) {
   const TensorMap& map = copy.map;
   const int64_t head = copy.at[2], batch = copy.at[3];
   const bool there = head >= 0 && head < map.sizes[2] && batch >= 0 && batch < map.sizes[3];
-  const uint32_t base = blip3o::shared_address(copy.to);
+  const uint32_t base = blip3o::hopper::shared_address(copy.to);
   for (int row = 0; row < map.rows; ++row) {
     const int64_t token = static_cast<int64_t>(copy.at[1]) + row;
     for (uint32_t column = 0; column < 64; ++column) {
@@ -109,7 +109,7 @@ void begin(size_t threads) {
 bool step() {
   const size_t products = products::ready();
   if (copies.empty() && !products) return false;
-  const size_t choice = below(copies.size() + products);
+  const size_t choice = random_below(copies.size() + products);
   if (choice >= copies.size()) return products::perform(choice - copies.size()), true;
   const Copy copy = copies[choice];
   copies[choice] = copies.back();
@@ -125,7 +125,7 @@ void end() {
 
 }  // namespace host::async
 
-namespace blip3o {
+namespace blip3o::hopper {
 
 using namespace host;
 using namespace host::async;
@@ -209,4 +209,4 @@ void sync_named(int id, int threads) {
   races::learn(number(), barrier.ended);
 }
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper

@@ -12,7 +12,7 @@
 
 #define __grid_constant__
 
-namespace blip3o {
+namespace blip3o::hopper {
 
 using Barrier = uint64_t;
 
@@ -78,16 +78,13 @@ uint32_t packed(float low, float high) {
   return __float2bfloat16_rn(low).bits | static_cast<uint32_t>(__float2bfloat16_rn(high).bits) << 16;
 }
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper
 
 namespace host {
 
 // What run.cpp lets async.cpp do, and the other way round.
 void wait_on(const void* channel, const char* what, const void* code);  // until someone wakes it
 void wake(const void* channel);
-[[noreturn]] void fail(const char* what, const void* code);  // of the running thread
-[[noreturn]] void fail(const char* what, const void* code, size_t thread);
-size_t below(size_t n);  // a random number
 
 namespace async {
 void begin(size_t threads);  // a block

@@ -10,7 +10,7 @@
 namespace host::products {
 namespace {
 
-using blip3o::Product;
+using blip3o::hopper::Product;
 
 struct Issued {  // a product, by as many threads as have come to it
   Product product;
@@ -122,7 +122,7 @@ void end() {
 
 }  // namespace host::products
 
-namespace blip3o {
+namespace blip3o::hopper {
 
 using namespace host;
 using namespace host::products;
@@ -189,4 +189,4 @@ void wait_products(int groups) {
   }
 }
 
-}  // namespace blip3o
+}  // namespace blip3o::hopper

@@ -61,6 +61,7 @@ FORMATS = {
 ON_CUDA = (
     *("rms_norm", "rms_norm_backward", "add_rms_norm", "add_rms_norm_backward"),
     *("swiglu", "swiglu_backward", "rope"),
+    *("attention", "attention_backward"),
 )
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 
