@@ -196,6 +196,10 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
       commit_products();
     };
     const auto add_values = [&] {
+#pragma unroll
+      for (int k = 0; k < S::DIM / 2; ++k) mixed[k] *= kept[k / 2 % 2];
+      wait(b.values_full + values.stage, values.parity);
+      fence_products();
       add_products<T, S::KEYS, S::DIM>(mixed, weights, shared_address(memory.values(values.stage)));
       commit_products();
     };
@@ -226,7 +230,6 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
         if (S::TURNS) sync_named(1 + consumer, 256);
         fence_products();
         multiply_scores();
-        wait(b.values_full + values.stage, values.parity);
         add_values();
         if (S::TURNS) arrive_named(1 + next, 256);
         wait_products<1>();
@@ -240,11 +243,7 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
         release(b.values_empty + values.stage);
         values.next();
         pack<T, S::KEYS>(weights, scores);
-#pragma unroll
-        for (int k = 0; k < S::DIM / 2; ++k) mixed[k] *= kept[k / 2 % 2];
       }
-      wait(b.values_full + values.stage, values.parity);
-      fence_products();
       add_values();
       wait_products<0>();
       settle(mixed);
