@@ -47,7 +47,7 @@ FAULTS = {
         (re.compile(r"(?<=\s)(cp_async_(?:commit|wait)(?:<\d>)?\(\);)"), r"if (host::fault() != NUMBER) \1"),
     ],
 }
-COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
+COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 SANITIZERS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],  # whose interface csrc/host/races.cpp is: its own runtime is not linked

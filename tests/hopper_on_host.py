@@ -73,9 +73,12 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
     from blip3o_kernels.samples import Draw
 
-    for dtype, head_dim in [(d, k) for d in (torch.bfloat16, torch.float16) for k in (64, 128, 256)]:
+    for dtype, head_dim, some in (
+        *((torch.bfloat16, k, CASES) for k in (64, 128, 256)),
+        *((torch.float16, k, CASES[3:5]) for k in (64, 128, 256)),
+    ):
         draw = Draw(dtype, "cpu")
-        for batch, heads, groups, tokens, keys, options in CASES:
+        for batch, heads, groups, tokens, keys, options in some:
             query = draw(batch, tokens, heads, head_dim, scale=4.0 if "window_size" in options else 1.0).transpose(1, 2)
             key, value = draw(2, batch, groups, keys + 3, head_dim)[:, :, :, :keys]  # as in a cache with room
             name = f"{dtype} K{head_dim} B{batch} H{heads}/{groups} T{tokens} S{keys} {options}"

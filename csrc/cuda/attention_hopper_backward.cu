@@ -177,13 +177,16 @@ __device__ inline void consume(const Backward& a, const Memory<S>& memory, int c
     if (steps) {
       wait(&b.rows_full, parity);
       parity ^= 1;
+    }
+    int other = run.first;  // the tile
+    Barrier* last = nullptr;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
       wait(b.full + ring.stage, ring.parity);
       fence_products();
       multiply_rows(scores, 0);
-    }
-    int other = run.first;  // the tile
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+      wait_products<1>();  // for the last step's sums
+      if (step) release(last);
       fence_products();
       multiply_rows(gradients, 1);
       wait_products<1>();
@@ -208,18 +211,12 @@ __device__ inline void consume(const Backward& a, const Memory<S>& memory, int c
       add_products<T, S::OTHERS, S::DIM>(first_sums, dweights, shared_address(memory.others(ring.stage, 0)));
       if constexpr (S::OF_KEYS) add_products<T, S::OTHERS, S::DIM>(second_sums, weights, shared_address(memory.others(ring.stage, 1)));
       commit_products();
-      Barrier* empty = b.empty + ring.stage;
+      last = b.empty + ring.stage;
       ring.next();
       if (++other == run.limit) other = run.first;
-      if (step < steps - 1) {
-        wait(b.full + ring.stage, ring.parity);
-        multiply_rows(scores, 0);
-        wait_products<1>();
-      } else {
-        wait_products<0>();
-      }
-      release(empty);
     }
+    wait_products<0>();
+    if (steps) release(last);
     settle(first_sums);
     if constexpr (S::OF_KEYS) settle(second_sums);
     const int count = S::OF_KEYS ? a.sight.keys : a.tokens;

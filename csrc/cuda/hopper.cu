@@ -11,7 +11,7 @@ bool describe(TensorMap* map, int dtype, const void* data, const int64_t (&sizes
     bytes[i] = counts[i + 1] == 1 ? 16 : strides[2 - i] * 2;  // of a dimension of one, it is any number
     if (counts[i + 1] < 1 || counts[i + 1] > 0xffffffff || bytes[i] <= 0 || bytes[i] % 16 || bytes[i] >> 40) return false;
   }
-  if (counts[0] < 1 || !aligned(data) || rows < 1 || rows > 256) return false;
+  if (counts[0] < 1 || counts[0] % 8 || !aligned(data) || rows < 1 || rows > 256) return false;
 #ifdef __CUDACC__
   static const auto encode = [] {
     void* found = nullptr;

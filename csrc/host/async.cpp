@@ -77,12 +77,12 @@ void write_panel(const Copy& copy) {
   const uint32_t base = blip3o::hopper::shared_address(copy.to);
   for (int row = 0; row < map.rows; ++row) {
     const int64_t token = static_cast<int64_t>(copy.at[1]) + row;
-    for (uint32_t column = 0; column < 64; ++column) {
-      const int64_t dim = static_cast<int64_t>(copy.at[0]) + column;
-      uint16_t element = 0;
-      if (there && token >= 0 && token < map.sizes[1] && dim >= 0 && dim < map.sizes[0])
-        std::memcpy(&element, map.data + batch * map.strides[2] + head * map.strides[1] + token * map.strides[0] + dim * 2, 2);
-      write(copy, dynamic_shared() + swizzled(base + static_cast<uint32_t>(row) * 128 + column * 2), &element, 2);
+    const char* from = map.data + batch * map.strides[2] + head * map.strides[1] + token * map.strides[0];
+    for (uint32_t column = 0; column < 64; column += 8) {
+      const int64_t dim = static_cast<int64_t>(copy.at[0]) + column;  // dims are a multiple of 8
+      char chunk[16] = {};
+      if (there && token >= 0 && token < map.sizes[1] && dim >= 0 && dim < map.sizes[0]) std::memcpy(chunk, from + dim * 2, 16);
+      write(copy, dynamic_shared() + swizzled(base + static_cast<uint32_t>(row) * 128 + column * 2), chunk, 16);
     }
   }
 }

@@ -52,43 +52,57 @@ size_t agent_of(const Warpgroup& group) {
   return races::AGENTS - 1 - i;
 }
 
-// An operand of `count` rows or columns by 16, from shared memory, as its descriptor says.
-void read(float* to, int count, uint64_t descriptor, bool k_major, const Issued& op, const races::Agent& agent) {
+float value(uint16_t bits, bool half) { return half ? __half2float({bits}) : __bfloat162float({bits}); }
+
+// An operand from shared memory, as its descriptor says: to[i step + k other_step] for its `count` rows or columns i.
+void read(float* to, uint32_t step, uint32_t other_step, uint32_t count, uint64_t descriptor, bool k_major, const Issued& op,
+          const races::Agent& agent) {
   if (descriptor >> 62 != 1 || descriptor >> 46 & 0xffff) fail("multiplies an operand that is not swizzled by 128 bytes", op.code, op.thread);
   const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
   const uint32_t start = field(0), panel = field(16), eight = field(32);
-  for (uint32_t i = 0; i < static_cast<uint32_t>(count); ++i)
-    for (uint32_t k = 0; k < 16; ++k) {
-      const uint32_t place = k_major ? i / 8 * eight + i % 8 * 128 + k * 2 : i / 64 * panel + i % 64 * 2 + k / 8 * eight + k % 8 * 128;
-      const char* from = dynamic_shared() + swizzled(start + place);
-      if (races::ON) races::access(from, 2, false, agent);
-      uint16_t bits;
-      std::memcpy(&bits, from, 2);
-      to[i * 16 + k] = op.product.half ? __half2float({bits}) : __bfloat162float({bits});
-    }
+  // Sixteen bytes at a time: of a row's k if K-major, of a k's columns otherwise.
+  for (uint32_t chunk = 0; chunk < count * 2; ++chunk) {
+    const uint32_t i = k_major ? chunk / 2 : chunk / 16 * 8, k = k_major ? chunk % 2 * 8 : chunk % 16;
+    const uint32_t place = k_major ? i / 8 * eight + i % 8 * 128 + k * 2 : i / 64 * panel + i % 64 * 2 + k / 8 * eight + k % 8 * 128;
+    const char* from = dynamic_shared() + swizzled(start + place);
+    if (races::ON) races::access(from, 16, false, agent);
+    uint16_t bits[8];
+    std::memcpy(bits, from, 16);
+    for (uint32_t n = 0; n < 8; ++n)
+      to[(k_major ? i : i + n) * step + (k_major ? k + n : k) * other_step] = value(bits[n], op.product.half);
+  }
 }
+
+alignas(64) float left[64 * 16], right[16 * 256], product_of[64 * 256];
+
+// It is most of what a run costs.
+__attribute__((optimize("O3"), no_sanitize("address", "undefined"))) void multiply_all(size_t columns) {
+  std::memset(product_of, 0, sizeof product_of);
+  for (size_t row = 0; row < 64; ++row)
+    for (size_t k = 0; k < 16; ++k)
+      for (size_t n = 0; n < columns; ++n) product_of[row * 256 + n] += left[row * 16 + k] * right[k * 256 + n];
+}
+
+// A warpgroup's: thread t has these places of a product.
+uint32_t row_of(uint32_t t, uint32_t i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
+uint32_t column_of(uint32_t t, uint32_t i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
 void execute(Warpgroup& group) {
   Issued& op = group.queue[group.executed - group.base];
   const races::Agent agent{agent_of(group), static_cast<uint32_t>(group.executed + 1), &op.knows, op.thread};
-  static float a[64 * 16], b[256 * 16];
-  read(b, op.product.columns, op.product.b, op.product.k_major, op, agent);
-  if (!op.product.in_registers) read(a, 64, op.product.a, true, op, agent);
+  const uint32_t columns = static_cast<uint32_t>(op.product.columns);
+  read(right, 1, 256, columns, op.product.b, op.product.k_major, op, agent);
+  if (!op.product.in_registers) read(left, 16, 1, 64, op.product.a, true, op, agent);
   for (uint32_t t = 0; t < 128 && op.product.in_registers; ++t)
-    for (uint32_t i = 0; i < 8; ++i) {
-      const uint16_t bits = static_cast<uint16_t>(op.words[t][i / 2] >> i % 2 * 16);
-      const uint32_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, k = i / 4 * 8 + t % 4 * 2 + i % 2;
-      a[row * 16 + k] = op.product.half ? __half2float({bits}) : __bfloat162float({bits});
-    }
+    for (uint32_t i = 0; i < 8; ++i)
+      left[row_of(t, i) * 16 + column_of(t, i)] = value(static_cast<uint16_t>(op.words[t][i / 2] >> i % 2 * 16), op.product.half);
+  multiply_all(columns);
   for (uint32_t t = 0; t < 128; ++t) {
     float* sums = nullptr;
     for (Held& held : group.threads[t].held)
       if (held.sums == op.sums[t]) sums = held.values.data();
-    for (uint32_t i = 0; i < static_cast<uint32_t>(op.product.columns) / 2; ++i) {
-      const float* row = a + (t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8) * 16;
-      const float* column = b + (i / 4 * 8 + t % 4 * 2 + i % 2) * 16;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += row[k] * column[k];
+    for (uint32_t i = 0; i < columns / 2; ++i) {
+      const float sum = product_of[row_of(t, i) * 256 + column_of(t, i)];
       sums[i] = op.product.accumulate ? sums[i] + sum : sum;
     }
   }
@@ -145,10 +159,8 @@ void multiply(const Product& product) {
     fail("multiplies other operands than the rest of its warpgroup", HERE);
   op.thread = number();
   op.code = HERE;
-  races::Clock knows;
-  races::give(knows, number());
-  if (!op.issuers++) op.knows = knows;
-  races::meet(op.knows, knows);
+  races::meet(op.knows, number());
+  ++op.issuers;
   op.sums[t] = product.sums;
   op.registers[t] = product.registers;
   if (product.in_registers) std::memcpy(op.words[t], product.registers, sizeof op.words[t]);

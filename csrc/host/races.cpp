@@ -148,8 +148,11 @@ void join(Clock& to, const Clock& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = std::max(to[i], from[i]);
 }
 
-void meet(Clock& to, const Clock& other) {
-  for (size_t i = 0; i < to.size(); ++i) to[i] = std::min(to[i], other[i]);
+void meet(Clock& to, size_t thread) {
+  if (!ON) return;
+  if (to.empty()) to = clocks[thread];
+  for (size_t i = 0; i < to.size(); ++i) to[i] = std::min(to[i], clocks[thread][i]);
+  ++clocks[thread][thread];
 }
 
 void raise(Clock& to, size_t agent, uint32_t when) {

@@ -42,7 +42,7 @@ void give(Clock& to, size_t thread);           // `to` knows what the thread has
 void learn(size_t thread, const Clock& from);  // and the other way round
 void learn(size_t thread, size_t agent, uint32_t when);
 void join(Clock& to, const Clock& from);
-void meet(Clock& to, const Clock& other);  // keeps what both know
+void meet(Clock& to, size_t thread);  // keeps what the thread has done or knows too; of an empty one all that
 void raise(Clock& to, size_t agent, uint32_t when);
 void access(const void* p, size_t size, bool writes, const Agent& agent);
 
