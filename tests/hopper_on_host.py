@@ -1,10 +1,10 @@
-"""The attention kernels for sm_90a on the host, as tests/cuda_on_host.py has the others, but called directly: at sizes from one
-query on, with results in memory that holds NaN.
+"""The attention kernels for sm_90a on the host, as tests/cuda_on_host.py has the others, but called directly: at sizes
+from one query on, with results in memory that holds NaN.
 
     python tests/hopper_on_host.py memory|races [--faults] [--seed N]
 
-The faults here are those that asynchronous code invites: a wait, a fence or a barrier left out, the wrong phase, a stage
-not given back, an index one too far, an element not written.
+The faults here are those that asynchronous code invites: a wait, a fence or a barrier left out, the wrong phase, a
+stage not given back, an index one too far, an element not written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OFF = "if (host::fault() != NUMBER) "
 ONE = "(host::fault() == NUMBER)"
 FAULTS = {
     "memory": [
-        (re.compile(r"\b(column (?:<|>=) \w+\[row\])"), rf"\1 + {ONE}"),
+        (re.compile(r"\b(column (?:<|>=) \w+\[which\])"), rf"\1 + {ONE}"),
         (re.compile(r"(key >= query \+ queries - 1 \+ behind)"), rf"\1 - {ONE}"),
         (re.compile(r"(key \+ count <= limit\(query\))"), rf"\1 + {ONE}"),
         (re.compile(r"\b((?:query|row)(?: \+ 8)? < (?:a\.tokens|count))(?=[,}])"), rf"\1 + {ONE}"),
@@ -87,7 +87,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def computed(library: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the kernels make of it: the result, the scores' log-sum-exp and, where there is a backward pass, the gradients."""
+    """What the kernels make of it: the result, the scores' log-sum-exp, and gradients where there is a backward pass."""
     import torch
     from conformance import upstreams
 
