@@ -32,7 +32,10 @@ from rebuilt import ROOT, compiler
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
 FAULTS = {
     "memory": [
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"), r"; \1 < \2 + (host::fault() == NUMBER); "),
+        (
+            re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"),
+            r"; \1 < \2 + (host::fault() == NUMBER); ",
+        ),
         (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
         (re.compile(r"([\w.]+) >= (a\.\w+|rows)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
         (re.compile(r"(?<=[ (])row < (rows) && "), r"row < \1 + (host::fault() == NUMBER) && "),
