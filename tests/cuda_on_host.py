@@ -4,6 +4,7 @@ suite run on what comes out.
     python tests/cuda_on_host.py memory      under AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/cuda_on_host.py races       with every access of shared memory checked for a barrier before it
     python tests/cuda_on_host.py ... --faults
+    python tests/cuda_on_host.py ... --op attention
 
 Threads and blocks take turns in an order drawn from --seed. The first report ends the run with a status that is not 0.
 
@@ -156,27 +157,29 @@ def inclusions(file: Path) -> set[str]:
     return found
 
 
-def missed(library: Path, places: list[str]) -> list[str]:
+def missed(library: Path, places: list[str], op: str) -> list[str]:
     """The faults that nothing notices: each is tried in a process of its own, because most of them end it."""
     fault, found = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "blip3o_host_fault"), []
     included = {file.name: inclusions(file) for file in (ROOT / "csrc/cuda").glob("*.cu")}
     for number, place in enumerate(places[1:], start=1):
+        only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
+        if op and op not in only:
+            continue
         child = os.fork()
         if child == 0:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
-            os._exit(bool(conform(True, only)))
+            os._exit(bool(conform(True, (op,) if op else only)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found
 
 
-def inside(library: Path, places: list[str]) -> int:
+def inside(library: Path, places: list[str], op: str) -> int:
     put_in_place(library)
-    start, wrong = time.monotonic(), conform()
-    wrong += [f"MISSED {place}" for place in missed(library, places)]
+    start, wrong = time.monotonic(), conform(only=(op,) if op else ())
+    wrong += [f"MISSED {place}" for place in missed(library, places, op)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"{max(0, len(places) - 1)} faults, {len(wrong)} wrong or missed, in {time.monotonic() - start:.0f} s")
     return int(bool(wrong))
@@ -199,10 +202,11 @@ def main() -> int:
     parser.add_argument("kind", choices=list(SANITIZERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--op", default="", help="only this op, and the faults in its files")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()))
+        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, places = with_faults(folder, options.kind) if options.faults else (ROOT / "csrc", [])
@@ -219,7 +223,7 @@ def main() -> int:
                 "detect_leaks=0"  # Python and torch never free some of theirs
                 ":max_malloc_fill_size=268435456:malloc_fill_byte=255"  # NaN, where nothing is written
             )
-        command = [sys.executable, __file__, options.kind, "--inside", str(library)]
+        command = [sys.executable, __file__, options.kind, "--op", options.op, "--inside", str(library)]
         run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         sys.stderr.write(located(run.stderr, library))
         return run.returncode

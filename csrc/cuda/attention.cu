@@ -32,7 +32,7 @@ struct Forward<float, D> {
 template <class T, int D, bool OF_KEYS>
 struct Backward {
   using Shape = BackwardShape<TensorCores<T, D, 1>, OF_KEYS, D <= 128 ? 8 : 4, D <= 64 ? 64 : 32, D <= 128 ? 2 : 1,
-                              OF_KEYS && D > 128 ? 128 : D>;
+                              (OF_KEYS && D > 128) ? 128 : D>;
 };
 template <int D, bool OF_KEYS>
 struct Backward<float, D, OF_KEYS> {
