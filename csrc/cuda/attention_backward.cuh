@@ -33,7 +33,11 @@ struct BackwardShape {
   static_assert(OTHERS <= THREADS, "");
 };
 
-// Of each query: delta, and the log-sum in units of log 2, infinite where it sees nothing, so that each p is 0. A warp a row.
+// Exponents are in units of log 2, but for float32, where those of scores far from the largest would round more.
+template <class T>
+constexpr float UNIT = sizeof(T) == 4 ? 1.0f : LOG2E;
+
+// Of each query: delta, and the log-sum, infinite where it sees nothing, so that each p is 0. A warp a row.
 template <int N, class T>
 __global__ void __launch_bounds__(4 * WARP) attention_delta(BackwardCall call) {
   const blip3o_attention_backward_arguments& a = call.a;
@@ -53,7 +57,7 @@ __global__ void __launch_bounds__(4 * WARP) attention_delta(BackwardCall call) {
   for (int lane = 16; lane > 0; lane /= 2) delta += __shfl_xor_sync(0xffffffffu, delta, lane);
   if (threadIdx.x % WARP) return;
   const float log_sum = a.log_sum[(at.batch * a.heads + at.head) * a.log_sum_head + at.token];
-  a.workspace[number] = log_sum == NOTHING ? -NOTHING : log_sum * LOG2E;
+  a.workspace[number] = log_sum == NOTHING ? -NOTHING : log_sum * UNIT<T>;
   a.workspace[rows + number] = delta;
 }
 
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCal
   }
   int stage = 0;
   for (; steps && head < last_head; ++head) {
-    const Bend bend(a, batch, head);
+    const Bend bend(a, batch, head, UNIT<T>);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int from = start + step * OTHERS;
@@ -153,8 +157,8 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCal
       if (!idle && own.meets(from, from + OTHERS)) {
         T *first = theirs + stage * 2 * OTHERS * D, *second = first + OTHERS * D;
         float p[Product::ROWS][C] = {}, ds[Product::ROWS][C] = {};
-        Product::outer(p, mine[0], first_row, first, 0);
-        Product::outer(ds, mine[1], first_row, second, 0);
+        Product::outer(p, mine[0], first_row, first, 0, head_dim);
+        Product::outer(ds, mine[1], first_row, second, 0, value_dim);
         const bool plain = !bend.bent && !own.cuts(from, from + OTHERS);
 #pragma unroll
         for (int j = 0; j < C; ++j) {
@@ -164,20 +168,20 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCal
 #pragma unroll
           for (int i = 0; i < Product::ROWS; ++i) {
             const float log = OF_KEYS ? their_log : own_log[i], delta = OF_KEYS ? their_delta : own_delta[i];
-            float score = p[i][j] * bend.factor, slope = 1.0f;
+            float exponent = fmaf(p[i][j], bend.factor, -log), slope = 1.0f;
             if (!plain) {
               const int its_row = at.first + first_row + Product::row(i);
               if (!own.sees(its_row, column, at.columns) || its_row >= at.rows)
-                score = NOTHING;
+                exponent = NOTHING;
               else if (bend.bent)
-                score = bend(p[i][j], OF_KEYS ? column : its_row, OF_KEYS ? its_row : column, slope);
+                exponent = bend(p[i][j], OF_KEYS ? column : its_row, OF_KEYS ? its_row : column, slope) - log;
             }
-            p[i][j] = fast_exp2(score - log);
+            p[i][j] = fast_exp2(exponent * (LOG2E / UNIT<T>));
             ds[i][j] = p[i][j] * (ds[i][j] - delta) * slope;
           }
         }
-        if constexpr (OF_KEYS) Product::mix(sums[1], p, second, 0, first_column, scratch);
-        Product::mix(sums[0], ds, first, 0, first_column, scratch);
+        if constexpr (OF_KEYS) Product::mix(sums[1], p, second, 0, first_column, value_dim, scratch);
+        Product::mix(sums[0], ds, first, 0, first_column, head_dim, scratch);
       }
       if (STAGES == 2) {
         stage = 1 - stage;

@@ -35,6 +35,9 @@ struct Softmax {
   float top[ROWS], total[ROWS];  // the largest so far in all threads of the row, and each thread's own part of the sum
 };
 
+// The natural logarithm of a row's sum of exponentials, of the largest score and the sum over 2^it.
+__device__ inline float log_sum_exp(float top, float total) { return total == 0.0f ? NOTHING : fmaf(top, LN2, logf(total)); }
+
 // Scores -> 2^(score - largest so far); o and the sums, which are of earlier columns, are made to fit.
 template <class Product, int C, int W>
 __device__ inline void exponentials(Softmax<Product::ROWS>& softmax, float (&s)[Product::ROWS][C], float (&o)[Product::ROWS][W],
@@ -97,13 +100,13 @@ __device__ inline void add_up(const ForwardCall& call, const Place& at, const So
       sum += weight * sums[(i * ROWS + row) * D + column];
     }
     sum = total == 0.0f ? 0.0f : sum / total;
-    const float log2_sum = total == 0.0f ? NOTHING : top + log2f(total);
+    const float log = log_sum_exp(top, total);
     if (call.parts > 1) {
       if (column < a.value_dim) a.workspace[(part_row + row) * a.value_dim + column] = sum;
-      if (column == 0) a.workspace[call.parts * a.batch * a.heads * a.tokens * a.value_dim + part_row + row] = log2_sum;
+      if (column == 0) a.workspace[call.parts * a.batch * a.heads * a.tokens * a.value_dim + part_row + row] = log;
     } else {
       if (column < a.value_dim) y[row * a.y_token + column] = from_float<T>(sum);
-      if (column == 0 && log_sum) log_sum[row * a.log_sum_token] = log2_sum * LN2;
+      if (column == 0 && log_sum) log_sum[row * a.log_sum_token] = log;
     }
   }
 }
@@ -163,7 +166,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
     const bool active = !idle && own.meets(first, first + OWN_KEYS);
     float scores[Product::ROWS][OWN_KEYS / Product::LANES] = {};
     if (active) {
-      Product::outer(scores, query_tile, first_row, key_tile, first_key);
+      Product::outer(scores, query_tile, first_row, key_tile, first_key, query.width);
       if (bend.bent || own.cuts(first, first + OWN_KEYS)) {
 #pragma unroll
         for (int i = 0; i < Product::ROWS; ++i) {
@@ -187,7 +190,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
       load_tile<KEYS, D, THREADS>(key_tile, key, s + KEYS, at.columns);
       cp_async_commit();
     }
-    if (active) Product::mix(o, scores, value_tile, first_key, 0, scratch);
+    if (active) Product::mix(o, scores, value_tile, first_key, 0, value.width, scratch);
   }
 
   T* y = static_cast<T*>(a.y) + batch * a.y_batch + head * a.y_head + row * a.y_token;
@@ -203,7 +206,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
       const int its = first_row + Product::row(i);
       scale[i] = total == 0.0f ? 0.0f : 1.0f / total;
       if (log_sum && threadIdx.x % Product::LANES == 0 && at.first + its < at.rows)
-        log_sum[its * a.log_sum_token] = total == 0.0f ? NOTHING : (softmax.top[i] + log2f(total)) * LN2;
+        log_sum[its * a.log_sum_token] = log_sum_exp(softmax.top[i], total);
     }
     to_tile<Product>(query_tile, first_row, o, scale, 0);
     const Rows<T> to{y + first_row * a.y_token, a.y_token, static_cast<int>(a.value_dim), call.wide_y};
@@ -223,16 +226,16 @@ __global__ void __launch_bounds__(4 * WARP) attention_combine(ForwardCall call) 
   float top = NOTHING, total = 0;
   for (int part = 0; part < call.parts; ++part) top = fmaxf(top, sums[part * rows]);
   const float shift = top == NOTHING ? 0.0f : top;
-  for (int part = 0; part < call.parts; ++part) total += fast_exp2(sums[part * rows] - shift);
+  for (int part = 0; part < call.parts; ++part) total += fast_exp2((sums[part * rows] - shift) * LOG2E);
   T* y = static_cast<T*>(a.y) + at.batch * a.y_batch + at.head * a.y_head + at.token * a.y_token;
   for (int column = threadIdx.x % WARP; column < a.value_dim; column += WARP) {
     float sum = 0;
     for (int part = 0; part < call.parts; ++part)
-      sum += fast_exp2(sums[part * rows] - shift) * a.workspace[(part * rows + number) * a.value_dim + column];
+      sum += fast_exp2((sums[part * rows] - shift) * LOG2E) * a.workspace[(part * rows + number) * a.value_dim + column];
     y[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
   }
   if (a.log_sum && threadIdx.x % WARP == 0)
-    a.log_sum[(at.batch * a.heads + at.head) * a.log_sum_head + at.token * a.log_sum_token] = (top + log2f(total)) * LN2;
+    a.log_sum[(at.batch * a.heads + at.head) * a.log_sum_head + at.token * a.log_sum_token] = total == 0.0f ? NOTHING : top + logf(total);
 }
 
 // Launchers

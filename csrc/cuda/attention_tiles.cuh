@@ -142,22 +142,22 @@ __device__ inline float hyperbolic_tangent(float x) {  // near 0, where the quot
   return z < 0.36f ? x + x * z * series : 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(x * (2.0f * LOG2E)));
 }
 
-// Scores are in units of log 2, so that a probability is one exp2. A product times `factor` is a score, unless it is `bent`: by a cap,
+// Scores are in units of log 2, so that a probability is one exp2, or in `unit`. A product times `factor` is a score, unless it is `bent`: by a cap,
 // a mask, or a scale that is not positive and would turn largest into least. An additive mask as low as the lowest numbers leaves no
 // room for a log-sum-exp: it masks, as -infinity does.
 struct Bend {
-  float factor, inner, outer;
+  float factor, inner, outer, unit;
   bool bent;
   int mask_kind;
   const void* mask;
   int64_t mask_token;
 
   template <class Arguments>
-  __device__ Bend(const Arguments& a, int64_t batch, int64_t head)
-      : factor(a.scale * LOG2E), mask_kind(a.mask_kind), mask(a.mask), mask_token(a.mask_token) {
+  __device__ Bend(const Arguments& a, int64_t batch, int64_t head, float unit = LOG2E)
+      : factor(a.scale * unit), unit(unit), mask_kind(a.mask_kind), mask(a.mask), mask_token(a.mask_token) {
     bent = a.mask_kind || a.softcap > 0.0f || !(a.scale > 0.0f);
     inner = a.softcap > 0.0f ? a.scale / a.softcap : 0.0f;
-    outer = a.softcap > 0.0f ? a.softcap * LOG2E : 0.0f;
+    outer = a.softcap > 0.0f ? a.softcap * unit : 0.0f;
     const int64_t from = batch * a.mask_batch + head * a.mask_head;
     if (mask_kind == 1) mask = static_cast<const uint8_t*>(mask) + from;
     if (mask_kind == 2) mask = static_cast<const float*>(mask) + from;
@@ -175,7 +175,7 @@ struct Bend {
     if (mask_kind == 1) return static_cast<const uint8_t*>(mask)[at] ? score : NOTHING;
     if (mask_kind == 2) {
       const float added = static_cast<const float*>(mask)[at];
-      return added <= -1e30f ? NOTHING : score + added * LOG2E;
+      return added <= -1e30f ? NOTHING : score + added * unit;
     }
     return score;
   }
