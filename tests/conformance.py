@@ -135,13 +135,15 @@ def violations(got: dict[str, Tensor], expected: Expectation, any_size: bool = F
             continue
         if not y.numel():
             continue
+        # Gradients may be nothing but what float32 sums of the largest values round: then eager is better by luck.
+        float32 = 0.0 if y.dtype is torch.float32 else ulp(largest, torch.float32)
         error, allowed = ((value.double() - truth).abs() for value in (y, eager))
         slack = 8 * ulp(max(largest, 1.0), y.dtype) if any_size else 2 * ulp(largest, y.dtype)
         if not error.max() <= 2 * allowed.max() + slack:
             yield f"{name}: off by {error.max()}, eager by {allowed.max()}"
         elif y.numel() >= 64 and not any_size:  # of fewer, eager's may be small by luck
             rms, eager_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-            if not rms <= 1.5 * eager_rms:
+            if not rms <= 1.5 * eager_rms + float32:
                 yield f"{name}: off by {rms} in the mean square, eager by {eager_rms}"
 
 

@@ -4,6 +4,7 @@ suite run on what comes out.
     python tests/cuda_on_host.py memory      under AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/cuda_on_host.py races       with every access of shared memory checked for a barrier before it
     python tests/cuda_on_host.py ... --faults
+    python tests/cuda_on_host.py ... --op attention
 
 Threads and blocks take turns in an order drawn from --seed. The first report ends the run with a status that is not 0.
 
@@ -32,7 +33,10 @@ from rebuilt import ROOT, compiler
 # What is put in the place of what; `host::fault()` is the number of the fault that is on.
 FAULTS = {
     "memory": [
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"), r"; \1 < \2 + (host::fault() == NUMBER); "),
+        (
+            re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"),
+            r"; \1 < \2 + (host::fault() == NUMBER); ",
+        ),
         (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
         (re.compile(r"([\w.]+) >= (a\.\w+|rows)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
         (re.compile(r"(?<=[ (])row < (rows) && "), r"row < \1 + (host::fault() == NUMBER) && "),
@@ -155,27 +159,29 @@ def inclusions(file: Path) -> set[str]:
     return found
 
 
-def missed(library: Path, places: list[str]) -> list[str]:
+def missed(library: Path, places: list[str], op: str) -> list[str]:
     """The faults that nothing notices: each is tried in a process of its own, because most of them end it."""
     fault, found = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "blip3o_host_fault"), []
     included = {file.name: inclusions(file) for file in (ROOT / "csrc/cuda").glob("*.cu")}
     for number, place in enumerate(places[1:], start=1):
+        only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
+        if op and op not in only:
+            continue
         child = os.fork()
         if child == 0:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
-            os._exit(bool(conform(True, only)))
+            os._exit(bool(conform(True, (op,) if op else only)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found
 
 
-def inside(library: Path, places: list[str]) -> int:
+def inside(library: Path, places: list[str], op: str) -> int:
     put_in_place(library)
-    start, wrong = time.monotonic(), conform()
-    wrong += [f"MISSED {place}" for place in missed(library, places)]
+    start, wrong = time.monotonic(), conform(only=(op,) if op else ())
+    wrong += [f"MISSED {place}" for place in missed(library, places, op)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"{max(0, len(places) - 1)} faults, {len(wrong)} wrong or missed, in {time.monotonic() - start:.0f} s")
     return int(bool(wrong))
@@ -214,17 +220,19 @@ def main() -> int:
     parser.add_argument("kind", choices=list(SANITIZERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--op", default="", help="only this op, and the faults in its files")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()))
+        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, places = with_faults(folder, FAULTS[options.kind]) if options.faults else (ROOT / "csrc", [])
         library = build(folder, options.kind, list(source.glob("cuda/*.cu")), source)
         library.with_suffix(".json").write_text(json.dumps(places))
-        command = [sys.executable, __file__, options.kind, "--inside", str(library)]
-        run = subprocess.run(command, env=environment_of(options.kind, options.seed), stderr=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, __file__, options.kind, "--op", options.op, "--inside", str(library)]
+        environment = environment_of(options.kind, options.seed)
+        run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         sys.stderr.write(located(run.stderr, library))
         return run.returncode
 

@@ -63,13 +63,14 @@ def test_instructions(library: Path) -> None:
 
 
 def test_instructions_of_attention(library: Path) -> None:
-    """Tiles come by asynchronous copies; 16-bit products are of tensor cores, those of float32 are not, as TF32 is none."""
-    kernels = re.findall(r"Function : (\S*attention_(?:forward|backward)\S*)(.*?)(?=Function : |\Z)", machine_code(library), re.DOTALL)
+    """Tiles come by asynchronous copies; 16-bit products are of tensor cores, those of float32 are not."""
+    pattern = r"Function : (\S*attention_(?:forward|backward)\S*)(.*?)(?=Function : |\Z)"
+    kernels = re.findall(pattern, machine_code(library), re.DOTALL)
     assert len(kernels) > 20
     for name, code in kernels:
         tensor_cores, float32 = "TensorCores" in name, "MultiplyAdds" in name
         assert tensor_cores != float32 and "LDGSTS.E.BYPASS.128" in code
-        assert ("HMMA.16816.F32" in code and "LDSM.16.MT88.4" in code) == tensor_cores and ("HMMA" in code) == tensor_cores
+        assert all((part in code) == tensor_cores for part in ("HMMA.16816.F32", "LDSM.16.MT88.4", "HMMA"))
 
 
 def test_instructions_of_hopper(library: Path) -> None:

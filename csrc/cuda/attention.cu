@@ -33,7 +33,7 @@ struct Forward<float, D> {
 template <class T, int D, bool OF_KEYS>
 struct Backward {
   using Shape = BackwardShape<TensorCores<T, D, 1>, OF_KEYS, D <= 128 ? 8 : 4, D <= 64 ? 64 : 32, D <= 128 ? 2 : 1,
-                              OF_KEYS && D > 128 ? 128 : D>;
+                              (OF_KEYS && D > 128) ? 128 : D>;
 };
 template <int D, bool OF_KEYS>
 struct Backward<float, D, OF_KEYS> {
@@ -68,7 +68,8 @@ bool sound(const Arguments& a) {
     if (size < 0) return false;
   if (a.groups < 1 || a.heads % a.groups || a.head_dim < 1 || a.head_dim > 256 || a.value_dim > 256) return false;
   if (a.tokens >= FAR / 2 || a.keys >= FAR / 2 || a.mask_kind < 0 || a.mask_kind > 2 || (a.mask_kind && !a.mask)) return false;
-  if (a.cu_seqlens_q ? !a.cu_seqlens_k || a.mask_kind || a.batch != 1 || a.sequences < 1 || a.sequences >= FAR / 2 : a.sequences != 1) return false;
+  if (a.cu_seqlens_q && (!a.cu_seqlens_k || a.mask_kind || a.batch != 1 || a.sequences >= FAR / 2)) return false;
+  if (a.sequences < 1 || (!a.cu_seqlens_q && a.sequences != 1)) return false;
   return !a.batch || !a.heads || !a.tokens || a.tokens <= 0x7fffffff / a.heads / a.batch;
 }
 
@@ -80,8 +81,9 @@ int forward(ForwardCall call) {
   blip3o_attention_arguments& a = call.a;
   fold<T>(a);
   call.left = limit(a.left, a.tokens, a.keys), call.right = limit(a.right, a.tokens, a.keys);
-  call.wide = aligned(a.query, a.key, a.value) && divisible<N>(a.head_dim, a.value_dim, a.query_batch, a.query_head, a.query_token,
-                                                               a.key_batch, a.key_head, a.key_token, a.value_batch, a.value_head, a.value_token);
+  call.wide = aligned(a.query, a.key, a.value) &&
+              divisible<N>(a.head_dim, a.value_dim, a.query_batch, a.query_head, a.query_token, a.key_batch, a.key_head, a.key_token,
+                           a.value_batch, a.value_head, a.value_token);
   call.wide_y = aligned(a.y) && divisible<N>(a.value_dim, a.y_batch, a.y_head, a.y_token);
   const int64_t part = a.batch * a.heads * a.tokens * (a.value_dim + 1);
   const bool few = a.tokens / a.sequences <= FEW;
@@ -126,7 +128,8 @@ extern "C" int blip3o_cuda_attention(const blip3o_attention_arguments* a) {
 extern "C" int blip3o_cuda_attention_backward(const blip3o_attention_backward_arguments* a) {
   if (!sound(*a)) return BLIP3O_BAD_ARGUMENT;
   if (!a->batch || !a->heads) return BLIP3O_OK;
-  if (a->tokens && (!a->workspace || !a->log_sum || a->workspace_floats < 2 * a->batch * a->heads * a->tokens)) return BLIP3O_BAD_ARGUMENT;
+  if (a->tokens && (!a->workspace || !a->log_sum)) return BLIP3O_BAD_ARGUMENT;
+  if (a->workspace_floats < 2 * a->batch * a->heads * a->tokens) return BLIP3O_BAD_ARGUMENT;
   if (fits_hopper(*a)) return attention_hopper(*a);
   return by_dtype(a->dtype, [&](auto t) { return backward<decltype(t)>(BackwardCall{*a, 0, 0, 0, false, false}); });
 }

@@ -35,9 +35,13 @@ struct Softmax {
   float top[ROWS], total[ROWS];  // the largest so far in all threads of the row, and each thread's own part of the sum
 };
 
+// The natural logarithm of a row's sum of exponentials, of the largest score and the sum over 2^it.
+__device__ inline float log_sum_exp(float top, float total) { return total == 0.0f ? NOTHING : fmaf(top, LN2, logf(total)); }
+
 // Scores -> 2^(score - largest so far); o and the sums, which are of earlier columns, are made to fit.
 template <class Product, int C, int W>
-__device__ inline void exponentials(Softmax<Product::ROWS>& softmax, float (&s)[Product::ROWS][C], float (&o)[Product::ROWS][W], float factor) {
+__device__ inline void exponentials(Softmax<Product::ROWS>& softmax, float (&s)[Product::ROWS][C], float (&o)[Product::ROWS][W],
+                                    float factor) {
 #pragma unroll
   for (int i = 0; i < Product::ROWS; ++i) {
     float largest = s[i][0];
@@ -96,13 +100,13 @@ __device__ inline void add_up(const ForwardCall& call, const Place& at, const So
       sum += weight * sums[(i * ROWS + row) * D + column];
     }
     sum = total == 0.0f ? 0.0f : sum / total;
-    const float log2_sum = total == 0.0f ? NOTHING : top + log2f(total);
+    const float log = log_sum_exp(top, total);
     if (call.parts > 1) {
       if (column < a.value_dim) a.workspace[(part_row + row) * a.value_dim + column] = sum;
-      if (column == 0) a.workspace[call.parts * a.batch * a.heads * a.tokens * a.value_dim + part_row + row] = log2_sum;
+      if (column == 0) a.workspace[call.parts * a.batch * a.heads * a.tokens * a.value_dim + part_row + row] = log;
     } else {
       if (column < a.value_dim) y[row * a.y_token + column] = from_float<T>(sum);
-      if (column == 0 && log_sum) log_sum[row * a.log_sum_token] = log2_sum * LN2;
+      if (column == 0 && log_sum) log_sum[row * a.log_sum_token] = log;
     }
   }
 }
@@ -128,9 +132,12 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
   const Place at = place_of<ROWS>(tile, a.cu_seqlens_q, a.cu_seqlens_k, a.sequences, a.tokens, a.keys);
   if (at.first >= at.rows) return;
   const int64_t row = at.row + at.first;
-  const T* query = static_cast<const T*>(a.query) + batch * a.query_batch + head * a.query_head + row * a.query_token;
-  const T* key = static_cast<const T*>(a.key) + batch * a.key_batch + group * a.key_head + at.column * a.key_token;
-  const T* value = static_cast<const T*>(a.value) + batch * a.value_batch + group * a.value_head + at.column * a.value_token;
+  const Rows<const T> query{static_cast<const T*>(a.query) + batch * a.query_batch + head * a.query_head + row * a.query_token,
+                            a.query_token, static_cast<int>(a.head_dim), call.wide};
+  const Rows<const T> key{static_cast<const T*>(a.key) + batch * a.key_batch + group * a.key_head + at.column * a.key_token,
+                          a.key_token, static_cast<int>(a.head_dim), call.wide};
+  const Rows<const T> value{static_cast<const T*>(a.value) + batch * a.value_batch + group * a.value_head + at.column * a.value_token,
+                            a.value_token, static_cast<int>(a.value_dim), call.wide};
   const Bend bend(a, batch, head);
 
   const Span span(at, at.first, ROWS, call.left, call.right);
@@ -145,33 +152,33 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
   for (int i = 0; i < Product::ROWS; ++i) softmax.top[i] = NOTHING, softmax.total[i] = 0.0f;
 
   if (from < to) {
-    load_tile<ROWS, D, THREADS>(query_tile, query, a.query_token, at.rows - at.first, a.head_dim, call.wide);
-    load_tile<KEYS, D, THREADS>(key_tile, key + from * a.key_token, a.key_token, at.columns - from, a.head_dim, call.wide);
+    load_tile<ROWS, D, THREADS>(query_tile, query, 0, at.rows - at.first);
+    load_tile<KEYS, D, THREADS>(key_tile, key, from, at.columns);
     cp_async_commit();
   }
 #pragma unroll 1
   for (int s = from; s < to; s += KEYS) {
     cp_async_wait<0>();
     __syncthreads();  // keys are there; all have done with the values
-    load_tile<KEYS, D, THREADS>(value_tile, value + s * a.value_token, a.value_token, at.columns - s, a.value_dim, call.wide);
+    load_tile<KEYS, D, THREADS>(value_tile, value, s, at.columns);
     cp_async_commit();
     const int first = s + first_key;
     const bool active = !idle && own.meets(first, first + OWN_KEYS);
     float scores[Product::ROWS][OWN_KEYS / Product::LANES] = {};
     if (active) {
-      Product::outer(scores, query_tile, first_row, key_tile, first_key);
+      Product::outer(scores, query_tile, first_row, key_tile, first_key, query.width);
       if (bend.bent || own.cuts(first, first + OWN_KEYS)) {
 #pragma unroll
         for (int i = 0; i < Product::ROWS; ++i) {
           const int token = at.first + first_row + Product::row(i);
 #pragma unroll
           for (int j = 0; j < OWN_KEYS / Product::LANES; ++j) {
-            const int key = first + Product::column(j);
+            const int column = first + Product::column(j);
             float slope;
-            if (!own.sees(token, key, at.columns) || token >= at.rows)
+            if (!own.sees(token, column, at.columns) || token >= at.rows)
               scores[i][j] = NOTHING;
             else if (bend.bent)
-              scores[i][j] = bend(scores[i][j], token, key, slope);
+              scores[i][j] = bend(scores[i][j], token, column, slope);
           }
         }
       }
@@ -180,10 +187,10 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
     cp_async_wait<0>();
     __syncthreads();  // values are there; all have done with the keys
     if (s + KEYS < to) {
-      load_tile<KEYS, D, THREADS>(key_tile, key + (s + KEYS) * a.key_token, a.key_token, at.columns - s - KEYS, a.head_dim, call.wide);
+      load_tile<KEYS, D, THREADS>(key_tile, key, s + KEYS, at.columns);
       cp_async_commit();
     }
-    if (active) Product::mix(o, scores, value_tile, first_key, 0, scratch);
+    if (active) Product::mix(o, scores, value_tile, first_key, 0, value.width, scratch);
   }
 
   T* y = static_cast<T*>(a.y) + batch * a.y_batch + head * a.y_head + row * a.y_token;
@@ -199,11 +206,11 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
       const int its = first_row + Product::row(i);
       scale[i] = total == 0.0f ? 0.0f : 1.0f / total;
       if (log_sum && threadIdx.x % Product::LANES == 0 && at.first + its < at.rows)
-        log_sum[its * a.log_sum_token] = total == 0.0f ? NOTHING : (softmax.top[i] + log2f(total)) * LN2;
+        log_sum[its * a.log_sum_token] = log_sum_exp(softmax.top[i], total);
     }
     to_tile<Product>(query_tile, first_row, o, scale, 0);
-    store_rows<Product::WARP_ROWS, D, D>(y + first_row * a.y_token, a.y_token, query_tile, first_row, at.rows - at.first - first_row,
-                                         0, a.value_dim, call.wide_y);
+    const Rows<T> to{y + first_row * a.y_token, a.y_token, static_cast<int>(a.value_dim), call.wide_y};
+    store_rows<Product::WARP_ROWS, D, D>(to, query_tile, first_row, at.rows - at.first - first_row, 0);
   }
 }
 
@@ -211,23 +218,24 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
 template <class T>
 __global__ void __launch_bounds__(4 * WARP) attention_combine(ForwardCall call) {
   const blip3o_attention_arguments& a = call.a;
-  const unsigned number = blockIdx.x * 4 + threadIdx.x / WARP, tokens = static_cast<unsigned>(a.tokens), heads = static_cast<unsigned>(a.heads);
-  const int64_t rows = a.batch * a.heads * a.tokens, token = number % tokens, head = number / tokens % heads, batch = number / tokens / heads;
+  const unsigned number = blockIdx.x * 4 + threadIdx.x / WARP;
+  const int64_t rows = a.batch * a.heads * a.tokens;
   if (number >= rows) return;
+  const Row at(a, number);
   const float* sums = a.workspace + call.parts * rows * a.value_dim + number;
   float top = NOTHING, total = 0;
   for (int part = 0; part < call.parts; ++part) top = fmaxf(top, sums[part * rows]);
   const float shift = top == NOTHING ? 0.0f : top;
-  for (int part = 0; part < call.parts; ++part) total += fast_exp2(sums[part * rows] - shift);
-  T* y = static_cast<T*>(a.y) + batch * a.y_batch + head * a.y_head + token * a.y_token;
+  for (int part = 0; part < call.parts; ++part) total += fast_exp2((sums[part * rows] - shift) * LOG2E);
+  T* y = static_cast<T*>(a.y) + at.batch * a.y_batch + at.head * a.y_head + at.token * a.y_token;
   for (int column = threadIdx.x % WARP; column < a.value_dim; column += WARP) {
     float sum = 0;
     for (int part = 0; part < call.parts; ++part)
-      sum += fast_exp2(sums[part * rows] - shift) * a.workspace[(part * rows + number) * a.value_dim + column];
+      sum += fast_exp2((sums[part * rows] - shift) * LOG2E) * a.workspace[(part * rows + number) * a.value_dim + column];
     y[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
   }
   if (a.log_sum && threadIdx.x % WARP == 0)
-    a.log_sum[(batch * a.heads + head) * a.log_sum_head + token * a.log_sum_token] = (top + log2f(total)) * LN2;
+    a.log_sum[(at.batch * a.heads + at.head) * a.log_sum_head + at.token * a.log_sum_token] = total == 0.0f ? NOTHING : top + logf(total);
 }
 
 // Launchers
@@ -239,10 +247,10 @@ int run_forward(ForwardCall call) {
   const int64_t heads = a.batch * a.heads;
   if (tiles > 0x7fffffff / heads / call.parts) return BLIP3O_BAD_ARGUMENT;
   call.tiles = static_cast<int>(tiles);
-  const int status = launch(attention_forward<Shape>, static_cast<unsigned>(tiles * heads * call.parts), Shape::THREADS, Shape::SHARED,
-                            a.stream, call);
+  const unsigned blocks = static_cast<unsigned>(tiles * heads * call.parts), rows = static_cast<unsigned>(heads * a.tokens);
+  const int status = launch(attention_forward<Shape>, blocks, Shape::THREADS, Shape::SHARED, a.stream, call);
   if (status || call.parts == 1) return status;
-  return launch(attention_combine<typename Shape::T>, static_cast<unsigned>((heads * a.tokens + 3) / 4), 4 * WARP, 0, a.stream, call);
+  return launch(attention_combine<typename Shape::T>, (rows + 3) / 4, 4 * WARP, 0, a.stream, call);
 }
 
 }  // namespace blip3o

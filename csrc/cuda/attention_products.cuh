@@ -5,6 +5,7 @@
 // values wide_column(j).
 //     outer   s += x y^T,  x [WARP_ROWS, D] and y [N, D] tiles
 //     mix     o += p y,    p [WARP_ROWS, N] as `outer` left it, rounded to T, y [N, D] a tile, of which columns from `first` on
+// What lies beyond the first `width` columns of tiles is 0, which multiply-adds make use of.
 #pragma once
 
 #include "attention_tiles.cuh"
@@ -21,7 +22,7 @@ struct TensorCores {
   static __device__ int wide_column(int j) { return column(j); }
 
   template <int C>
-  static __device__ void outer(float (&s)[ROWS][C], T* x, int x_row, T* y, int y_row) {
+  static __device__ void outer(float (&s)[ROWS][C], T* x, int x_row, T* y, int y_row, int) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int k = 0; k < D / 8; k += 2) {
@@ -43,7 +44,7 @@ struct TensorCores {
   }
 
   template <int C, int W>
-  static __device__ void mix(float (&o)[ROWS][W], const float (&p)[ROWS][C], T* y, int y_row, int first, float*) {
+  static __device__ void mix(float (&o)[ROWS][W], const float (&p)[ROWS][C], T* y, int y_row, int first, int, float*) {
     const int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int k = 0; k < C; k += 4) {  // 16 rows of y
@@ -80,9 +81,10 @@ struct MultiplyAdds {
   static __device__ int wide_column(int j) { return j / 4 * 64 + threadIdx.x % 16 * 4 + j % 4; }
 
   template <int C>
-  static __device__ void outer(float (&s)[ROWS][C], float* x, int x_row, float* y, int y_row) {
-#pragma unroll 4
-    for (int k = 0; k < D / 4; ++k) {
+  static __device__ void outer(float (&s)[ROWS][C], float* x, int x_row, float* y, int y_row, int width) {
+    Floats<4> sums[ROWS][C] = {};  // in four parts, which round less than one
+#pragma unroll 2
+    for (int k = 0; k < (width + 3) / 4; ++k) {
       Floats<4> rows[ROWS];
 #pragma unroll
       for (int i = 0; i < ROWS; ++i) rows[i] = load<4>(piece<D>(x, x_row + row(i), k));
@@ -92,14 +94,19 @@ struct MultiplyAdds {
 #pragma unroll
         for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[i][j] += rows[i].v[e] * other.v[e];
+          for (int e = 0; e < 4; ++e) sums[i][j].v[e] = fmaf(rows[i].v[e], other.v[e], sums[i][j].v[e]);
       }
     }
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i)
+#pragma unroll
+      for (int j = 0; j < C; ++j) s[i][j] += (sums[i][j].v[0] + sums[i][j].v[1]) + (sums[i][j].v[2] + sums[i][j].v[3]);
   }
 
   // Every thread needs all of p: it goes through `scratch`, which is the warp's own.
   template <int C, int W>
-  static __device__ void mix(float (&o)[ROWS][W], const float (&p)[ROWS][C], float* y, int y_row, int first, float* scratch) {
+  static __device__ void mix(float (&o)[ROWS][W], const float (&p)[ROWS][C], float* y, int y_row, int first, int width,
+                             float* scratch) {
     constexpr int N = C * LANES;
     __syncwarp();
 #pragma unroll
@@ -116,11 +123,12 @@ struct MultiplyAdds {
       for (int e = 0; e < 4; ++e)
 #pragma unroll
         for (int j = 0; j < W; j += 4) {
+          if (first + j * LANES >= width) break;  // zeros from here on, for all threads
           const Floats<4> value = load<4>(piece<D>(y, y_row + k + e, (first + wide_column(j)) / 4));
 #pragma unroll
           for (int i = 0; i < ROWS; ++i)
 #pragma unroll
-            for (int x = 0; x < 4; ++x) o[i][j + x] += weights[i].v[e] * value.v[x];
+            for (int x = 0; x < 4; ++x) o[i][j + x] = fmaf(weights[i].v[e], value.v[x], o[i][j + x]);
         }
     }
   }

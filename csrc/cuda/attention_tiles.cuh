@@ -19,16 +19,29 @@ __device__ inline T* piece(T* tile, int row, int column) {
   return tile + row * D + (column ^ (row & 7)) * N;
 }
 
-// `rows` rows of `width` elements, `stride` apart, to a tile of ROWS rows; what is beyond becomes 0. wide: whether pieces are aligned.
+// Rows of `width` elements, `stride` apart. wide: whether pieces of 16 bytes from their starts are aligned and whole.
+template <class T>
+struct Rows {
+  T* start;
+  int64_t stride;
+  int width;
+  bool wide;
+};
+
+// The rows from `first` on, which end before `end`, to a tile of ROWS rows; what is beyond becomes 0.
 template <int ROWS, int D, int THREADS, class T>
-__device__ inline void load_tile(T* tile, const T* from, int64_t stride, int rows, int width, bool wide) {
+__device__ inline void load_tile(T* tile, const Rows<const T>& matrix, int first, int end) {
   constexpr int N = 16 / sizeof(T), PIECES = D / N;
-  static_assert(ROWS * PIECES % THREADS == 0, "");
-  if (wide) {
+  const T* from = matrix.start + first * matrix.stride;
+  const int rows = end - first;
+  static_assert(ROWS * PIECES % THREADS == 0 && THREADS % PIECES == 0, "");
+  if (matrix.wide) {
+    const int above = threadIdx.x / PIECES, column = threadIdx.x % PIECES;
+    const bool inside = column * N < matrix.width;
 #pragma unroll
     for (int i = 0; i < ROWS * PIECES / THREADS; ++i) {
-      const int item = i * THREADS + threadIdx.x, row = item / PIECES, column = item % PIECES;
-      cp_async<16>(piece<D>(tile, row, column), from + row * stride + column * N, row < rows && column * N < width);
+      const int row = above + i * (THREADS / PIECES);
+      cp_async<16>(piece<D>(tile, row, column), from + row * matrix.stride + column * N, row < rows && inside);
     }
     return;
   }
@@ -39,30 +52,41 @@ __device__ inline void load_tile(T* tile, const T* from, int64_t stride, int row
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       const int x = column * N + e;
-      stored.v[e] = row < rows && x < width ? from[row * stride + x] : from_float<T>(0.0f);
+      stored.v[e] = row < rows && x < matrix.width ? from[row * matrix.stride + x] : from_float<T>(0.0f);
     }
     *reinterpret_cast<Stored<T, N>*>(piece<D>(tile, row, column)) = stored;
   }
 }
 
-// A warp stores ROWS rows of a tile, `count` of which exist, from the column `first` on, which is column `first` of `to` too.
+// A warp stores ROWS rows of a tile from the row `tile_row` on, of which `count` exist, and of those WIDTH columns from `first` on.
 template <int ROWS, int D, int WIDTH, class T>
-__device__ inline void store_rows(T* to, int64_t stride, T* tile, int first_row, int count, int first, int width, bool wide) {
+__device__ inline void store_rows(const Rows<T>& to, T* tile, int tile_row, int count, int first) {
   constexpr int N = 16 / sizeof(T), PIECES = WIDTH / N;
 #pragma unroll 1
   for (int item = threadIdx.x % WARP; item < ROWS * PIECES; item += WARP) {
     const int row = item / PIECES, column = first + item % PIECES * N;
-    if (row >= count || column >= width) continue;
-    const Stored<T, N> stored = *reinterpret_cast<const Stored<T, N>*>(piece<D>(tile, first_row + row, column / N));
-    if (wide) {
-      *reinterpret_cast<Stored<T, N>*>(to + row * stride + column) = stored;
+    if (row >= count || column >= to.width) continue;
+    const Stored<T, N> stored = *reinterpret_cast<const Stored<T, N>*>(piece<D>(tile, tile_row + row, column / N));
+    if (to.wide) {
+      *reinterpret_cast<Stored<T, N>*>(to.start + row * to.stride + column) = stored;
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e)
-        if (column + e < width) to[row * stride + column + e] = stored.v[e];
+        if (column + e < to.width) to.start[row * to.stride + column + e] = stored.v[e];
     }
   }
 }
+
+// The place of a row of [batch, heads, tokens] by its number; with 32 bits, as a division of 64 is a call.
+struct Row {
+  int64_t batch, head, token;
+
+  template <class Arguments>
+  __device__ Row(const Arguments& a, unsigned number) {
+    const unsigned tokens = static_cast<unsigned>(a.tokens), heads = static_cast<unsigned>(a.heads);
+    token = number % tokens, head = number / tokens % heads, batch = number / tokens / heads;
+  }
+};
 
 // Where a tile of rows lies: the rows of its sequence start at `row`, the columns that these may see at `column`; `first` is the
 // tile's first row, counted in the sequence. Rows are queries and columns keys, or the other way round.
@@ -73,7 +97,8 @@ struct Place {
 // Of packed sequences, tiles of sequence i start at row_ends[i] / BLOCK + i: that is enough of them for each whatever the lengths
 // are, so the grid of rows / BLOCK + sequences + 1 tiles is known without them. Rows after the last sequence see no columns.
 template <int BLOCK>
-__device__ inline Place place_of(int tile, const int32_t* row_ends, const int32_t* column_ends, int sequences, int rows, int columns) {
+__device__ inline Place place_of(int tile, const int32_t* row_ends, const int32_t* column_ends, int sequences, int rows,
+                                 int columns) {
   if (!row_ends) return {0, rows, 0, columns, tile * BLOCK};
   int low = 0, high = sequences;
   while (low < high) {
@@ -117,22 +142,22 @@ __device__ inline float hyperbolic_tangent(float x) {  // near 0, where the quot
   return z < 0.36f ? x + x * z * series : 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(x * (2.0f * LOG2E)));
 }
 
-// Scores are in units of log 2, so that a probability is one exp2. A product times `factor` is a score, unless it is `bent`: by a cap,
+// Scores are in units of log 2, so that a probability is one exp2, or in `unit`. A product times `factor` is a score, unless it is `bent`: by a cap,
 // a mask, or a scale that is not positive and would turn largest into least. An additive mask as low as the lowest numbers leaves no
 // room for a log-sum-exp: it masks, as -infinity does.
 struct Bend {
-  float factor, inner, outer;
+  float factor, inner, outer, unit;
   bool bent;
   int mask_kind;
   const void* mask;
   int64_t mask_token;
 
   template <class Arguments>
-  __device__ Bend(const Arguments& a, int64_t batch, int64_t head)
-      : factor(a.scale * LOG2E), mask_kind(a.mask_kind), mask(a.mask), mask_token(a.mask_token) {
+  __device__ Bend(const Arguments& a, int64_t batch, int64_t head, float unit = LOG2E)
+      : factor(a.scale * unit), unit(unit), mask_kind(a.mask_kind), mask(a.mask), mask_token(a.mask_token) {
     bent = a.mask_kind || a.softcap > 0.0f || !(a.scale > 0.0f);
     inner = a.softcap > 0.0f ? a.scale / a.softcap : 0.0f;
-    outer = a.softcap > 0.0f ? a.softcap * LOG2E : 0.0f;
+    outer = a.softcap > 0.0f ? a.softcap * unit : 0.0f;
     const int64_t from = batch * a.mask_batch + head * a.mask_head;
     if (mask_kind == 1) mask = static_cast<const uint8_t*>(mask) + from;
     if (mask_kind == 2) mask = static_cast<const float*>(mask) + from;
@@ -150,7 +175,7 @@ struct Bend {
     if (mask_kind == 1) return static_cast<const uint8_t*>(mask)[at] ? score : NOTHING;
     if (mask_kind == 2) {
       const float added = static_cast<const float*>(mask)[at];
-      return added <= -1e30f ? NOTHING : score + added * LOG2E;
+      return added <= -1e30f ? NOTHING : score + added * unit;
     }
     return score;
   }

@@ -15,19 +15,21 @@
 namespace host::races {
 namespace {
 
+constexpr size_t GRAIN = 2;  // bytes that are looked at as one: the smallest that a kernel of ours shares
+
 struct Access {
   int thread = -1;  // none in this block
   uint32_t when = 0;
 };
 
-struct Byte {
+struct Bytes {
   uint64_t block = 0;              // the rest is of an earlier block, and void, unless this is the current one
   bool under_way = false;          // a copy may write it now
   Access write, read, other_read;  // the last, and the last of another thread
 };
 
 std::vector<Clock> clocks;
-std::vector<Byte> bytes;
+std::vector<Bytes> bytes;  // GRAIN of them each
 uint64_t blocks = 0;
 uintptr_t low, high;  // the library's variables: shared memory is a static variable on the host
 uintptr_t base;       // what the addresses of its code count from
@@ -85,9 +87,9 @@ void ordered(const char* what, const Who& who, const Access& before) {
 void check(const void* p, size_t size, bool writes, const Who& who) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (address < low || address + size > high) return;
-  for (size_t i = 0; i < size; ++i) {
-    Byte& byte = bytes[address + i - low];
-    if (byte.block != blocks) byte = Byte(), byte.block = blocks;
+  for (size_t i = (address - low) / GRAIN; i <= (address + size - 1 - low) / GRAIN; ++i) {
+    Bytes& byte = bytes[i];
+    if (byte.block != blocks) byte = Bytes(), byte.block = blocks;
     ordered(writes ? "writes shared memory" : "reads shared memory", who, byte.write);
     if (writes) {
       ordered("writes shared memory", who, byte.read);
@@ -110,7 +112,7 @@ void begin(size_t threads) {
   if (!low) dl_iterate_phdr(find_variables, nullptr);
   clocks.assign(threads, Clock(threads + AGENTS, 0));
   for (size_t t = 0; t < threads; ++t) clocks[t][t] = 1;
-  bytes.resize(high - low);
+  bytes.resize((high - low) / GRAIN + 1);
   ++blocks;
 }
 
@@ -177,7 +179,7 @@ void copying(const void* p, size_t size, const void* code) {
   access(p, size, true, code);
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (!ON || address < low || address + size > high) return;
-  for (size_t i = 0; i < size; ++i) bytes[address + i - low].under_way = true;
+  for (size_t i = (address - low) / GRAIN; i <= (address + size - 1 - low) / GRAIN; ++i) bytes[i].under_way = true;
 }
 
 void copied(const void* p, size_t size, const void* code) { access(p, size, true, code); }

@@ -68,23 +68,29 @@ const float* halves() {  // every float16 as a float
   return table.data();
 }
 
-__attribute__((noinline, optimize("O3"), no_sanitize("address", "undefined"))) void multiply(void* const (&all)[32]) {
+#define BARE optimize("O3"), no_sanitize("address", "undefined")
+
+__attribute__((always_inline, BARE)) inline void two(bool bfloat16, const float* half, uint32_t word, float& low, float& high) {
+  if (bfloat16) {
+    const uint32_t first = word << 16, second = word & 0xffff0000u;
+    __builtin_memcpy(&low, &first, 4), __builtin_memcpy(&high, &second, 4);
+  } else {
+    low = half[word & 0xffff], high = half[word >> 16];
+  }
+}
+
+__attribute__((noinline, BARE)) void multiply(void* const (&all)[32]) {
   float a[16][16], b[16][8], c[16][8] = {};
   const float* half = halves();
   const bool bfloat16 = static_cast<Product*>(all[0])->bfloat16;
-  const auto two = [&](uint32_t word, float& low, float& high) {
-    if (bfloat16) {
-      const uint32_t first = word << 16, second = word & 0xffff0000u;
-      std::memcpy(&low, &first, 4), std::memcpy(&high, &second, 4);
-    } else {
-      low = half[word & 0xffff], high = half[word >> 16];
-    }
-  };
   for (int lane = 0; lane < 32; ++lane) {
     const Product& its = *static_cast<Product*>(all[lane]);
     const int g = lane / 4, q = lane % 4 * 2;
-    for (int i = 0; i < 4; ++i) two(its.a[i], a[g + i % 2 * 8][q + i / 2 * 8], a[g + i % 2 * 8][q + i / 2 * 8 + 1]);
-    for (int i = 0; i < 2; ++i) two(its.b[i], b[q + i * 8][g], b[q + i * 8 + 1][g]);
+    for (int i = 0; i < 4; ++i) {
+      float* to = &a[g + i % 2 * 8][q + i / 2 * 8];
+      two(bfloat16, half, its.a[i], to[0], to[1]);
+    }
+    for (int i = 0; i < 2; ++i) two(bfloat16, half, its.b[i], b[q + i * 8][g], b[q + i * 8 + 1][g]);
   }
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k)

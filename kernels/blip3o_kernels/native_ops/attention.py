@@ -18,7 +18,7 @@ FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
 SMALL = 16384  # scores up to which one thread does it all
 WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
-# On a GPU, with FEW_CUDA rows (of one token the heads of a group): blocks that fill it, keys that a part of them is worth.
+# Of a GPU: rows (of one token the heads of a group) whose keys are cut, blocks that fill it, keys of a part at least.
 FEW_CUDA, BLOCKS, PART_CUDA, PARTS_CUDA = 32, 256, 256, 64
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
@@ -142,7 +142,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y, dense as [B, T, H, V], and the scores' log-sum-exp, which is y again unless it is wanted."""
     if not query.is_cpu:
-        return forward_cuda(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, causal, left, right, softcap, scale, saving)
+        limits = (causal, left, right)
+        return forward_cuda(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, *limits, softcap, scale, saving)
     # Written out, each number by its name: for one token calls and tuples are the cost.
     query_batch, query_head, query_token, adjacent = query.stride()
     key_batch, key_head, key_token, key_adjacent = key.stride()
@@ -257,7 +258,7 @@ def backward(
 
 
 def _parts(batch: int, heads: int, groups: int, tokens: int, keys: int) -> int:
-    """Into how many parts a GPU cuts the keys of few queries: by shape alone, so that results depend on nothing else."""
+    """Into how many parts a GPU cuts the keys of few queries; by shape alone, so results depend on nothing else."""
     rows, of = (heads // groups, groups) if tokens == 1 else (tokens, heads)
     blocks = batch * of * ((rows + 15) // 16)
     if rows > FEW_CUDA or not blocks:
