@@ -59,12 +59,13 @@ SANITIZERS = {
 
 
 def with_faults(
-    folder: Path, faults: list[tuple[re.Pattern[str], str]], files: str = "cuda/*.cu*"
+    folder: Path, faults: list[tuple[re.Pattern[str], str]], files: str = "^(?!.*hopper)"
 ) -> tuple[Path, list[str]]:
-    """A copy of csrc whose faults can be switched on, in those files, and where each of them is."""
+    """A copy of csrc whose faults can be switched on, in files of such names, and where each of them is. Those for Hopper
+    have a program of their own."""
     source, places = folder / "csrc", [""]
     shutil.copytree(ROOT / "csrc", source)
-    for file in sorted(source.glob(files)):
+    for file in sorted(file for file in source.glob("cuda/*.cu*") if re.search(files, file.name)):
         text = file.read_text()
         for pattern, replacement in faults:
             for match in reversed(list(pattern.finditer(text))):

@@ -34,12 +34,13 @@ FAULTS = {
         (re.compile(r"(key \+ count <= limit\(query\))"), rf"\1 + {ONE}"),
         (re.compile(r"\b((?:query|row)(?: \+ 8)? < (?:a\.tokens|count))(?=[,}])"), rf"\1 + {ONE}"),
         (re.compile(r"if \(there\)"), "if (there && (host::fault() != NUMBER || threadIdx.x % 128 != 5))"),
+        (re.compile(r"step < steps;"), rf"step < steps - {ONE};"),
         (re.compile(r"(?<=\s)(\w+\[k\] \*= kept\[[^;]+;)"), rf"{OFF}\1"),
     ],
     "races": [
         (re.compile(r"(?<=\s)(wait\([^;]+, )([^;,]+)\);"), rf"\1(\2) ^ {ONE});"),
         (re.compile(r"(?<=\s)((?:wait|release|expect)\([^;]+\);)"), rf"{OFF}\1"),
-        (re.compile(r"(?<=\s)((?:wait_products<\d>|fence_products|fence_barriers|__syncthreads)\(\);)"), rf"{OFF}\1"),
+        (re.compile(r"(?<=\s)((?:wait_products<\d>|fence_products|fence_barriers|__sync(?:threads|warp))\(\);)"), rf"{OFF}\1"),
         (re.compile(r"(?<=\s)(\w+\.next\(\);)"), rf"{OFF}\1"),
     ],
 }
@@ -87,7 +88,7 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def computed(library: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the kernels make of it: the result, the scores' log-sum-exp, and gradients where there is a backward pass."""
+    """What the kernels make of it: the result, the scores' log-sum-exp, and gradients where a body has them."""
     import torch
     from conformance import upstreams
 
@@ -218,7 +219,7 @@ def main() -> int:
         folder = Path(name)
         source, places = ROOT / "csrc", [""]
         if options.faults:
-            source, places = with_faults(folder, FAULTS[options.kind], "cuda/attention_hopper*")
+            source, places = with_faults(folder, FAULTS[options.kind], "attention_hopper")
         entry = folder / "entry.cu"
         entry.write_text(ENTRY.format(source=source))
         library = build(folder, options.kind, [*(f for s in SOURCES for f in source.glob(f"cuda/{s}")), entry], source)

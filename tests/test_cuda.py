@@ -74,8 +74,8 @@ def test_instructions_of_attention(library: Path) -> None:
 
 
 def test_instructions_of_hopper(library: Path) -> None:
-    """Attention for sm_90a: products of warpgroups, which nothing makes wait for one another, tiles by TMA, barriers that
-    count, registers moved to who needs them."""
+    """Attention for sm_90a: products of warpgroups, which nothing makes wait for one another, tiles by TMA, barriers
+    that count, registers moved to who needs them."""
     assert "wgmma" not in Path(f"{library}.txt").read_text()  # a remark that products are serialised
     kernels = re.findall(
         r"Function : \S*(?:forward|gradients)_kernel\S*Shape(.*?)(?=Function : |\Z)", machine_code(library), re.DOTALL

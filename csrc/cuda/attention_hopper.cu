@@ -30,9 +30,6 @@ struct Shape {
   static constexpr int QUERIES = 64 * CONSUMERS, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int QUERY_PANEL = QUERIES * PANEL * 2, KEY_PANEL = KEYS * PANEL * 2;
   static constexpr int QUERY_BYTES = QUERY_PANEL * (DIM / PANEL), KEY_BYTES = KEY_PANEL * (DIM / PANEL);
-  // Where 65536 registers go: a producer needs few.
-  static constexpr int PRODUCER_REGISTERS = CONSUMERS == 3 ? 32 : 24, CONSUMER_REGISTERS = CONSUMERS == 3 ? 160 : 240;
-  static constexpr bool TURNS = DIM <= 128;  // of 256 dims the products take so long that exponentials hide anyway
 
   struct Barriers {
     uint64_t queries_full, queries_empty, keys_full[STAGES], keys_empty[STAGES], values_full[STAGES], values_empty[STAGES];
@@ -171,6 +168,7 @@ __device__ inline void store_result(const Forward& a, float (&mixed)[S::DIM / 2]
 template <class S>
 __device__ inline void consume(const Forward& a, const Memory<S>& memory, int consumer) {
   using T = typename S::T;
+  constexpr bool TURNS = S::DIM <= 128;  // of 256 dims the products take so long that exponentials hide anyway
   auto& b = memory.barriers();
   const int lane = threadIdx.x % 32, next = consumer + 1 < S::CONSUMERS ? consumer + 1 : 0;
   const int row = 64 * consumer + threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -178,7 +176,7 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
   const auto release = [&](Barrier* empty) {
     if (lane == 0) arrive(empty);
   };
-  if (S::TURNS && consumer == 0) arrive_named(1, 256);  // the first turn is its own
+  if (TURNS && consumer == 0) arrive_named(1, 256);  // the first turn is its own
   Ring<S::STAGES> keys, values;
   unsigned parity = 0;  // of the queries' barrier
   for (int turn = 0, n; (n = a.tiles.number(turn)) < a.tiles.count; ++turn) {
@@ -227,11 +225,11 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
 #pragma unroll 1
       for (int i = run.limit - 2; i >= run.first; --i) {
         wait(b.keys_full + keys.stage, keys.parity);
-        if (S::TURNS) sync_named(1 + consumer, 256);
+        if (TURNS) sync_named(1 + consumer, 256);
         fence_products();
         multiply_scores();
         add_values();
-        if (S::TURNS) arrive_named(1 + next, 256);
+        if (TURNS) arrive_named(1 + next, 256);
         wait_products<1>();
         settle(scores);
         release(b.keys_empty + keys.stage);
@@ -274,11 +272,11 @@ __global__ void __launch_bounds__(S::THREADS, 1)
   }
   __syncthreads();
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);  // of which the compiler sees that it is one
-  if (warpgroup == 0) {
-    give_registers<S::PRODUCER_REGISTERS>();
+  if (warpgroup == 0) {  // 65536 registers in all, of which a producer needs few
+    give_registers<S::CONSUMERS == 3 ? 32 : 24>();
     if (threadIdx.x == 0) produce<S>(a, memory, &query, &key, &value);
   } else {
-    take_registers<S::CONSUMER_REGISTERS>();
+    take_registers<S::CONSUMERS == 3 ? 160 : 240>();
     consume<S>(a, memory, warpgroup - 1);
   }
 #endif
