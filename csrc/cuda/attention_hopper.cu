@@ -236,6 +236,8 @@ __device__ inline void consume(const Forward& a, const Memory<S>& memory, int co
         keys.next();
         if (i == run.first) release(&b.queries_empty);
         weigh(i);
+        settle(scores);
+        hold(running.sum[0] + running.sum[1]);  // the wait is for what the exponentials hide behind
         wait_products<0>();
         settle(mixed);
         release(b.values_empty + values.stage);

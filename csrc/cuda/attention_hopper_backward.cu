@@ -202,6 +202,8 @@ __device__ inline void consume(const Backward& a, const Memory<S>& memory, int c
       by_query(memory, ring.stage, stats,
                [&](int i, float log_sum, float) { scores[i] = power_of_two(fmaf(scores[i], a.factor, -log_sum)); });
       if constexpr (S::OF_KEYS) pack<T, S::OTHERS>(weights, scores);
+      settle(scores);
+      hold(scores[0]);  // the wait is for what the exponentials hide behind
       wait_products<0>();
       settle(gradients);
       if (step == steps - 1) release(&b.rows_empty);

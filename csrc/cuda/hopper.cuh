@@ -109,11 +109,17 @@ template <int N>
 __device__ inline void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
-// After that wait: uses of these sums stay behind it.
+// After a wait: uses of these sums stay behind it.
 template <int N>
 __device__ inline void settle(float (&sums)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// What computes x, which is not negative, stays before the waits that follow: ptxas moves those up as far as it may, but not into
+// another block of instructions, and here is a loop that is never entered.
+__device__ inline void hold(float x) {
+  while (x < 0.0f) asm volatile("nanosleep.u32 32;" : "+f"(x)::"memory");
 }
 
 #define N0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"

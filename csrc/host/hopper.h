@@ -50,6 +50,7 @@ void wait_products() {
 }
 template <int N>
 void settle(float (&)[N]) {}
+inline void hold(float) {}
 
 struct Product {
   int columns;
