@@ -85,6 +85,8 @@ def test_instructions_of_hopper(library: Path) -> None:
         for instruction in ("HGMMA.64x", "UTMALDG.4D", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "USETMAXREG", "MUFU.EX2"):
             assert instruction in code
         assert "HMMA.16816" not in code and "LDL" not in code and "STL" not in code
+        # hold() in hopper.cuh: the exponentials stay before the wait for what they hide behind.
+        assert re.search(r"MUFU\.EX2(?:.*\n){1,40}.*NANOSLEEP(?:.*\n){1,20}.*WARPGROUP\.DEPBAR", code)
 
 
 def test_library_loads_without_a_driver(library: Path) -> None:
