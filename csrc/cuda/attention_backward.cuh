@@ -33,10 +33,6 @@ struct BackwardShape {
   static_assert(OTHERS <= THREADS, "");
 };
 
-// Exponents are in units of log 2, but for float32, where those of scores far from the largest would round more.
-template <class T>
-constexpr float UNIT = sizeof(T) == 4 ? 1.0f : LOG2E;
-
 // Of each query: delta, and the log-sum, infinite where it sees nothing, so that each p is 0. A warp a row.
 template <int N, class T>
 __global__ void __launch_bounds__(4 * WARP) attention_delta(BackwardCall call) {

@@ -33,27 +33,32 @@ struct ForwardShape {
 template <int ROWS>
 struct Softmax {
   float top[ROWS], total[ROWS];  // the largest so far in all threads of the row, and each thread's own part of the sum
+  float factor, natural;         // a score times these is in units of log 2, and in natural ones
 };
 
-// The natural logarithm of a row's sum of exponentials, of the largest score and the sum over 2^it.
-__device__ inline float log_sum_exp(float top, float total) { return total == 0.0f ? NOTHING : fmaf(top, LN2, logf(total)); }
+// The natural logarithm of a row's sum of exponentials.
+template <int ROWS>
+__device__ inline float log_sum_exp(const Softmax<ROWS>& softmax, float top, float total) {
+  return total == 0.0f ? NOTHING : fmaf(top, softmax.natural, logf(total));
+}
 
 // Scores -> 2^(score - largest so far); o and the sums, which are of earlier columns, are made to fit.
 template <class Product, int C, int W>
-__device__ inline void exponentials(Softmax<Product::ROWS>& softmax, float (&s)[Product::ROWS][C], float (&o)[Product::ROWS][W],
-                                    float factor) {
+__device__ inline void exponentials(Softmax<Product::ROWS>& softmax, float (&s)[Product::ROWS][C], float (&o)[Product::ROWS][W]) {
+  constexpr bool FLOAT32 = sizeof(typename Product::T) == 4;  // differences first: there the rounding of products counts
+  const float factor = softmax.factor;
 #pragma unroll
   for (int i = 0; i < Product::ROWS; ++i) {
     float largest = s[i][0];
 #pragma unroll
     for (int j = 1; j < C; ++j) largest = fmaxf(largest, s[i][j]);
-    const float top = fmaxf(softmax.top[i], row_largest<Product>(largest) * factor);
+    const float top = fmaxf(softmax.top[i], row_largest<Product>(largest));
     const float shift = top == NOTHING ? 0.0f : top;  // nothing seen so far: all exponentials are 0
-    const float kept = fast_exp2(softmax.top[i] - shift);
+    const float kept = fast_exp2((softmax.top[i] - shift) * factor);
     float sum = 0;
 #pragma unroll
     for (int j = 0; j < C; ++j) {
-      s[i][j] = fast_exp2(s[i][j] * factor - shift);
+      s[i][j] = fast_exp2(FLOAT32 ? (s[i][j] - shift) * factor : fmaf(s[i][j], factor, -shift * factor));
       sum += s[i][j];
     }
     softmax.top[i] = top;
@@ -95,12 +100,12 @@ __device__ inline void add_up(const ForwardCall& call, const Place& at, const So
     const float shift = top == NOTHING ? 0.0f : top;
 #pragma unroll
     for (int i = 0; i < KEY_WARPS; ++i) {
-      const float weight = fast_exp2(tops[i * ROWS + row] - shift);
+      const float weight = fast_exp2((tops[i * ROWS + row] - shift) * softmax.factor);
       total += weight * totals[i * ROWS + row];
       sum += weight * sums[(i * ROWS + row) * D + column];
     }
     sum = total == 0.0f ? 0.0f : sum / total;
-    const float log = log_sum_exp(top, total);
+    const float log = log_sum_exp(softmax, top, total);
     if (call.parts > 1) {
       if (column < a.value_dim) a.workspace[(part_row + row) * a.value_dim + column] = sum;
       if (column == 0) a.workspace[call.parts * a.batch * a.heads * a.tokens * a.value_dim + part_row + row] = log;
@@ -138,7 +143,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
                           a.key_token, static_cast<int>(a.head_dim), call.wide};
   const Rows<const T> value{static_cast<const T*>(a.value) + batch * a.value_batch + group * a.value_head + at.column * a.value_token,
                             a.value_token, static_cast<int>(a.value_dim), call.wide};
-  const Bend bend(a, batch, head);
+  const Bend bend(a, batch, head, UNIT<T>);
 
   const Span span(at, at.first, ROWS, call.left, call.right);
   const Span own(at, at.first + first_row, Product::WARP_ROWS, call.left, call.right);
@@ -147,6 +152,8 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
   const int from = start + steps * part / parts * KEYS, to = start + steps * (part + 1) / parts * KEYS;
 
   Softmax<Product::ROWS> softmax;
+  softmax.factor = bend.bent ? LOG2E / UNIT<T> : a.scale * LOG2E;
+  softmax.natural = !bend.bent ? a.scale : UNIT<T> == 1.0f ? 1.0f : LN2;
   float o[Product::ROWS][D / Product::LANES] = {};
 #pragma unroll
   for (int i = 0; i < Product::ROWS; ++i) softmax.top[i] = NOTHING, softmax.total[i] = 0.0f;
@@ -182,7 +189,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
           }
         }
       }
-      exponentials<Product>(softmax, scores, o, bend.bent ? 1.0f : bend.factor);
+      exponentials<Product>(softmax, scores, o);
     }
     cp_async_wait<0>();
     __syncthreads();  // values are there; all have done with the keys
@@ -206,7 +213,7 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
       const int its = first_row + Product::row(i);
       scale[i] = total == 0.0f ? 0.0f : 1.0f / total;
       if (log_sum && threadIdx.x % Product::LANES == 0 && at.first + its < at.rows)
-        log_sum[its * a.log_sum_token] = log_sum_exp(softmax.top[i], total);
+        log_sum[its * a.log_sum_token] = log_sum_exp(softmax, softmax.top[i], total);
     }
     to_tile<Product>(query_tile, first_row, o, scale, 0);
     const Rows<T> to{y + first_row * a.y_token, a.y_token, static_cast<int>(a.value_dim), call.wide_y};

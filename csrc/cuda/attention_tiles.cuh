@@ -142,9 +142,12 @@ __device__ inline float hyperbolic_tangent(float x) {  // near 0, where the quot
   return z < 0.36f ? x + x * z * series : 1.0f - 2.0f * fast_reciprocal(1.0f + fast_exp2(x * (2.0f * LOG2E)));
 }
 
-// Scores are in units of log 2, so that a probability is one exp2, or in `unit`. A product times `factor` is a score, unless it is `bent`: by a cap,
-// a mask, or a scale that is not positive and would turn largest into least. An additive mask as low as the lowest numbers leaves no
-// room for a log-sum-exp: it masks, as -infinity does.
+// Bent scores are in units of log 2, so that a probability is one exp2; of float32 in natural ones, which the largest round less.
+template <class T>
+constexpr float UNIT = sizeof(T) == 4 ? 1.0f : LOG2E;
+
+// A product times `factor` is a score, unless it is `bent`: by a cap, a mask, or a scale that is not positive and would turn largest
+// into least. An additive mask as low as the lowest numbers leaves no room for a log-sum-exp: it masks, as -infinity does.
 struct Bend {
   float factor, inner, outer, unit;
   bool bent;
@@ -153,7 +156,7 @@ struct Bend {
   int64_t mask_token;
 
   template <class Arguments>
-  __device__ Bend(const Arguments& a, int64_t batch, int64_t head, float unit = LOG2E)
+  __device__ Bend(const Arguments& a, int64_t batch, int64_t head, float unit)
       : factor(a.scale * unit), unit(unit), mask_kind(a.mask_kind), mask(a.mask), mask_token(a.mask_token) {
     bent = a.mask_kind || a.softcap > 0.0f || !(a.scale > 0.0f);
     inner = a.softcap > 0.0f ? a.scale / a.softcap : 0.0f;
