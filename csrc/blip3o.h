@@ -553,7 +553,10 @@ BLIP3O_API int blip3o_cuda_qk_norm_rope_backward(const blip3o_qk_norm_rope_backw
  *     forward   S (K + V) + 64 (3 P + K + V)          backward   2 S (K + V) + 192 (S + P + K + V)
  * and a multiple of 16, with S, K and V the keys, the head_dim and the value_dim rounded up to 32, and P = min(S, 128). Without
  * packed sequences, and for at most 16 rows (tokens, or of one token the heads of a group), the forward pass takes
- *     (P + 64) (K + V) + 32 P, and after all threads' 512 (V + 2) if there are more than 256 keys. */
+ *     (P + 64) (K + V) + 32 P, and after all threads' 512 (V + 2) if there are more than 256 keys.
+ *
+ * On a GPU dims are at most 256, and `workspace_floats` says what the workspace has in all. Backward: 2 [batch, heads,
+ * tokens], of 16-bit inputs with the tokens rounded up to 128. Forward: 0, or, to cut the keys of few queries into 2 to 64 parts, [parts, batch, heads, tokens, value_dim + 1]; no packed sequences then. */
 typedef struct {
   void* y;
   float* log_sum; /* [batch, heads, tokens]: of each row's exponentials, -inf if it sees nothing; null: not wanted */
@@ -601,6 +604,8 @@ typedef struct {
 
 BLIP3O_API int blip3o_cpu_attention(const blip3o_attention_arguments* arguments);
 BLIP3O_API int blip3o_cpu_attention_backward(const blip3o_attention_backward_arguments* arguments);
+BLIP3O_API int blip3o_cuda_attention(const blip3o_attention_arguments* arguments);
+BLIP3O_API int blip3o_cuda_attention_backward(const blip3o_attention_backward_arguments* arguments);
 
 BLIP3O_API int blip3o_cuda_version(void);
 /* What the last failing call on this thread reported, as text. */

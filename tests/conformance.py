@@ -91,13 +91,16 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 # What a body is measured by in place of its reference: one that rounds where the fastest algorithm has to, as torch's
-# fused kernels do. Of the native ones only the body for AMX does so, which takes bfloat16.
+# fused kernels do. Of the native ones those on a GPU do so, and the body for AMX, which takes bfloat16. "native:cuda"
+# are the CUDA kernels wherever they run.
 FUSED: dict[str, Callable[..., object]] = {"attention": fused_attention}
 
 
 def rounds_as_fused(backend: str, arguments: dict[str, object]) -> bool:
     tiled = backend == "native:amx" or (backend == "native" and native.instruction_set() == "amx")
-    return backend == "triton" or (tiled and next(iter(tensors_of(arguments).values())).dtype is torch.bfloat16)
+    first = next(iter(tensors_of(arguments).values()))
+    on_gpu = backend == "native:cuda" or (backend == "native" and first.is_cuda)
+    return backend == "triton" or on_gpu or (tiled and first.dtype is torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -132,13 +135,15 @@ def violations(got: dict[str, Tensor], expected: Expectation, any_size: bool = F
             continue
         if not y.numel():
             continue
+        # Gradients may be nothing but what float32 sums of the largest values round: then eager is better by luck.
+        float32 = 0.0 if y.dtype is torch.float32 else ulp(largest, torch.float32)
         error, allowed = ((value.double() - truth).abs() for value in (y, eager))
         slack = 8 * ulp(max(largest, 1.0), y.dtype) if any_size else 2 * ulp(largest, y.dtype)
         if not error.max() <= 2 * allowed.max() + slack:
             yield f"{name}: off by {error.max()}, eager by {allowed.max()}"
         elif y.numel() >= 64 and not any_size:  # of fewer, eager's may be small by luck
             rms, eager_rms = error.square().mean().sqrt(), allowed.square().mean().sqrt()
-            if not rms <= 1.5 * eager_rms:
+            if not rms <= 1.5 * eager_rms + float32:
                 yield f"{name}: off by {rms} in the mean square, eager by {eager_rms}"
 
 

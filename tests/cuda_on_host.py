@@ -4,11 +4,12 @@ suite run on what comes out.
     python tests/cuda_on_host.py memory      under AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/cuda_on_host.py races       with every access of shared memory checked for a barrier before it
     python tests/cuda_on_host.py ... --faults
+    python tests/cuda_on_host.py ... --op attention
 
 Threads and blocks take turns in an order drawn from --seed. The first report ends the run with a status that is not 0.
 
 With --faults the kernels are made wrong first, one place at a time, and each fault must be noticed: `memory` lets every
-loop over elements run one step too far, `races` leaves out every barrier.
+loop over elements run one step too far, and stops stores one short; `races` leaves out every barrier and every wait.
 """
 
 from __future__ import annotations
@@ -19,64 +20,31 @@ import importlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from cuda_faults import FAULTS, ops_at, with_faults
 from rebuilt import ROOT, compiler
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-# What is put in the place of what; `host::fault()` is the number of the fault that is on.
-BEYOND = r"\1 < \2 + (host::fault() == NUMBER)"
-FAULTS = {
-    "memory": [
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= \w*THREADS)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
-        (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
-        (re.compile(r"(?<=[ (])(row|token|column|lane|block) < ((?:a\.)?(?:last|width|items|blocks))(?=[;,)])"), BEYOND),
-        (re.compile(r"([\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);"), r"\1 >= \2 + (host::fault() == NUMBER)) \3;"),
-        (re.compile(r"(?<=\()(\w+) (<|>=) vocab(?=\))"), r"\1 \2 vocab + (host::fault() == NUMBER)"),
-        (re.compile(r"(?<=&& )left >= N(?=\))"), "left + (host::fault() == NUMBER) >= N"),
-        (re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= lanes|\+\+\1\) group)"), r"; \1 < \2 + (host::fault() == NUMBER); "),
-    ],
-    "races": [(re.compile(r"(?<=\s)__syncthreads\(\);"), "if (host::fault() != NUMBER) __syncthreads();")],
-}
-COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
+COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 SANITIZERS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],  # whose interface csrc/host/races.cpp is: its own runtime is not linked
 }
 
 
-def with_faults(folder: Path, kind: str) -> tuple[Path, list[str]]:
-    """A copy of csrc whose faults can be switched on, and where each of them is."""
-    source, places = folder / "csrc", [""]
-    shutil.copytree(ROOT / "csrc", source)
-    for file in sorted(source.glob("cuda/*.cu*")):
-        text = file.read_text()
-        for pattern, replacement in FAULTS[kind]:
-            for match in reversed(list(pattern.finditer(text))):
-                fault = match.expand(replacement).replace("NUMBER", str(len(places)))
-                line = text.count("\n", 0, match.start()) + 1
-                places.append(f"{file.name}:{line}: {text.splitlines()[line - 1].strip()}")
-                text = text[: match.start()] + fault + text[match.end() :]
-        file.write_text(text)
-    return source, places
-
-
-def build(folder: Path, kind: str, source: Path) -> Path:
-    """The library of the CUDA kernels for this machine's processor."""
+def build(folder: Path, kind: str, kernels: list[Path], source: Path) -> Path:
+    """The library of these CUDA sources for this machine's processor."""
     library, objects = folder / f"libblip3o_cuda_{kind}.so", []
-    for file in [*sorted(source.glob("cuda/*.cu")), *sorted(source.glob("host/*.cpp"))]:
+    for file in [*sorted(kernels), *sorted(source.glob("host/*.cpp"))]:
         checked = SANITIZERS[kind] if kind == "memory" or file.suffix == ".cu" else ["-DBLIP3O_RACES"]
         target = folder / f"{file.stem}.o"
-        command = [compiler(), *COMMON, *checked, "-x", "c++", "-c", str(file), "-o", str(target)]
+        speed = ["-O2"] if file.suffix == ".cpp" else []  # what runs the kernels may be as fast as it can
+        command = [compiler(), *COMMON, *speed, *checked, "-x", "c++", "-c", str(file), "-o", str(target)]
         subprocess.run(command, check=True)
         objects.append(str(target))
     link = SANITIZERS[kind] if kind == "memory" else []
@@ -100,7 +68,7 @@ def put_in_place(library: Path) -> None:
     def cuda_call(op: str) -> Callable[..., None]:
         pack, call = native.packer(op), function("cuda", op)
 
-        def checked(_: Tensor, *arguments: float) -> None:
+        def checked(x: object, *arguments: float) -> None:
             status = call(pack(*arguments, 0, 0, 0))
             if status:
                 raise native.failed(op, status)
@@ -114,6 +82,7 @@ def put_in_place(library: Path) -> None:
             importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))
             contract = importlib.import_module(f"blip3o_kernels.ops.{op}")
             contract._shortcut = lambda *_: None  # type: ignore[attr-defined]  # which leads to the C++
+            contract.at_once = lambda *_: None  # type: ignore[attr-defined]
     products = importlib.import_module("blip3o_kernels.native_ops.linear_cross_entropy")
     products.late = lambda *_: False  # type: ignore[attr-defined]  # which leads there, too
     products.SPLIT = {"cpu"}  # type: ignore[attr-defined]
@@ -157,52 +126,57 @@ def rounded_gradients() -> list[str]:
     return broken
 
 
-def conform(first: bool = False) -> list[str]:
-    """What is wrong with the ops' results, or the first of it; prints how many there were."""
+def conform(first: bool = False, only: Sequence[str] = ()) -> list[str]:
+    """What is wrong with the results of the ops, or of `only` these in their order, or the first of it; prints how many
+    there were."""
     import torch
     from conformance import bound, evaluate, expectation, violations
 
     from blip3o_kernels import OPS, native, use
 
     torch.set_num_threads(1)
-    broken = []
-    for op in OPS:
-        if op.name not in native.ON_CUDA:
-            continue
-        samples = 0
+    known, broken = {op.name: op for op in OPS}, []
+    for name in only or [name for name in known if name in native.ON_CUDA]:
+        op, samples = known[name], 0
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for sample in op.samples(dtype, "cpu"):
                 arguments = bound(op, sample)
                 with use("native"):
                     got = evaluate(op, op.function, arguments)
-                found = list(violations(got, expectation(op, "native", arguments)))
+                found = list(violations(got, expectation(op, "native:cuda", arguments)))
                 broken += [f"{op.name} {dtype} {sample.name}: {found}"] if found else []
                 if first and broken:
                     return broken
                 samples += 1
         print(f"{op.name}: {samples} samples", flush=True)
-    return broken + draws() + rounded_gradients()
+    for name, check in (("flow_interpolate", draws), ("linear_cross_entropy", rounded_gradients)):
+        if not only or name in only:
+            broken += check()
+    return broken
 
 
-def missed(library: Path, places: list[str]) -> list[str]:
+def missed(library: Path, places: list[str], only: Sequence[str]) -> list[str]:
     """The faults that nothing notices: each is tried in a process of its own, because most of them end it."""
     fault, found = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "blip3o_host_fault"), []
     for number, place in enumerate(places[1:], start=1):
+        ops = [op for op in ops_at(place) if op in (only or ops_at(place))]
+        if not ops:
+            continue
         child = os.fork()
         if child == 0:
             fault.value = number
             silent = os.open(os.devnull, os.O_WRONLY)
             os.dup2(silent, 1), os.dup2(silent, 2)
-            os._exit(bool(conform(first=True)))
+            os._exit(bool(conform(True, ops)))
         if os.waitpid(child, 0)[1] == 0:
             found.append(place)
     return found
 
 
-def inside(library: Path, places: list[str]) -> int:
+def inside(library: Path, places: list[str], only: Sequence[str]) -> int:
     put_in_place(library)
-    start, wrong = time.monotonic(), conform()
-    wrong += [f"MISSED {place}" for place in missed(library, places)]
+    start, wrong = time.monotonic(), conform(only=only)
+    wrong += [f"MISSED {place}" for place in missed(library, places, only)]
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"{max(0, len(places) - 1)} faults, {len(wrong)} wrong or missed, in {time.monotonic() - start:.0f} s")
     return int(bool(wrong))
@@ -220,29 +194,42 @@ def located(text: str, library: Path) -> str:
     return re.sub(r"code (0x[0-9a-f]+)", line, text)
 
 
+def environment_of(kind: str, seed: int) -> dict[str, str]:
+    """That of a process that loads such a library."""
+    environment = {**os.environ, "BLIP3O_HOST_SEED": str(seed)}
+    if kind == "memory":
+        runtimes = [
+            subprocess.run([compiler(), f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout
+            for x in ("libasan.so", "libubsan.so")
+        ]
+        environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
+        environment["ASAN_OPTIONS"] = (
+            "detect_leaks=0"  # Python and torch never free some of theirs
+            ":max_malloc_fill_size=268435456:malloc_fill_byte=255"  # NaN, where nothing is written
+        )
+    return environment
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=list(SANITIZERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true")
+    parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these, and the faults in their files")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()))
+        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source, places = with_faults(folder, options.kind) if options.faults else (ROOT / "csrc", [])
-        library = build(folder, options.kind, source)
+        source, places = ROOT / "csrc", [""]
+        if options.faults:  # those for Hopper have a program of their own
+            source, places = with_faults(folder, FAULTS[options.kind], "^(?!.*hopper)")
+        library = build(folder, options.kind, list(source.glob("cuda/*.cu")), source)
         library.with_suffix(".json").write_text(json.dumps(places))
-        environment = {**os.environ, "BLIP3O_HOST_SEED": str(options.seed)}
-        if options.kind == "memory":
-            runtimes = [
-                subprocess.run([compiler(), f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout
-                for x in ("libasan.so", "libubsan.so")
-            ]
-            environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
-            environment["ASAN_OPTIONS"] = "detect_leaks=0"  # Python and torch never free some of theirs
-        command = [sys.executable, __file__, options.kind, "--inside", str(library)]
+        only = ["--op", *options.op] if options.op else []
+        command = [sys.executable, __file__, options.kind, *only, "--inside", str(library)]
+        environment = environment_of(options.kind, options.seed)
         run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         sys.stderr.write(located(run.stderr, library))
         return run.returncode

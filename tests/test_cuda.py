@@ -48,8 +48,7 @@ def test_compiles_without_spills(library: Path) -> None:
     assert set(spills) == {("0", "0")}
 
 
-def test_instructions(library: Path) -> None:
-    """The machine code holds what is meant: 16-byte loads and stores, no atomics, doubles only where it says why."""
+def machine_code(library: Path) -> str:
     assert NVCC is not None
     folders = [Path(NVCC).resolve().parent]
     triton = find_spec("triton")  # brings a cuobjdump, should nvcc come without
@@ -58,7 +57,12 @@ def test_instructions(library: Path) -> None:
     dump = shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
     assert dump is not None
     command = [dump, "-sass", "-arch", "sm_90a", str(library)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_instructions(library: Path) -> None:
+    """The machine code holds what is meant: 16-byte loads and stores, no atomics, doubles only where it says why."""
+    code = machine_code(library)
     assert "LDG.E.128" in code and "STG.E.128" in code
     assert not re.search(r"STG\.E \S*\[R\d+\.64\+0xc\]", code)  # the last word of a 16-byte store that came apart
     assert not re.search(r"\s(RED|ATOM|ATOMG)\b", code)
@@ -66,6 +70,33 @@ def test_instructions(library: Path) -> None:
     doubles = [kernel.split(maxsplit=1)[0] for kernel in kernels if re.search(r"\s(DADD|DMUL|DFMA)\b", kernel)]
     named = {name: [kernel for kernel in doubles if re.search(rf"\d{name}", kernel)] for name in IN_DOUBLE}
     assert all(named.values()) and len(doubles) == sum(map(len, named.values())), doubles
+
+
+def test_instructions_of_attention(library: Path) -> None:
+    """Tiles come by asynchronous copies; 16-bit products are of tensor cores, those of float32 are not."""
+    pattern = r"Function : (\S*attention_(?:forward|backward)\S*)(.*?)(?=Function : |\Z)"
+    kernels = re.findall(pattern, machine_code(library), re.DOTALL)
+    assert len(kernels) > 20
+    for name, code in kernels:
+        tensor_cores, float32 = "TensorCores" in name, "MultiplyAdds" in name
+        assert tensor_cores != float32 and "LDGSTS.E.BYPASS.128" in code
+        assert all((part in code) == tensor_cores for part in ("HMMA.16816.F32", "LDSM.16.MT88.4", "HMMA"))
+
+
+def test_instructions_of_hopper(library: Path) -> None:
+    """Attention for sm_90a: products of warpgroups, which nothing makes wait for one another, tiles by TMA, barriers
+    that count, registers moved to who needs them."""
+    assert "wgmma" not in Path(f"{library}.txt").read_text()  # a remark that products are serialised
+    kernels = re.findall(
+        r"Function : \S*(?:forward|gradients)_kernel\S*Shape(.*?)(?=Function : |\Z)", machine_code(library), re.DOTALL
+    )
+    assert len(kernels) == 16
+    for code in kernels:
+        for instruction in ("HGMMA.64x", "UTMALDG.4D", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "USETMAXREG", "MUFU.EX2"):
+            assert instruction in code
+        assert "HMMA.16816" not in code and "LDL" not in code and "STL" not in code
+        # hold() in hopper.cuh: the exponentials stay before the wait for what they hide behind.
+        assert re.search(r"MUFU\.EX2(?:.*\n){1,40}.*NANOSLEEP(?:.*\n){1,20}.*WARPGROUP\.DEPBAR", code)
 
 
 def test_library_loads_without_a_driver(library: Path) -> None:

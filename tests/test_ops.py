@@ -47,7 +47,7 @@ MATRIX = {
     "gated_residual": {**NATIVE, **CUDA, **TRITON},
     "rope": {**NATIVE, **CUDA, **TRITON},
     "qk_norm_rope": {**NATIVE, **CUDA, **TRITON},
-    "attention": {**NATIVE, **TRITON},
+    "attention": {**NATIVE, **CUDA, **TRITON},
     "swiglu": {**NATIVE, **CUDA, **TRITON},
     "timestep_embedding": {**NATIVE, **CUDA, **TRITON},
     "flow_interpolate": {**NATIVE, **CUDA, **TRITON},

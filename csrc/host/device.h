@@ -28,6 +28,7 @@ struct Place {
   dim3 thread, block, threads, blocks;
 };
 const Place& here();
+const Place& place(size_t thread);
 
 // Runs `body`, a call of `kernel`, as every thread of every block; what is wrong with what the threads do is printed, and ends the
 // process.
@@ -36,8 +37,14 @@ cudaError_t last_error();
 const char* name_of(cudaError_t);
 
 void synchronise();  // __syncthreads
+[[noreturn]] void fail(const char* what);  // says which thread it was
+[[noreturn]] void fail(const char* what, const void* code);
+[[noreturn]] void fail(const char* what, const void* code, size_t thread);
+size_t random_below(size_t n);
 // The 32-bit word that lane `from` of this warp gives, when all lanes of `mask` have given theirs.
 uint32_t exchange(uint32_t mask, uint32_t word, int from);
+// Waits for all lanes of this warp; the last to come does `work` on what each has given. It orders no accesses of memory.
+void together(void* mine, void (*work)(void* const (&all)[32]));
 int lane();
 char* dynamic_shared();
 size_t number();  // of the running thread in its block
@@ -64,9 +71,15 @@ T shuffle(uint32_t mask, T value, int from) {
 #define gridDim (host::here().blocks)
 
 inline void __syncthreads() { host::synchronise(); }
+inline void __syncwarp() { host::exchange(~0u, 0, host::lane()); }
 template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return host::shuffle(mask, value, host::lane() ^ lanes);
+}
+
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane) {
+  return host::shuffle(mask, value, lane);
 }
 
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrComputeCapabilityMajor = 75 };
@@ -83,6 +96,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
 inline cudaError_t cudaGetLastError() { return host::last_error(); }
 inline const char* cudaGetErrorString(cudaError_t error) { return host::name_of(error); }
 
+inline int min(int x, int y) { return x < y ? x : y; }
+inline int max(int x, int y) { return x > y ? x : y; }
+inline float __fdividef(float x, float y) { return x / y; }
 inline float __frsqrt_rn(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }

@@ -65,6 +65,7 @@ ON_CUDA = (
     *("swiglu", "swiglu_backward", "rope"),
     *("flow_interpolate", "flow_interpolate_backward", "flow_timesteps", "flow_loss", "flow_loss_backward"),
     *("flow_step", "flow_step_backward", "timestep_embedding", "timestep_embedding_backward", "linear_cross_entropy"),
+    *("attention", "attention_backward"),
 )
 _INSTRUCTION_SET_NAMES = {code: name for name, code in INSTRUCTION_SETS.items() if name}
 

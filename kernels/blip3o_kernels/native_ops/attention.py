@@ -12,14 +12,18 @@ from ..checks import LARGEST
 from ..dispatch import direct, instruction_set
 from ..memory import LARGE, scratch
 from ..native import CPU_MISSING, DTYPES
-from ..strides import address, contiguous, last_adjacent
+from ..strides import address, contiguous, last_adjacent, tokens_first
 
 FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
 SMALL = 16384  # scores up to which one thread does it all
 WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
+# Of a GPU: rows (of one token the heads of a group) whose keys are cut, blocks that fill it, keys of a part at least.
+FEW_CUDA, BLOCKS, PART_CUDA, PARTS_CUDA = 32, 256, 256, 64
+
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
+_CUDA_FORWARD, _CUDA_BACKWARD = native.cuda_call("attention"), native.cuda_call("attention_backward")
 
 
 def _masked(mask: Tensor | None, full: torch.Size) -> tuple[Tensor | None, int, Tensor | None]:
@@ -137,6 +141,9 @@ def forward(
     saving: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """y, dense as [B, T, H, V], and the scores' log-sum-exp, which is y again unless it is wanted."""
+    if native.on_gpu(query):
+        limits = (causal, left, right)
+        return forward_cuda(query, key, value, mask, cu_seqlens_q, cu_seqlens_k, *limits, softcap, scale, saving)
     # Written out, each number by its name: for one token calls and tuples are the cost.
     query_batch, query_head, query_token, adjacent = query.stride()
     key_batch, key_head, key_token, key_adjacent = key.stride()
@@ -215,6 +222,11 @@ def backward(
     softcap: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if native.on_gpu(query):
+        limits = (causal, left, right)
+        return backward_cuda(
+            dy, y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, *limits, softcap, scale
+        )
     query, key, value, dy, y = (last_adjacent(x) for x in (query, key, value, dy, y))
     log_sum = log_sum.contiguous()
     batch, heads, tokens, head_dim = query.shape
@@ -242,4 +254,90 @@ def backward(
     )
     if status:
         raise native.failed("attention", status)
+    return gradients
+
+
+def _parts(batch: int, heads: int, groups: int, tokens: int, keys: int) -> int:
+    """Into how many parts a GPU cuts the keys of few queries; by shape alone, so results depend on nothing else."""
+    rows, of = (heads // groups, groups) if tokens == 1 else (tokens, heads)
+    blocks = batch * of * ((rows + 15) // 16)
+    if rows > FEW_CUDA or not blocks:
+        return 1
+    return max(1, min((BLOCKS + blocks - 1) // blocks, keys // PART_CUDA, PARTS_CUDA))
+
+
+def _packing(cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    if cu_seqlens_q is None:
+        return None, None, 1
+    return cu_seqlens_q.contiguous(), contiguous(cu_seqlens_k), cu_seqlens_q.shape[0] - 1
+
+
+def forward_cuda(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    saving: bool = True,
+) -> tuple[Tensor, Tensor]:
+    query, key, value = last_adjacent(query), last_adjacent(key), last_adjacent(value)
+    batch, heads, tokens, head_dim = query.shape
+    _, groups, keys, value_dim = value.shape
+    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
+    cu_seqlens_q, cu_seqlens_k, sequences = _packing(cu_seqlens_q, cu_seqlens_k)
+    y = tokens_first(query, value_dim)
+    log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32) if saving else None
+    parts = 1 if cu_seqlens_q is not None else _parts(batch, heads, groups, tokens, keys)
+    floats = parts * batch * heads * tokens * (value_dim + 1) if parts > 1 else 0
+    workspace = query.new_empty(floats, dtype=torch.float32)
+    _CUDA_FORWARD(
+        query,
+        *_addresses(y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
+        *(batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats),
+        *_strides(y, query, key, value, full_mask),
+        *(tokens, 1, left, 0 if causal else right),  # log_sum's strides first
+        *(softcap, scale, DTYPES[query.dtype], mask_kind),
+    )
+    return y, y if log_sum is None else log_sum
+
+
+def backward_cuda(
+    dy: Tensor,
+    y: Tensor,
+    log_sum: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, dy, y = (last_adjacent(x) for x in (query, key, value, dy, y))
+    batch, heads, tokens, head_dim = query.shape
+    _, groups, keys, value_dim = value.shape
+    mask, mask_kind, full_mask = _masked(mask, torch.Size((batch, heads, tokens, keys)))
+    cu_seqlens_q, cu_seqlens_k, sequences = _packing(cu_seqlens_q, cu_seqlens_k)
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    log_sum = log_sum.contiguous()
+    floats = 2 * batch * heads * _padded(tokens, 128)
+    workspace = query.new_empty(floats, dtype=torch.float32)
+    _CUDA_BACKWARD(
+        query,
+        *_addresses(*gradients, dy, y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, workspace),
+        *(batch, heads, groups, tokens, keys, head_dim, value_dim, sequences, floats),
+        *_strides(*gradients, dy, y, query, key, value, full_mask),
+        *(tokens, left, 0 if causal else right),  # log_sum's stride first
+        *(softcap, scale, DTYPES[query.dtype], mask_kind),
+    )
     return gradients

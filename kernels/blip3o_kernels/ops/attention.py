@@ -35,9 +35,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import checks, dispatch, masks, strides
-from ..bodies import NATIVE_CPU, TRITON, body
+from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, STRIDED
-from ..dispatch import Op, choose, direct, plain, transformed
+from ..dispatch import Op, choose, direct, plain, refusal, transformed
 from ..native_ops.attention import at_once
 from ..registered import LIBRARY, differentiable
 from ..samples import Draw, Sample
@@ -45,6 +45,7 @@ from ..samples import Draw, Sample
 # T * S from which torch's fused kernel wins over matmul and softmax, forward and backward: measured on one core of a
 # Xeon with AVX-512 at B = 256, H = 6, K = 32. Below, the two differ by less than 20 % either way.
 LONG = 32 * 32
+WIDEST = 256  # dims that the CUDA kernels have
 
 
 def reference(
@@ -160,6 +161,8 @@ def attention(
     # Compiled on a CPU it is one op: torch's own takes up to six times as long there (docs/decisions.md).
     formula = not on_cpu if compiling else transformed()
     backend = "reference" if dispatch.forced is None and formula else choose(OP, query)
+    if not on_cpu and backend == "native" and dispatch.forced is None and max(head_dim, shape[3]) > WIDEST:
+        backend = "reference" if refusal(OP, "triton", query.device.type, dtype) else "triton"
     if backend == "reference":
         ends: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
         options: tuple[Any, ...] = (attn_mask, dropout_p, is_causal, scale, enable_gqa)
@@ -293,6 +296,17 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         yield Sample(f"long cache T{tokens}", (*inputs, draw.integers(4, 2, 1, 1, 600) > 0), {"enable_gqa": True})
     query, key = draw(32, 2, 7, 32, scale=6.0), draw(32, 2, 9, 32, scale=6.0)
     yield Sample("large scores, few queries", (query, key, draw(32, 2, 9, 32)))
+    # Longer than the tiles that GPUs take at once, of each width.
+    options: dict[str, object] = {"enable_gqa": True, "is_causal": True}
+    for batch, tokens, keys, head_dim, value_dim, left in (
+        (1, 150, 170, 24, 24, 99),
+        (1, 70, 75, 128, 72, -1),
+        (1, 70, 90, 64, 64, -1),  # which Hopper has a body for
+        (1, 40, 70, 136, 200, -1),
+        (8, 1, 70, 104, 128, -1),
+    ):
+        inputs = (draw(batch, 2, tokens, head_dim), draw(batch, 1, keys, head_dim), draw(batch, 1, keys, value_dim))
+        yield Sample(f"T{tokens} S{keys} K{head_dim} V{value_dim}", inputs, {**options, "window_size": (left, -1)})
 
 
 def _windows_and_caps(draw: Draw) -> Iterator[Sample]:
@@ -358,5 +372,5 @@ OP = Op(
     reference,
     samples,
     differentiable=("query", "key", "value"),
-    bodies=(NATIVE_CPU, *TRITON),
+    bodies=(NATIVE_CPU, NATIVE_CUDA, *TRITON),
 )
