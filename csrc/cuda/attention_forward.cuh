@@ -174,21 +174,12 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
     float scores[Product::ROWS][OWN_KEYS / Product::LANES] = {};
     if (active) {
       Product::outer(scores, query_tile, first_row, key_tile, first_key, query.width);
-      if (bend.bent || own.cuts(first, first + OWN_KEYS)) {
-#pragma unroll
-        for (int i = 0; i < Product::ROWS; ++i) {
-          const int token = at.first + first_row + Product::row(i);
-#pragma unroll
-          for (int j = 0; j < OWN_KEYS / Product::LANES; ++j) {
-            const int column = first + Product::column(j);
-            float slope;
-            if (!own.sees(token, column, at.columns) || token >= at.rows)
-              scores[i][j] = NOTHING;
-            else if (bend.bent)
-              scores[i][j] = bend(scores[i][j], token, column, slope);
-          }
-        }
-      }
+      const int own_row = at.first + first_row;
+      if (bend.bent) bend.template apply<Product, false>(scores, own_row, at.rows, first, at.columns, [](int, int, float) {});
+      if (own.cuts(first, first + OWN_KEYS))
+        each<Product>(scores, [&](float& x, int i, int j) {
+          if (!own.sees(own_row + Product::row(i), first + Product::column(j), at.columns)) x = NOTHING;
+        });
       exponentials<Product>(softmax, scores, o);
     }
     cp_async_wait<0>();
@@ -231,12 +222,16 @@ __global__ void __launch_bounds__(4 * WARP) attention_combine(ForwardCall call) 
   const Row at(a, number);
   const float* sums = a.workspace + call.parts * rows * a.value_dim + number;
   float top = NOTHING, total = 0;
+#pragma unroll 1
   for (int part = 0; part < call.parts; ++part) top = fmaxf(top, sums[part * rows]);
   const float shift = top == NOTHING ? 0.0f : top;
+#pragma unroll 1
   for (int part = 0; part < call.parts; ++part) total += fast_exp2((sums[part * rows] - shift) * LOG2E);
   T* y = static_cast<T*>(a.y) + at.batch * a.y_batch + at.head * a.y_head + at.token * a.y_token;
+#pragma unroll 1
   for (int column = threadIdx.x % WARP; column < a.value_dim; column += WARP) {
     float sum = 0;
+#pragma unroll 1
     for (int part = 0; part < call.parts; ++part)
       sum += fast_exp2((sums[part * rows] - shift) * LOG2E) * a.workspace[(part * rows + number) * a.value_dim + column];
     y[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);
