@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(4 * WARP) attention_delta(BackwardCall call) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCall call) {
+__global__ void __launch_bounds__(Shape::THREADS, 1) attention_backward(BackwardCall call) {
   using Product = typename Shape::Product;
   using T = typename Shape::T;
   constexpr bool OF_KEYS = Shape::OF_KEYS;

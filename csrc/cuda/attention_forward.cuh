@@ -22,6 +22,7 @@ struct ForwardShape {
   using T = typename Product::T;
   static constexpr int ROW_WARPS = ROW_WARPS_, KEY_WARPS = KEY_WARPS_, KEYS = KEYS_, D = Product::D;
   static constexpr int THREADS = WARP * ROW_WARPS * KEY_WARPS, ROWS = ROW_WARPS * Product::WARP_ROWS;
+  static constexpr int BLOCKS = KEY_WARPS > 1 && D <= 128 ? 3 : 1;  // at once; without a number registers are spilled for more of them
   static constexpr int SCRATCH = Product::SCRATCH * KEYS / KEY_WARPS;  // floats, of a warp
   static constexpr int SHARED = (ROWS + 2 * KEYS) * D * static_cast<int>(sizeof(T)) + SCRATCH * THREADS / WARP * 4;
   static_assert(SHARED <= 99 << 10, "");
@@ -117,7 +118,7 @@ __device__ inline void add_up(const ForwardCall& call, const Place& at, const So
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall call) {
+__global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS) attention_forward(ForwardCall call) {
   using Product = typename Shape::Product;
   using T = typename Shape::T;
   constexpr int ROWS = Shape::ROWS, KEYS = Shape::KEYS, D = Shape::D, THREADS = Shape::THREADS;
