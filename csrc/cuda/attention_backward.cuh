@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(4 * WARP) attention_delta(BackwardCall call) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCall call) {
+__global__ void __launch_bounds__(Shape::THREADS, 1) attention_backward(BackwardCall call) {
   using Product = typename Shape::Product;
   using T = typename Shape::T;
   constexpr bool OF_KEYS = Shape::OF_KEYS;
@@ -155,27 +155,21 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_backward(BackwardCal
         float p[Product::ROWS][C] = {}, ds[Product::ROWS][C] = {};
         Product::outer(p, mine[0], first_row, first, 0, head_dim);
         Product::outer(ds, mine[1], first_row, second, 0, value_dim);
-        const bool plain = !bend.bent && !own.cuts(from, from + OTHERS);
-#pragma unroll
-        for (int j = 0; j < C; ++j) {
-          const int its = Product::column(j), column = from + its;
-          const float their_log = OF_KEYS ? logs[stage * 2 * OTHERS + its] : 0.0f;
-          const float their_delta = OF_KEYS ? logs[(stage * 2 + 1) * OTHERS + its] : 0.0f;
-#pragma unroll
-          for (int i = 0; i < Product::ROWS; ++i) {
-            const float log = OF_KEYS ? their_log : own_log[i], delta = OF_KEYS ? their_delta : own_delta[i];
-            float exponent = fmaf(p[i][j], bend.factor, -log), slope = 1.0f;
-            if (!plain) {
-              const int its_row = at.first + first_row + Product::row(i);
-              if (!own.sees(its_row, column, at.columns) || its_row >= at.rows)
-                exponent = NOTHING;
-              else if (bend.bent)
-                exponent = bend(p[i][j], OF_KEYS ? column : its_row, OF_KEYS ? its_row : column, slope) - log;
-            }
-            p[i][j] = fast_exp2(exponent * (LOG2E / UNIT<T>));
-            ds[i][j] = p[i][j] * (ds[i][j] - delta) * slope;
-          }
-        }
+        const auto their = [&](int what, int j) { return logs[(stage * 2 + what) * OTHERS + Product::column(j)]; };
+        const int own_row = at.first + first_row;
+        each<Product>(ds, [&](float& x, int i, int j) { x -= OF_KEYS ? their(1, j) : own_delta[i]; });
+        if (bend.bent)
+          bend.template apply<Product, OF_KEYS>(p, own_row, at.rows, from, at.columns,
+                                             [&](int i, int j, float x) { ds[i][j] *= x; });
+        if (own.cuts(from, from + OTHERS))
+          each<Product>(p, [&](float& x, int i, int j) {
+            if (!own.sees(own_row + Product::row(i), from + Product::column(j), at.columns)) x = NOTHING;
+          });
+        const float factor = bend.bent ? 1.0f : bend.factor;
+        each<Product>(p, [&](float& x, int i, int j) {
+          x = fast_exp2(fmaf(x, factor, OF_KEYS ? -their(0, j) : -own_log[i]) * (LOG2E / UNIT<T>));
+          ds[i][j] *= x;
+        });
         if constexpr (OF_KEYS) Product::mix(sums[1], p, second, 0, first_column, value_dim, scratch);
         Product::mix(sums[0], ds, first, 0, first_column, head_dim, scratch);
       }

@@ -22,6 +22,7 @@ struct ForwardShape {
   using T = typename Product::T;
   static constexpr int ROW_WARPS = ROW_WARPS_, KEY_WARPS = KEY_WARPS_, KEYS = KEYS_, D = Product::D;
   static constexpr int THREADS = WARP * ROW_WARPS * KEY_WARPS, ROWS = ROW_WARPS * Product::WARP_ROWS;
+  static constexpr int BLOCKS = KEY_WARPS > 1 && D <= 128 ? 3 : 1;  // at once; without a number registers are spilled for more of them
   static constexpr int SCRATCH = Product::SCRATCH * KEYS / KEY_WARPS;  // floats, of a warp
   static constexpr int SHARED = (ROWS + 2 * KEYS) * D * static_cast<int>(sizeof(T)) + SCRATCH * THREADS / WARP * 4;
   static_assert(SHARED <= 99 << 10, "");
@@ -117,7 +118,7 @@ __device__ inline void add_up(const ForwardCall& call, const Place& at, const So
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall call) {
+__global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS) attention_forward(ForwardCall call) {
   using Product = typename Shape::Product;
   using T = typename Shape::T;
   constexpr int ROWS = Shape::ROWS, KEYS = Shape::KEYS, D = Shape::D, THREADS = Shape::THREADS;
@@ -174,21 +175,12 @@ __global__ void __launch_bounds__(Shape::THREADS) attention_forward(ForwardCall 
     float scores[Product::ROWS][OWN_KEYS / Product::LANES] = {};
     if (active) {
       Product::outer(scores, query_tile, first_row, key_tile, first_key, query.width);
-      if (bend.bent || own.cuts(first, first + OWN_KEYS)) {
-#pragma unroll
-        for (int i = 0; i < Product::ROWS; ++i) {
-          const int token = at.first + first_row + Product::row(i);
-#pragma unroll
-          for (int j = 0; j < OWN_KEYS / Product::LANES; ++j) {
-            const int column = first + Product::column(j);
-            float slope;
-            if (!own.sees(token, column, at.columns) || token >= at.rows)
-              scores[i][j] = NOTHING;
-            else if (bend.bent)
-              scores[i][j] = bend(scores[i][j], token, column, slope);
-          }
-        }
-      }
+      const int own_row = at.first + first_row;
+      if (bend.bent) bend.template apply<Product, false>(scores, own_row, at.rows, first, at.columns, [](int, int, float) {});
+      if (own.cuts(first, first + OWN_KEYS))
+        each<Product>(scores, [&](float& x, int i, int j) {
+          if (!own.sees(own_row + Product::row(i), first + Product::column(j), at.columns)) x = NOTHING;
+        });
       exponentials<Product>(softmax, scores, o);
     }
     cp_async_wait<0>();
@@ -231,12 +223,16 @@ __global__ void __launch_bounds__(4 * WARP) attention_combine(ForwardCall call) 
   const Row at(a, number);
   const float* sums = a.workspace + call.parts * rows * a.value_dim + number;
   float top = NOTHING, total = 0;
+#pragma unroll 1
   for (int part = 0; part < call.parts; ++part) top = fmaxf(top, sums[part * rows]);
   const float shift = top == NOTHING ? 0.0f : top;
+#pragma unroll 1
   for (int part = 0; part < call.parts; ++part) total += fast_exp2((sums[part * rows] - shift) * LOG2E);
   T* y = static_cast<T*>(a.y) + at.batch * a.y_batch + at.head * a.y_head + at.token * a.y_token;
+#pragma unroll 1
   for (int column = threadIdx.x % WARP; column < a.value_dim; column += WARP) {
     float sum = 0;
+#pragma unroll 1
     for (int part = 0; part < call.parts; ++part)
       sum += fast_exp2((sums[part * rows] - shift) * LOG2E) * a.workspace[(part * rows + number) * a.value_dim + column];
     y[column] = from_float<T>(total == 0.0f ? 0.0f : sum / total);

@@ -136,6 +136,15 @@ struct Span {
   }
 };
 
+// f(x, i, j) for what a thread has of a product.
+template <class Product, int C, class F>
+__device__ inline void each(float (&s)[Product::ROWS][C], F f) {
+#pragma unroll
+  for (int i = 0; i < Product::ROWS; ++i)
+#pragma unroll
+    for (int j = 0; j < C; ++j) f(s[i][j], i, j);
+}
+
 __device__ inline float hyperbolic_tangent(float x) {  // near 0, where the quotient cancels, a series
   const float z = x * x;
   const float series = (((-0.00589395f * z + 0.02079462f) * z - 0.05378329f) * z + 0.13331915f) * z - 0.33333298f;
@@ -165,22 +174,35 @@ struct Bend {
     if (mask_kind == 1) mask = static_cast<const uint8_t*>(mask) + from;
     if (mask_kind == 2) mask = static_cast<const float*>(mask) + from;
   }
-  // The bent score of a token and a key that exist; `slope` is by what the cap bends it.
-  __device__ float operator()(float product, int token, int key, float& slope) const {
-    slope = 1.0f;
-    float score = product * factor;
-    if (outer > 0.0f) {
-      const float bend = hyperbolic_tangent(product * inner);
-      slope = 1.0f - bend * bend;
-      score = bend * outer;
+  // Products -> scores, of the rows from `row` on, of which `rows` exist, and the columns from `column` on. Rows are queries, or
+  // with OF_KEYS keys. slope(i, j, x): by what the cap bends a score.
+  template <class Product, bool OF_KEYS, int C, class Slope>
+  __device__ void apply(float (&s)[Product::ROWS][C], int row, int rows, int column, int columns, Slope slope) const {
+    const bool capped = outer > 0.0f;
+    if (capped) {
+      each<Product>(s, [&](float& x, int i, int j) {
+        const float bend = hyperbolic_tangent(x * inner);
+        slope(i, j, 1.0f - bend * bend);
+        x = bend * outer;
+      });
+    } else {
+      each<Product>(s, [&](float& x, int, int) { x *= factor; });
     }
-    const int64_t at = token * mask_token + key;
-    if (mask_kind == 1) return static_cast<const uint8_t*>(mask)[at] ? score : NOTHING;
-    if (mask_kind == 2) {
-      const float added = static_cast<const float*>(mask)[at];
-      return added <= -1e30f ? NOTHING : score + added * unit;
+    const auto exists = [&](int i, int j) { return row + Product::row(i) < rows && column + Product::column(j) < columns; };
+    const auto at = [&](int i, int j) {
+      const int its = row + Product::row(i), other = column + Product::column(j);
+      return OF_KEYS ? other * mask_token + its : its * mask_token + other;
+    };
+    if (mask_kind == 1) {
+      const uint8_t* allowed = static_cast<const uint8_t*>(mask);
+      each<Product>(s, [&](float& x, int i, int j) { x = exists(i, j) && allowed[at(i, j)] ? x : NOTHING; });
+    } else if (mask_kind == 2) {
+      const float* added = static_cast<const float*>(mask);
+      each<Product>(s, [&](float& x, int i, int j) {
+        const float more = exists(i, j) ? added[at(i, j)] : NOTHING;
+        x = more <= -1e30f ? NOTHING : x + more * unit;
+      });
     }
-    return score;
   }
 };
 
