@@ -30,34 +30,9 @@ from pathlib import Path
 from cuda_faults import FAULTS, ops_at, with_faults
 from rebuilt import ROOT, compiler
 
-<<<<<<< HEAD
-COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
-=======
-# What is put in the place of what; `host::fault()` is the number of the fault that is on.
-FAULTS = {
-    "memory": [
-        (
-            re.compile(r"; (\w+) < ([^;]+); (?=\1 \+= (?:\w*THREADS|WARP|KEYS))"),
-            r"; \1 < \2 + (host::fault() == NUMBER); ",
-        ),
-        (re.compile(r"(?<= )([\w.]+) < (width)\) column"), r"\1 < \2 + (host::fault() == NUMBER)) column"),
-        (re.compile(r"([\w.]+) >= (a\.\w+|rows)\) return;"), r"\1 >= \2 + (host::fault() == NUMBER)) return;"),
-        (re.compile(r"(?<=[ (])row < (rows) && "), r"row < \1 + (host::fault() == NUMBER) && "),
-        (re.compile(r"step < steps;"), r"step < steps - (host::fault() == NUMBER);"),
-        # Elements that nobody writes.
-        (re.compile(r"row >= count \|\| "), r"row >= count - (host::fault() == NUMBER) || "),
-        (re.compile(r"(?<=column) < (a\.value_dim)\) "), r" < \1 - (host::fault() == NUMBER)) "),
-        (re.compile(r"(?<=\+ its) < (at\.rows)\)"), r" < \1 - (host::fault() == NUMBER))"),
-    ],
-    "races": [
-        (re.compile(r"(?<=\s)(__sync(?:threads|warp)\(\);)"), r"if (host::fault() != NUMBER) \1"),
-        (re.compile(r"(?<=\s)(cp_async_(?:commit|wait)(?:<\d>)?\(\);)"), r"if (host::fault() != NUMBER) \1"),
-    ],
-}
-# Ops that take minutes: each of their samples in float32 or in bfloat16 in turn, every eighth in float16; with --every in all.
+# Ops that take minutes: each of their samples in float32 or in bfloat16 in turn, every eighth in float16; --every: in all.
 SLOW = ("attention",)
-COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
->>>>>>> mma
+COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 SANITIZERS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],  # whose interface csrc/host/races.cpp is: its own runtime is not linked
@@ -115,7 +90,6 @@ def put_in_place(library: Path) -> None:
     products.SPLIT = {"cpu"}  # type: ignore[attr-defined]
 
 
-<<<<<<< HEAD
 def draws() -> list[str]:
     """What is wrong with the noise that the kernels draw, by the tests of test_philox.py."""
     import test_philox
@@ -154,37 +128,24 @@ def rounded_gradients() -> list[str]:
     return broken
 
 
-def conform(first: bool = False, only: Sequence[str] = ()) -> list[str]:
+def conform(first: bool = False, only: Sequence[str] = (), every: bool = False) -> list[str]:
     """What is wrong with the results of the ops, or of `only` these in their order, or the first of it; prints how many
     there were."""
-=======
-def conform(first: bool = False, only: tuple[str, ...] = (), every: bool = False) -> list[str]:
-    """What is wrong with the results of the ops, or of `only` these, or the first of it; prints how many there were."""
->>>>>>> mma
     import torch
     from conformance import bound, evaluate, expectation, violations
 
     from blip3o_kernels import OPS, native, use
 
     torch.set_num_threads(1)
-<<<<<<< HEAD
     known, broken = {op.name: op for op in OPS}, []
     for name in only or [name for name in known if name in native.ON_CUDA]:
         op, samples = known[name], 0
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for sample in op.samples(dtype, "cpu"):
-=======
-    broken = []
-    for op in OPS:
-        if op.name not in native.ON_CUDA or op.name not in (only or native.ON_CUDA):
-            continue
-        samples, dtypes = 0, (torch.float32, torch.bfloat16, torch.float16)
+        dtypes = (torch.float32, torch.bfloat16, torch.float16)
         for number, each in enumerate(zip(*(op.samples(dtype, "cpu") for dtype in dtypes), strict=True)):
+            turn = dtypes[2 if number % 8 == 7 else number % 2]
             for dtype, sample in zip(dtypes, each, strict=True):
-                turn = 2 if number % 8 == 7 else number % 2
-                if op.name in SLOW and not every and dtype is not dtypes[turn]:
+                if op.name in SLOW and not every and dtype is not turn:
                     continue
->>>>>>> mma
                 arguments = bound(op, sample)
                 with use("native"):
                     got = evaluate(op, op.function, arguments)
@@ -218,17 +179,10 @@ def missed(library: Path, places: list[str], only: Sequence[str]) -> list[str]:
     return found
 
 
-<<<<<<< HEAD
-def inside(library: Path, places: list[str], only: Sequence[str]) -> int:
+def inside(library: Path, places: list[str], only: Sequence[str], every: bool) -> int:
     put_in_place(library)
-    start, wrong = time.monotonic(), conform(only=only)
+    start, wrong = time.monotonic(), conform(only=only, every=every)
     wrong += [f"MISSED {place}" for place in missed(library, places, only)]
-=======
-def inside(library: Path, places: list[str], op: str, every: bool) -> int:
-    put_in_place(library)
-    start, wrong = time.monotonic(), conform(only=(op,) if op else (), every=every)
-    wrong += [f"MISSED {place}" for place in missed(library, places, op)]
->>>>>>> mma
     print(*wrong, sep="\n", end="\n" if wrong else "")
     print(f"{max(0, len(places) - 1)} faults, {len(wrong)} wrong or missed, in {time.monotonic() - start:.0f} s")
     return int(bool(wrong))
@@ -267,16 +221,13 @@ def main() -> int:
     parser.add_argument("kind", choices=list(SANITIZERS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true")
-<<<<<<< HEAD
     parser.add_argument("--op", nargs="+", default=[], metavar="OP", help="only these, and the faults in their files")
-=======
-    parser.add_argument("--op", default="", help="only this op, and the faults in its files")
     parser.add_argument("--every", action="store_true", help="all samples of all ops in all dtypes")
->>>>>>> mma
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op, options.every)
+        places = json.loads(options.inside.with_suffix(".json").read_text())
+        return inside(options.inside, places, options.op, options.every)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, places = ROOT / "csrc", [""]
@@ -284,25 +235,9 @@ def main() -> int:
             source, places = with_faults(folder, FAULTS[options.kind], "^(?!.*hopper)")
         library = build(folder, options.kind, list(source.glob("cuda/*.cu")), source)
         library.with_suffix(".json").write_text(json.dumps(places))
-<<<<<<< HEAD
-        only = ["--op", *options.op] if options.op else []
-        command = [sys.executable, __file__, options.kind, *only, "--inside", str(library)]
+        command = [sys.executable, __file__, options.kind, "--inside", str(library)]
+        command += (["--op", *options.op] if options.op else []) + (["--every"] if options.every else [])
         environment = environment_of(options.kind, options.seed)
-=======
-        environment = {**os.environ, "BLIP3O_HOST_SEED": str(options.seed)}
-        if options.kind == "memory":
-            runtimes = [
-                subprocess.run([compiler(), f"-print-file-name={x}"], capture_output=True, text=True, check=True).stdout
-                for x in ("libasan.so", "libubsan.so")
-            ]
-            environment["LD_PRELOAD"] = ":".join(x.strip() for x in runtimes)
-            environment["ASAN_OPTIONS"] = (
-                "detect_leaks=0"  # Python and torch never free some of theirs
-                ":max_malloc_fill_size=268435456:malloc_fill_byte=255"  # NaN, where nothing is written
-            )
-        command = [sys.executable, __file__, options.kind, "--op", options.op, "--inside", str(library)]
-        command += ["--every"] if options.every else []
->>>>>>> mma
         run = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
         sys.stderr.write(located(run.stderr, library))
         return run.returncode

@@ -300,11 +300,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     options: dict[str, object] = {"enable_gqa": True, "is_causal": True}
     for batch, tokens, keys, head_dim, value_dim, left in (
         (1, 70, 75, 128, 72, -1),
-<<<<<<< HEAD
         (1, 70, 90, 64, 64, -1),  # which Hopper has a body for
-=======
         (1, 150, 170, 24, 24, 99),
->>>>>>> mma
         (1, 40, 70, 136, 200, -1),
         (8, 1, 70, 104, 128, -1),
     ):
