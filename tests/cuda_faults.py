@@ -1,7 +1,7 @@
 """Faults for tests/cuda_on_host.py: the CUDA sources made wrong, one place at a time.
 
-What is replaced by what, as regular expressions over the sources. BEYOND and SHORT stand for `+ 1` and `- 1` if the fault
-is on, and NUMBER for its number, which `host::fault()` gives if it is.
+What is replaced by what, as regular expressions over the sources. BEYOND and SHORT stand for `+ 1` and `- 1` if the
+fault is on, and NUMBER for its number, which `host::fault()` gives if it is.
 """
 
 from __future__ import annotations

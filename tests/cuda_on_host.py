@@ -30,7 +30,7 @@ from pathlib import Path
 from cuda_faults import FAULTS, ops_at, with_faults
 from rebuilt import ROOT, compiler
 
-# Ops that take minutes: each of their samples in float32 or in bfloat16 in turn, every eighth in float16; --every: in all.
+# Ops that take minutes: each sample in float32 or in bfloat16 in turn, every eighth in float16; --every: in all three.
 SLOW = ("attention",)
 COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 SANITIZERS = {
