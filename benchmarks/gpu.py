@@ -37,6 +37,8 @@ import gpu_summary
 ROOT = Path(__file__).parents[1]
 PATHS = [ROOT / name for name in ("kernels", "", "benchmarks", "tests")]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SLOW = {"compile max-autotune"}  # peers that try kernels for minutes
+ALL_SCORES = {"transformers", "reference", "compile", "sdpa math", "flex"}  # that is 17 GB at 16k, or compiles for long
 LEAST = 15.0  # seconds for which no part is begun
 
 
@@ -77,44 +79,42 @@ def program_missing(name: str) -> str:
 
 def parts() -> list[Part]:
     """In the order in which they run. Which ops there are is the package's to say."""
+    import anchors
+    from peers import peers
+
     from blip3o_kernels import OPS, native
 
     no_gpu, json_file = gpu_missing(), ("--json", "{name}.json")
     nvcc, sanitizer = (no_gpu or program_missing(name) for name in ("nvcc", "compute-sanitizer"))
 
-    def conformance(backend: str, seconds: float) -> Part:
-        script = ("tests/gpu_conformance.py", "--out", "{name}.jsonl", "--keyword", f"{backend}-cuda")
+    def conformance(backend: str, seconds: float, *more: str) -> Part:
+        script = ("tests/gpu_conformance.py", "--out", "{name}.jsonl", "--keyword", f"{backend}-cuda", *more)
         return Part(f"conformance-{backend}", script, seconds, no_gpu)
 
-    def ops(op: str, sizes: str, seconds: float, *more: str) -> Part:
-        command = ("benchmarks/ops.py", "--device", "cuda", "--dtype", "bfloat16", "--op", op, *json_file, *more)
-        which = ("--shapes", "anchor") if sizes == "anchor" else ("--presets", sizes)
-        return Part(f"ops-{sizes}-{op}", (*command, *which), seconds, no_gpu)
+    def ops(op: str, sizes: str, seconds: float) -> Part:
+        command: tuple[str, ...] = ("benchmarks/ops.py", "--device", "cuda", "--dtype", "bfloat16", "--op", op)
+        command += ("--shapes", "anchor") if sizes == "anchor" else ("--presets", sizes)
+        left_out = SLOW | (ALL_SCORES if (op, sizes) == ("attention", "anchor") else set())
+        if not no_gpu:
+            command += ("--peers", *(peer.name for peer in peers(op, "cuda", False) if peer.name not in left_out))
+        return Part(f"ops-{sizes}-{op}", (*command, "--keep-going", *json_file), seconds, no_gpu)
 
     found = [
         Part("machine", ("benchmarks/gpu_machine.py", *json_file), 60, no_gpu),
         Part("build", ("benchmarks/gpu_build.py",), 240, nvcc),
-        conformance("native", 180),
+        conformance("native", 180, "--jobs", "4"),
     ]
     for tool in TOOLS:
         found.append(Part(f"sanitizer-{tool}", ("tests/gpu_calls.py", "--sanitize", tool, *json_file), 90, sanitizer))
-    # attention's anchors without what computes all scores, and without what compiles for minutes
-    fused = ("--peers", "functional", "sdpa flash", "sdpa cudnn", "flash-attn", "flash-attn 3", "--seconds", "0.1")
     names = sorted((op.name for op in OPS), key=lambda name: name not in native.ON_CUDA)
-    found += [ops(name, "anchor", 90, *(fused if name == "attention" else ())) for name in names if anchored(name)]
-    found += [conformance("triton", 240)]
+    found += [ops(name, "anchor", 150 if name == "attention" else 90) for name in names if name in anchors.CASES]
+    found.append(conformance("triton", 240, "--jobs", "8", "--seconds", "200"))  # each kernel is compiled there
     found += [ops(name, "8b", 75) for name in names]
     for script in ("model", "training"):
         command = (f"benchmarks/{script}.py", "--device", "cuda", "--dtype", "bfloat16", *json_file)
         found.append(Part(script, (*command, "--no-compile"), 90, no_gpu))
     found.append(Part("model-compiled", ("benchmarks/model.py", *command[1:], "--presets", "4b"), 150, no_gpu))
     return found
-
-
-def anchored(op: str) -> bool:
-    import anchors
-
-    return op in anchors.CASES
 
 
 def run(part: Part, folder: Path, seconds: float) -> Outcome:

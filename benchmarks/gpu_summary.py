@@ -172,10 +172,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
-def conformance(path: Path) -> dict[str, Any]:
+def conformance(paths: Iterable[Path]) -> dict[str, Any]:
     """How many tests passed and failed, and which failed why."""
     last: dict[str, dict[str, Any]] = {}
-    for line in path.read_text().split("\n")[:-1]:
+    for line in (line for path in paths for line in path.read_text().split("\n")[:-1]):
         row = json.loads(line)
         last[row["test"]] = row
     failed = {
@@ -191,7 +191,10 @@ def collect(folder: Path, outcomes: Iterable[Outcome]) -> dict[str, Any]:
     return {
         "parts": [{key: getattr(one, key) for key in ("part", "status", "reason", "seconds")} for one in outcomes],
         "machine": read_object(folder / "machine.json"),
-        "conformance": {path.stem: conformance(path) for path in sorted(folder.glob("conformance-*.jsonl"))},
+        "conformance": {
+            name: conformance(sorted(folder.glob(f"{name}.*jsonl")))
+            for name in sorted({path.name.partition(".")[0] for path in folder.glob("conformance-*.jsonl")})
+        },
         "sanitizer": [read_object(path) for path in sorted(folder.glob("sanitizer-*.json"))],
         "targets": by_target(rows),
         "ops": by_op(rows),

@@ -174,6 +174,8 @@ def main() -> None:
                     torch._dynamo.reset()
                     found += measure_task(contest, task, options)
                     progress(measure.line([row for row in found if row.key == found[-1].key]))
+                    if options.json:
+                        measure.write(options.json, found)
     end_to_end.report("model.py", found, options, "of the limit", memory=False)
 
 

@@ -76,13 +76,16 @@ class Contest:
         self.upstream = [Draw(y.dtype, device, seed=1)(*y.shape) for y in results]
         self.work = rows.work(case, arguments, results, op.differentiable)["training" if training else "forward"]
         self.expected = self.run(op.reference, 0)
-        self.intensity = (self.work.flops or self._operations(op)) / self.work.bytes
+        self.intensity = (self.work.flops or self._operations(op)) / self.work.bytes or None
 
     def _operations(self, op: Op) -> int:
         """By the FLOP formulas of the registered ops, which a body of ours must run for."""
         x = next(x for x in self.inputs[0][0] if isinstance(x, Tensor))
-        with FlopCounterMode(display=False) as counter, use(choose(op, x)):
-            self.run(op.function, 0)
+        try:
+            with FlopCounterMode(display=False) as counter, use(choose(op, x)):
+                self.run(op.function, 0)
+        except measure.FAILURES:  # which is told where the body's result is checked
+            return 0
         return counter.get_total_flops()
 
     def _leaves(self, op: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
@@ -169,12 +172,15 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
             try:
                 row = replace(row, reason=contest.wrong(function, peer.random))
             except measure.FAILURES as error:
-                if peer.name in measure.OURS:
+                if peer.name in measure.OURS and not options.keep_going:
                     raise
                 row = replace(row, reason=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
             row = replace(row, checked=not row.reason)
             if row.checked:
                 calls[peer.name] = contest.timed(function)
+            elif peer.name in measure.OURS and options.keep_going:
+                progress(f"WRONG {op.name} {case.shape} {head.dtype} {head.direction}: {peer.name} {row.reason}")
+                options.wrong += 1
             elif peer.name in measure.OURS:
                 raise AssertionError(f"{op.name} {case.shape} {head.dtype}: {peer.name} {row.reason}")
         found[peer.name] = row
@@ -228,6 +234,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=measure.positive(int), default=torch.get_num_threads())
     parser.add_argument("--seconds", type=measure.positive(float), default=0.2, help="for each contestant of a row")
     parser.add_argument("--memory", choices=["fresh", "reused", "both"], default="fresh")
+    parser.add_argument("--keep-going", action="store_true", help="list a backend of ours that is wrong, and go on")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, metavar="DIR")
@@ -244,7 +251,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     old = measure.read(options.compare) if options.compare else []
-    both = options.memory == "both"
+    options.wrong, both = 0, options.memory == "both"
     options.memory = "fresh" if both else options.memory
     if options.memory == "reused" and not keep_freed_memory():
         raise SystemExit("--memory reused: this C library cannot keep freed memory")
@@ -288,6 +295,8 @@ def main() -> None:
     if old:
         worse = measure.slower(old, ours)
         print("\n".join(["", f"{len(worse)} rows slower than in {options.compare}:", *worse]))
+    if options.wrong:
+        sys.exit(f"{options.wrong} rows of ours are wrong")
 
 
 if __name__ == "__main__":

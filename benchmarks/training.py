@@ -180,6 +180,8 @@ def main() -> None:
                 with keep_casts() as casts:
                     found += measure_stage(Contest(preset, stage, dtype, options.device), options, casts)
                 progress(measure.line([row for row in found if row.key == found[-1].key]))
+                if options.json:
+                    measure.write(options.json, found)
     end_to_end.report("training.py", found, options, "MFU", memory=True)
 
 

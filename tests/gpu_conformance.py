@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ RESTARTS = 25
 class Reporter:
     """A plugin of pytest: leaves out what has ended, writes down what starts and what ends."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, job: int, jobs: int) -> None:
+        self.job, self.jobs = job, jobs
         self.out, self.ended = out, {row["test"] for row in read(out) if row["outcome"] != "started"}
         self.broken = False
 
@@ -37,9 +39,9 @@ class Reporter:
             file.write(json.dumps(row) + "\n")
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        gone = [item for item in items if item.nodeid in self.ended]
-        items[:] = [item for item in items if item.nodeid not in self.ended]
-        config.hook.pytest_deselected(items=gone)
+        mine = [item for item in items[self.job :: self.jobs] if item.nodeid not in self.ended]
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        items[:] = mine
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.write(test=nodeid, outcome="started", at=time.time())
@@ -75,12 +77,13 @@ def inside(options: argparse.Namespace) -> int:
     import pytest
 
     arguments = ["-q", "-p", "no:cacheprovider", "--tb=short", "-k", options.keyword, *options.tests]
-    return int(pytest.main(arguments, plugins=[Reporter(options.out)]))
+    return int(pytest.main(arguments, plugins=[Reporter(options.out, options.job, options.jobs)]))
 
 
 def watched(options: argparse.Namespace) -> int:
     """Runs what is left in one process; its status, or that of a killed one if a test took too long."""
     command = [sys.executable, __file__, "--inside", "--out", str(options.out), "--keyword", options.keyword]
+    command += ["--job", str(options.job), "--jobs", str(options.jobs)]
     process = subprocess.Popen([*command, *options.tests], cwd=ROOT, start_new_session=True)
     began = time.time()
     try:
@@ -95,18 +98,8 @@ def watched(options: argparse.Namespace) -> int:
     return process.wait()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--keyword", default="cuda", help="pytest's -k")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of one test")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("tests", nargs="*", default=["tests/test_ops.py"])
-    options = parser.parse_args()
-    options.out = options.out.absolute()
-    if options.inside:
-        sys.exit(inside(options))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+def all_of_job(options: argparse.Namespace) -> int:
+    """Runs a job's tests in as many processes as it takes; the status of the last."""
     passed = [row for row in read(options.out) if row["outcome"] == "passed"]
     options.out.write_text("".join(json.dumps(row) + "\n" for row in passed), encoding="utf-8")
     status = 2
@@ -114,18 +107,40 @@ def main() -> None:
         status = watched(options)
         last = (read(options.out) or [{"outcome": ""}])[-1]
         if last["outcome"] == "started":
-            why = (
-                f"ran longer than {options.seconds:g} s" if status == -signal.SIGKILL else f"ended with status {status}"
-            )
+            late = status == -signal.SIGKILL
+            why = f"ran longer than {options.seconds:g} s" if late else f"ended with status {status}"
+            row = {"test": last["test"], "outcome": "failed", "message": f"the process {why}"}
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"test": last["test"], "outcome": "failed", "message": f"the process {why}"}) + "\n"
-                )
+                file.write(json.dumps(row) + "\n")
         elif status != 3:
             break
-    found = [row["outcome"] for row in results(options.out).values()]
+    return status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keyword", default="cuda", help="pytest's -k")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one test")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes beside each other; then of F.jsonl there are F.0.jsonl on"
+    )
+    parser.add_argument("--job", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("tests", nargs="*", default=["tests/test_ops.py"])
+    options = parser.parse_args()
+    out = options.out.absolute()
+    if options.inside:
+        options.out = out
+        sys.exit(inside(options))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    outs = [out.with_suffix(f".{job}{out.suffix}") for job in range(options.jobs)] if options.jobs > 1 else [out]
+    jobs = [argparse.Namespace(**{**vars(options), "job": job, "out": file}) for job, file in enumerate(outs)]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        statuses = list(pool.map(all_of_job, jobs))
+    found = [row["outcome"] for file in outs for row in results(file).values()]
     print(f"{found.count('passed')} passed, {found.count('failed')} failed, {found.count('skipped')} skipped")
-    sys.exit(0 if found.count("passed") and set(found) <= {"passed", "skipped"} and status in (0, 5) else 1)
+    sys.exit(0 if found.count("passed") and set(found) <= {"passed", "skipped"} and set(statuses) <= {0, 5} else 1)
 
 
 if __name__ == "__main__":

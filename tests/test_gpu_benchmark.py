@@ -202,11 +202,18 @@ def test_a_test_that_hangs_or_breaks_costs_itself_alone(tmp_path: Path) -> None:
     assert found["test_crashes"]["message"] == "the process ended with status 9"
     assert "illegal memory access" in found["test_breaks_the_gpu"]["message"]
     assert "assert 1 == 2" in found["test_wrong"]["message"] and count.read_text() == "x"
-    assert gpu_summary.conformance(out)["passed"] == 2 and len(gpu_summary.conformance(out)["failed"]) == 4
+    assert gpu_summary.conformance([out])["passed"] == 2 and len(gpu_summary.conformance([out])["failed"]) == 4
 
     tests.write_text("def test_good(): assert 0\ndef test_after(): assert 0\ndef test_wrong(): pass\n")
     second = run()
     assert second.returncode == 0 and "3 passed, 0 failed" in second.stdout, second.stdout  # what has passed is not run
+
+    command += ["--jobs", "2"]
+    tests.write_text(STAND_IN.replace("test_hangs", "no_hanging").replace("test_crashes", "no_crash"))
+    both = run()
+    assert both.returncode == 1 and "2 passed, 2 failed, 1 skipped" in both.stdout, both.stdout + both.stderr
+    parts = sorted(tmp_path.glob("out.*.jsonl"))
+    assert len(parts) == 2 and gpu_summary.conformance(parts)["passed"] == 2
 
 
 def row(op: str, shape: str, direction: str, provider: str, median: float, **more: object) -> Row:
