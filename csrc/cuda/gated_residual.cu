@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(THREADS* ROWS)
     };
     float rstd = 1;
     if (a.weight) {
-      const auto each = [&](auto f) { for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) { f(value(i, chunk)); }); };
+      const auto each = [&](auto f) {
+        for_columns<THREADS, N, CHUNKS>(a.width, [&](int64_t i, int chunk) { f(value(i, chunk)); });
+      };
       // By turns: the barrier inside lets the token after the next write to the same place again.
       const auto sum = [&](auto& x, int) { row_sums<THREADS>(x, scratch[turn]); };
       rstd = moments(a.width, a.eps, false, each, sum).rstd;

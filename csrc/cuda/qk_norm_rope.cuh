@@ -41,7 +41,8 @@ struct Place {
 template <int N>
 __device__ inline Place place(const Job& a, unsigned part) {
   const int64_t pair = static_cast<int64_t>(part) * N, still = pair - a.half, rest = (a.head_dim - 2 * a.half + 1) / 2;
-  if (pair >= a.half) return {pair, 2 * a.half + still, 2 * a.half + rest + still, false, false, 2 * a.half + rest + still < a.head_dim};
+  const int64_t first = 2 * a.half + still, second = first + rest;  // of those that do not turn
+  if (pair >= a.half) return {pair, first, second, false, false, second < a.head_dim};
   if (a.interleaved) return {pair, 2 * pair, 2 * pair + N, true, true, true};
   return {pair, pair, pair + a.half, true, false, true};
 }

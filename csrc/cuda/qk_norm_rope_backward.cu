@@ -1,5 +1,5 @@
-// The backward pass of qk_norm_rope on a GPU. 1/std and mean are found again from x, which is read anyway. A block owns a run of rows
-// and leaves its sums for the parameters' gradients in the workspace, sum_blocks adds the runs up in order: no atomics.
+// The backward pass of qk_norm_rope on a GPU. 1/std and mean are found again from x, which is read anyway. A block owns a run of
+// rows and leaves its sums for the parameters' gradients in the workspace, sum_blocks adds the runs up in order: no atomics.
 #include "qk_norm_rope.cuh"
 
 namespace {
