@@ -223,10 +223,8 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if native.on_gpu(query):
-        limits = (causal, left, right)
-        return backward_cuda(
-            dy, y, log_sum, query, key, value, mask, cu_seqlens_q, cu_seqlens_k, *limits, softcap, scale
-        )
+        inputs = (query, key, value, mask, cu_seqlens_q, cu_seqlens_k)
+        return backward_cuda(dy, y, log_sum, *inputs, causal, left, right, softcap, scale)
     query, key, value, dy, y = (last_adjacent(x) for x in (query, key, value, dy, y))
     log_sum = log_sum.contiguous()
     batch, heads, tokens, head_dim = query.shape
