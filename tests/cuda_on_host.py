@@ -169,7 +169,7 @@ def missed(library: Path, places: list[str], op: str) -> list[str]:
     included = {file.name: inclusions(file) for file in (ROOT / "csrc/cuda").glob("*.cu")}
     for number, place in enumerate(places[1:], start=1):
         only = tuple(name[:-3] for name, files in included.items() if place.partition(":")[0] in files)
-        if op and op not in only:
+        if op and only != (op,):
             continue
         child = os.fork()
         if child == 0:
@@ -213,7 +213,9 @@ def main() -> int:
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        return inside(options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op, options.every)
+        return inside(
+            options.inside, json.loads(options.inside.with_suffix(".json").read_text()), options.op, options.every
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, places = with_faults(folder, options.kind) if options.faults else (ROOT / "csrc", [])
