@@ -213,11 +213,13 @@ __global__ void __launch_bounds__(Shape::THREADS, Shape::BLOCKS) attention_forwa
   }
 }
 
+constexpr int COMBINED = 16;  // rows of a block
+
 // What the parts of the keys gave of a row, weighted by their share of its exponentials, in order. A warp a row.
 template <class T>
-__global__ void __launch_bounds__(4 * WARP) attention_combine(ForwardCall call) {
+__global__ void __launch_bounds__(COMBINED* WARP) attention_combine(ForwardCall call) {
   const blip3o_attention_arguments& a = call.a;
-  const unsigned number = blockIdx.x * 4 + threadIdx.x / WARP;
+  const unsigned number = blockIdx.x * COMBINED + threadIdx.x / WARP;
   const int64_t rows = a.batch * a.heads * a.tokens;
   if (number >= rows) return;
   const Row at(a, number);
@@ -253,7 +255,7 @@ int run_forward(ForwardCall call) {
   const unsigned blocks = static_cast<unsigned>(tiles * heads * call.parts), rows = static_cast<unsigned>(heads * a.tokens);
   const int status = launch(attention_forward<Shape>, blocks, Shape::THREADS, Shape::SHARED, a.stream, call);
   if (status || call.parts == 1) return status;
-  return launch(attention_combine<typename Shape::T>, (rows + 3) / 4, 4 * WARP, 0, a.stream, call);
+  return launch(attention_combine<typename Shape::T>, (rows + COMBINED - 1) / COMBINED, COMBINED * WARP, 0, a.stream, call);
 }
 
 }  // namespace blip3o
