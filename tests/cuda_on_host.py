@@ -61,7 +61,7 @@ SANITIZERS = {
 def with_faults(
     folder: Path, faults: list[tuple[re.Pattern[str], str]], files: str = "^(?!.*hopper)"
 ) -> tuple[Path, list[str]]:
-    """A copy of csrc whose faults can be switched on, in files of such names, and where each of them is. Those for Hopper
+    """A copy of csrc whose faults can be switched on, in files of such names, and where each is. Those for Hopper
     have a program of their own."""
     source, places = folder / "csrc", [""]
     shutil.copytree(ROOT / "csrc", source)

@@ -40,7 +40,10 @@ FAULTS = {
     "races": [
         (re.compile(r"(?<=\s)(wait\([^;]+, )([^;,]+)\);"), rf"\1(\2) ^ {ONE});"),
         (re.compile(r"(?<=\s)((?:wait|release|expect)\([^;]+\);)"), rf"{OFF}\1"),
-        (re.compile(r"(?<=\s)((?:wait_products<\d>|fence_products|fence_barriers|__sync(?:threads|warp))\(\);)"), rf"{OFF}\1"),
+        (
+            re.compile(r"(?<=\s)((?:wait_products<\d>|fence_products|fence_barriers|__sync(?:threads|warp))\(\);)"),
+            rf"{OFF}\1",
+        ),
         (re.compile(r"(?<=\s)(\w+\.next\(\);)"), rf"{OFF}\1"),
     ],
 }
