@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench bench-networks gpu fuzz check-gpu-code lint clean
+.PHONY: demo test bench bench-networks gpu fuzz check-gpu-code check-faults lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
@@ -29,11 +29,18 @@ CALLS ?= 1000000
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py --calls $(CALLS)
 
-# Machine code of every GPU kernel, without a GPU: Triton's from launches that are recorded, CUDA's where nvcc is.
+# Every GPU kernel without a GPU: the machine code, Triton's from launches that are recorded, CUDA's where nvcc is; CUDA's sources
+# on the host, under sanitizers, with some faults planted.
 check-gpu-code: $(INSTALLED)
 	$(BIN)/python tests/gpu_code.py --out build/gpu_code.md
-	$(BIN)/python tests/cuda_code.py --out build/cuda_code.md
-	$(BIN)/pytest tests/test_cuda.py tests/test_cuda_launches.py
+	$(BIN)/pytest -m gpu_code
+
+# With all faults: half an hour.
+check-faults: $(INSTALLED)
+	$(BIN)/python tests/cuda_on_host.py memory --faults
+	$(BIN)/python tests/cuda_on_host.py races --faults
+	$(BIN)/python tests/hopper_on_host.py memory --faults
+	$(BIN)/python tests/hopper_on_host.py races --faults
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

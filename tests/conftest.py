@@ -122,6 +122,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what it puts in the background with Ctrl-C ignored; the tests of Ctrl-C need it heard."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "program(*arguments, **environment): the Python program that the test looks at")
+    config.addinivalue_line("markers", "gpu_code: machine code and planted faults of CUDA, `make check-gpu-code`")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

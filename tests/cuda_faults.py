@@ -57,6 +57,13 @@ def with_faults(folder: Path, faults: Patterns, files: str) -> tuple[Path, list[
     return source, places
 
 
+def some(numbers: list[int], count: int) -> list[int]:
+    """So many of them, evenly spread; of a negative count, all."""
+    if count < 0 or count >= len(numbers):
+        return numbers
+    return [numbers[i * len(numbers) // count] for i in range(count)]
+
+
 def inclusions(file: Path) -> set[str]:
     """The names of a source of csrc/cuda and of the files there that it includes, and those, ..."""
     found = {file.name}

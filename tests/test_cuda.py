@@ -14,6 +14,8 @@ import pytest
 
 from blip3o_kernels import native
 
+pytestmark = pytest.mark.gpu_code
+
 ROOT = Path(__file__).parents[1]
 ARCHS = ("80", "90a", "100", "120")
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")

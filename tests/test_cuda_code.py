@@ -9,6 +9,8 @@ import cuda_code
 import pytest
 from code_limits import Code
 
+pytestmark = pytest.mark.gpu_code
+
 
 @pytest.fixture(scope="module")
 def library() -> Path:
