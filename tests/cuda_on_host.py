@@ -51,7 +51,7 @@ FAULTS = {
         (re.compile(r"(?<=\s)(cp_async_(?:commit|wait)(?:<\d>)?\(\);)"), r"if (host::fault() != NUMBER) \1"),
     ],
 }
-# Ops that take minutes: each of their samples in float32 or in bfloat16 in turn, every eighth in float16; with --every in all.
+# Ops that take minutes: their samples in float32 and bfloat16 in turn, every eighth in float16; with --every in all.
 SLOW = ("attention",)
 COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w"]
 SANITIZERS = {

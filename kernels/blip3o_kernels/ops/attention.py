@@ -298,12 +298,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("large scores, few queries", (query, key, draw(32, 2, 9, 32)))
     # Longer than the tiles that GPUs take at once, of each width.
     options: dict[str, object] = {"enable_gqa": True, "is_causal": True}
-    for batch, tokens, keys, head_dim, value_dim, left in (
-        (1, 70, 75, 128, 72, -1),
-        (1, 150, 170, 24, 24, 99),
-        (1, 40, 70, 136, 200, -1),
-        (8, 1, 70, 104, 128, -1),
-    ):
+    longer = ((1, 70, 75, 128, 72, -1), (1, 150, 170, 24, 24, 99), (1, 40, 70, 136, 200, -1), (8, 1, 70, 104, 128, -1))
+    for batch, tokens, keys, head_dim, value_dim, left in longer:
         inputs = (draw(batch, 2, tokens, head_dim), draw(batch, 1, keys, head_dim), draw(batch, 1, keys, value_dim))
         yield Sample(f"T{tokens} S{keys} K{head_dim} V{value_dim}", inputs, {**options, "window_size": (left, -1)})
 
