@@ -76,24 +76,24 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) attention_backward(Backward
   const unsigned number = blockIdx.x / Shape::PARTS, own_heads = OF_KEYS ? groups : heads, share = heads / groups;
   const int first_column = blockIdx.x % Shape::PARTS * Shape::WIDTH;
   const unsigned own_head = number / tiles % own_heads, batch = number / tiles / own_heads;
-  const int64_t group = OF_KEYS ? own_head : own_head / share;
+  const unsigned group = OF_KEYS ? own_head : own_head / share;
   const int before = OF_KEYS ? call.right : call.left, after = OF_KEYS ? call.left : call.right;
   const unsigned tile = after < FAR ? tiles - 1 - number % tiles : number % tiles;  // what sees most comes first
   const int32_t *row_ends = OF_KEYS ? a.cu_seqlens_k : a.cu_seqlens_q, *column_ends = OF_KEYS ? a.cu_seqlens_q : a.cu_seqlens_k;
   const int all_own = OF_KEYS ? a.keys : a.tokens, all_theirs = OF_KEYS ? a.tokens : a.keys;
   const Place at = place_of<ROWS>(tile, row_ends, column_ends, a.sequences, all_own, all_theirs);
   if (at.first >= at.rows) return;
-  const int64_t row = at.row + at.first, token = OF_KEYS ? at.column : row, place = OF_KEYS ? row : at.column;  // place: of keys
+  const int row = at.row + at.first, token = OF_KEYS ? at.column : row, place = OF_KEYS ? row : at.column;  // place: of keys
   const int head_dim = static_cast<int>(a.head_dim), value_dim = static_cast<int>(a.value_dim);
   const Rows<const T> key{static_cast<const T*>(a.key) + batch * a.key_batch + group * a.key_head + place * a.key_token,
                           a.key_token, head_dim, call.wide};
   const Rows<const T> value{static_cast<const T*>(a.value) + batch * a.value_batch + group * a.value_head + place * a.value_token,
                             a.value_token, value_dim, call.wide};
-  const auto query_of = [&](int64_t head) -> Rows<const T> {
+  const auto query_of = [&](unsigned head) -> Rows<const T> {
     return {static_cast<const T*>(a.query) + batch * a.query_batch + head * a.query_head + token * a.query_token, a.query_token,
             head_dim, call.wide};
   };
-  const auto dy_of = [&](int64_t head) -> Rows<const T> {
+  const auto dy_of = [&](unsigned head) -> Rows<const T> {
     return {static_cast<const T*>(a.dy) + batch * a.dy_batch + head * a.dy_head + token * a.dy_token, a.dy_token, value_dim,
             call.wide};
   };
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) attention_backward(Backward
   const int start = span.start / OTHERS * OTHERS, steps = (max(span.stop - start, 0) + OTHERS - 1) / OTHERS;
 
   // Their rows from `from` on, of the query head `head`.
-  const auto load_theirs = [&](int stage, int64_t head, int from) {
+  const auto load_theirs = [&](int stage, unsigned head, int from) {
     T *first = theirs + stage * 2 * OTHERS * D, *second = first + OTHERS * D;
     if constexpr (OF_KEYS) {
       load_tile<OTHERS, D, THREADS>(first, query_of(head), from, at.columns);
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(Shape::THREADS, 1) attention_backward(Backward
   };
 
   float sums[1 + OF_KEYS][Product::ROWS][W] = {}, own_log[Product::ROWS] = {}, own_delta[Product::ROWS] = {};
-  int64_t head = OF_KEYS ? group * share : own_head;
-  const int64_t last_head = OF_KEYS ? head + share : head + 1;
+  unsigned head = OF_KEYS ? group * share : own_head;
+  const unsigned last_head = OF_KEYS ? head + share : head + 1;
   if constexpr (!OF_KEYS) {
 #pragma unroll
     for (int i = 0; i < Product::ROWS; ++i) {
