@@ -64,7 +64,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
         (1, 70, 90, 64, 64, -1),  # which Hopper has a body for
         (1, 150, 170, 24, 24, 99),
         (1, 40, 70, 136, 200, -1),
-        (8, 1, 70, 104, 128, -1),
+        (8, 3, 70, 104, 128, -1),
     ):
         inputs = (draw(batch, 2, tokens, head_dim), draw(batch, 1, keys, head_dim), draw(batch, 1, keys, value_dim))
         yield Sample(f"T{tokens} S{keys} K{head_dim} V{value_dim}", inputs, {**options, "window_size": (left, -1)})
