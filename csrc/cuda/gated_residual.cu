@@ -15,14 +15,15 @@ constexpr int64_t MANY_ROWS = 8192;
 constexpr int64_t MANY_ROWS = 2;
 #endif
 
-// Near 0: x + x^3 q(x^2), as in csrc/cpu/vector.h, for 1 - 2 / (e^2|x| + 1) would cancel there. tanhf may be off by two units.
+// Near 0: x + x^3 q(x^2), as in csrc/cpu/vector.h, for 1 - 2 / (e^2|x| + 1) would cancel there. tanhf may be off by two units. The fast
+// quotient is off by two of a number below a half; the exact one is a call, around which registers are spilled.
 __device__ inline float hyperbolic_tangent(float x) {
   const float square = x * x, size = fabsf(x);
   float q = -6.044799e-3f * square + 2.096098e-2f;
   q = q * square - 5.384315e-2f;
   q = q * square + 1.3332717e-1f;
   q = q * square - 3.3333328e-1f;
-  return size < 0.6f ? x * square * q + x : copysignf(1.0f - 2.0f / (expf(2.0f * size) + 1.0f), x);
+  return size < 0.6f ? x * square * q + x : copysignf(1.0f - __fdividef(2.0f, expf(2.0f * size) + 1.0f), x);
 }
 
 // `runs` blocks for each sample, of `each` tokens for every row of the block.
