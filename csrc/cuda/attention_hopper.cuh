@@ -169,7 +169,8 @@ __device__ inline void store_quad(T* row, const float (&sums)[D / 2], float fact
       word[i] = quad & 2 ? other : word[i];
       word[i + 2] = quad & 2 ? word[i + 2] : other;
     }
-    if (there) *reinterpret_cast<Stored<uint32_t, 4>*>(row + start + 8 * quad) = {{word[0], word[1], word[2], word[3]}};
+    const Stored<uint32_t, 4> eight = {{word[0], word[1], word[2], word[3]}};
+    if (there) put(reinterpret_cast<uint32_t*>(row + start + 8 * quad), eight);
   }
 }
 

@@ -68,7 +68,7 @@ __device__ inline void store_rows(const Rows<T>& to, T* tile, int tile_row, int 
     if (row >= count || column >= to.width) continue;
     const Stored<T, N> stored = *reinterpret_cast<const Stored<T, N>*>(piece<D>(tile, tile_row + row, column / N));
     if (to.wide) {
-      *reinterpret_cast<Stored<T, N>*>(to.start + row * to.stride + column) = stored;
+      put(to.start + row * to.stride + column, stored);
     } else {
 #pragma unroll
       for (int e = 0; e < N; ++e)
