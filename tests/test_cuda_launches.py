@@ -16,6 +16,7 @@ from blip3o_kernels import BackendError, native
 CODES = {"kernel": {gpu: [64, 1024, 0, "load16"] for gpu in cuda_launches.GPUS}}
 
 
+@pytest.mark.gpu_code
 @pytest.mark.program("tests/cuda_launches.py")
 def test_launches_at_full_size(program: CompletedProcess[str]) -> None:
     assert program.returncode == 0, program.stdout + program.stderr
