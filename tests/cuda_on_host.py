@@ -32,7 +32,7 @@ from rebuilt import ROOT, compiler
 
 # Ops that take minutes: each sample in float32 or in bfloat16 in turn, every eighth in float16; --every: in all three.
 SLOW = ("attention",)
-COMMON = ["-std=gnu++17", "-O1", "-g", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
+COMMON = ["-std=gnu++17", "-O1", "-g1", "-fPIC", "-fno-omit-frame-pointer", "-w", "-Wno-psabi"]
 SANITIZERS = {
     "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "races": ["-fsanitize=thread"],  # whose interface csrc/host/races.cpp is: its own runtime is not linked

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rebuilt import ROOT, build_library, compiler, copy_package, run_on_copy
 
-FLAGS = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def fuzz(folder: Path, calls: int, seed: int) -> None:

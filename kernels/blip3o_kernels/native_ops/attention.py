@@ -19,7 +19,7 @@ SMALL = 16384  # scores up to which one thread does it all
 WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
 # Of a GPU: rows (of one token the heads of a group) whose keys are cut, blocks that fill it, keys of a part at least.
-FEW_CUDA, BLOCKS, PART_CUDA, PARTS_CUDA = 32, 256, 256, 64
+FEW_CUDA, BLOCKS, PART_CUDA, PARTS_CUDA = 32, 256, 128, 64
 
 _PACK, _PACK_BACKWARD = native.packer("attention"), native.packer("attention_backward")
 _CPU_FORWARD, _CPU_BACKWARD = native.function("cpu", "attention"), native.function("cpu", "attention_backward")
