@@ -23,7 +23,8 @@ FAULTS: dict[str, Patterns] = {
             r"(?<=[ (])(i|row|token|column|lane|block) < ((?:a\.)?(?:last|width|items|blocks))(?=[;,)])",
             r"\1 < \2 BEYOND",
         ),
-        (r"([\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);", r"\1 >= \2 BEYOND) \3;"),
+        # (A block of attention whose rows begin where they end computes nothing: that it leaves at once is for speed.)
+        (r"(?<![\w.])((?!at\.first)[\w.]+) >= ([\w.]+)\) (return|spread\.items = 0);", r"\1 >= \2 BEYOND) \3;"),
         (r"(?<=\()(\w+) (<|>=) vocab(?=\))", r"\1 \2 vocab BEYOND"),
         (r"(?<=&& )left >= N(?=\))", "left BEYOND >= N"),
         (r"(?<=[ (])row < (rows) && ", r"row < \1 BEYOND && "),
