@@ -24,6 +24,7 @@ from torch import Tensor
 from blip3o.config import Blip3oConfig, from_dict, to_dict
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
+from blip3o.weights_config import is_released
 from blip3o.weights_files import (
     INDEX,
     SHARD,
@@ -37,7 +38,7 @@ from blip3o.weights_files import (
     write_tensors,
 )
 from blip3o.weights_names import VAE
-from blip3o.weights_released import is_released, read_released, released_files
+from blip3o.weights_released import read_released, released_files
 
 __all__ = [
     "CONFIG",
@@ -232,12 +233,14 @@ def load_model(
     not know or that are pickles; its WrongTensors holds every missing and unexpected name.
     """
     folder = local_folder(place)
-    released = (folder / CONFIG).exists() and is_released(_json(folder / CONFIG))
-    if not released:
+    held = (folder / CONFIG).exists()
+    if folder.is_dir() and not held and not (folder / MANIFEST).exists():
+        raise CorruptModel(f"{folder} is no model folder: it has neither {CONFIG} nor {MANIFEST}")
+    if not held or not is_released(_json(folder / CONFIG)):
         checked, config = _checked(folder)
         return _own_model(checked, config, tower, skip or (), dtype, torch.device(device))
     if (folder / MANIFEST).exists():
-        folder = check_folder(folder, CONFIG)
+        folder = check_folder(folder, CONFIG, *_weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
     return read_released(folder, tower=tower, skip=given, dtype=dtype, device=device).model
 
@@ -264,10 +267,15 @@ def _json(path: Path) -> object:
         raise CorruptModel(f"{path.parent}: {error}") from None
 
 
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that the manifest must have sums of: the weights', which may be shards and their index."""
+    found = [place for place in (folder, folder.with_name(folder.name + ".old")) if (place / INDEX).exists()]
+    return [INDEX, *sorted(path.name for path in found[0].glob("*.safetensors"))] if found else [WEIGHTS]
+
+
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
-    sharded = any((place / INDEX).exists() for place in (folder, folder.with_name(folder.name + ".old")))
-    place = check_folder(folder, CONFIG, *needed, INDEX if sharded else WEIGHTS)
+    place = check_folder(folder, CONFIG, *needed, *_weight_files(folder))
     values = _json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")
@@ -285,8 +293,9 @@ def _own_model(
     dtype: torch.dtype | None,
     device: torch.device,
 ) -> Blip3o:
-    with TensorFiles(place) as files, torch.device("meta"):  # names and shapes; the files bring the memory
-        model = Blip3o(config)
+    with TensorFiles(place) as files:
+        with torch.device("meta"):  # names and shapes; the files bring the memory
+            model = Blip3o(config)
         names = [name for name in files.entries if not name.startswith(tuple(skip))]
         if config.clip.text is None and not (tower and any(name.startswith("clip.") for name in names)):
             model.drop_clip("its tower was not loaded")

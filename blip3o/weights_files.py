@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 2 << 30  # bytes of a shard
-MAPPED = 64 << 20  # bytes read before a file is mapped anew: what is mapped counts as this process's memory
+MAPPED = 16 << 20  # bytes read before a file is mapped anew: what is mapped counts as this process's memory
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = {  # that a model's weights may have, by safetensors' names
     "F32": torch.float32,
@@ -23,6 +23,7 @@ DTYPES = {  # that a model's weights may have, by safetensors' names
     "F16": torch.float16,
     "F64": torch.float64,
 }
+BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 USABLE = (torch.float32, torch.bfloat16, torch.float16)  # that networks run in
 
 
@@ -87,7 +88,7 @@ class TensorFiles:
         self._open, self._open_path, self._read = None, None, 0
 
     def _file(self, path: Path) -> Any:
-        if self._open_path != path or self._read > MAPPED:
+        if self._open_path != path or self._read >= MAPPED:
             self.close()
             try:
                 self._open = safe_open(path, framework="pt").__enter__()
@@ -106,10 +107,17 @@ class TensorFiles:
 
     def copy(self, name: str, into: Tensor) -> None:
         """The values of a tensor, into one of as many elements."""
-        path = self.entries[name].path
-        tensor = self._file(path).get_tensor(name)
-        into.copy_(tensor.view(into.shape))
-        self._read += tensor.nbytes
+        entry = self.entries[name]
+        into, rows = into.view(entry.shape), (entry.shape or (1,))[0]
+        step = max(1, rows * MAPPED // max(1, into.numel() * BYTES[entry.dtype]))
+        if step >= rows:
+            into.copy_(self._file(entry.path).get_tensor(name))
+            self._read += into.numel() * BYTES[entry.dtype]
+            return
+        for start in range(0, rows, step):  # a large one piece by piece
+            piece = self._file(entry.path).get_slice(name)[start : start + step]
+            into[start : start + step].copy_(piece)
+            self._read += piece.nbytes
 
 
 def _files(place: Path) -> dict[Path, set[str] | None]:

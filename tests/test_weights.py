@@ -201,7 +201,10 @@ def short_vocabulary(folder: Path) -> None:
         (edit_tensors(lambda t: t.pop("queries")), "does not fit the model: missing queries"),
         (edit_tensors(lambda t: t.update(extra=torch.zeros(1))), "does not fit the model: unexpected extra"),
         (edit_tensors(lambda t: t.update(queries=torch.zeros(4, 31))), r"queries has shape \[4, 31\], expected"),
-        (edit_tensors(lambda t: t.update(queries=t["queries"].double())), "queries has dtype torch.float64, expected torch.float32"),
+        (
+            edit_tensors(lambda t: t.update(queries=t["queries"].double())),
+            "queries has dtype torch.float64, expected torch.float32",
+        ),
         (edit_tensors(lambda t: t.update(queries=t["queries"].bfloat16())), "dtype torch.float32|torch.bfloat16"),
         (edit_tensors(lambda t: t.clear()), r"missing .*dit\.blocks\.\{0-1\}\.mlp\.down\.weight.* queries"),
         (offer_pickle, "model.safetensors is not a readable safetensors file"),
