@@ -176,7 +176,7 @@ class Blip3o(nn.Module):
         return self.llm(self.embed(ids, features), asked=rows)
 
     def condition(self, ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
+        """What the queries read off prompts: `ids`, `mask` [B, T], padded on either side -> hidden states [B, Q, W].
 
         A prompt may hold a picture: `features` [P, F, C] of the P pictures, in reading order, take the place of the
         image tokens.
