@@ -180,6 +180,7 @@ class Checkpoint:
     tie: bool = False
     tower: bool = True
     vae: bool = False
+    kv_heads: int = 4  # of the diffusion transformer
     qwen: Any = field(init=False)
     lumina: Lumina = field(init=False)
     eva: Eva = field(init=False)
@@ -188,7 +189,14 @@ class Checkpoint:
     def __post_init__(self) -> None:
         self.qwen = qwen(self.tie)
         self.lumina = Lumina(
-            channels=CLIP_WIDTH, grid=GRID, width=48, depth=2, heads=4, kv_heads=4, multiple_of=16, condition=WIDTH
+            channels=CLIP_WIDTH,
+            grid=GRID,
+            width=48,
+            depth=2,
+            heads=4,
+            kv_heads=self.kv_heads,
+            multiple_of=16,
+            condition=WIDTH,
         )
         self.eva = Eva(CLIP_WIDTH, CLIP_WIDTH // 112, CLIP_MLP, CLIP_DEPTH, PATCH, CLIP_GRID)
         randomise(self.lumina, 1)
@@ -271,3 +279,31 @@ def write_shards(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:
 def split(names: list[str], count: int) -> Iterator[list[str]]:
     for number in range(count):
         yield names[number * len(names) // count : (number + 1) * len(names) // count]
+
+
+def visual_decoder() -> tuple[Any, Any, Any]:
+    """diffusers' U-Net and VAE of SDXL's type, small, and Euler's scheduler with SDXL's settings."""
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=CLIP_WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=CLIP_WIDTH + 6 * 8,
+        norm_num_groups=8,
+        attention_head_dim=8,
+        use_linear_projection=True,
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AutoencoderKL(block_out_channels=(16, 32), latent_channels=4, norm_num_groups=8, sample_size=16, **blocks)
+    for seed, network in enumerate((unet, vae), 4):
+        randomise(network, seed)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1
+    )
+    return unet, vae, scheduler
