@@ -72,9 +72,14 @@ class Pipeline:
             self.decoder.save_pretrained(Path(folder) / DECODER)
 
     def compile(self, **options: Any) -> None:
-        """torch.compile of the language model and the diffusion transformer, in place."""
-        self.model.llm.compile(**options)
-        self.model.dit.compile(**options)
+        """torch.compile of the language model and the diffusion transformer, in place, for any number of tokens.
+
+        There is a graph for each kind of call (with a mask or a cache, one row or more, ...), more kinds than torch
+        makes graphs of by itself before it goes on without them: its limit is raised.
+        """
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for network in (self.model.llm, self.model.dit):
+            network.compile(**{"dynamic": True, **options})
 
     # conversations
 
