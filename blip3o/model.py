@@ -100,14 +100,15 @@ class Blip3o(nn.Module):
         cls,
         place: str | Path,
         *,
-        tower: bool = True,
+        tower: bool | str | Path = True,
         skip: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> Blip3o:
         """The model of a folder in our layout or the released one, or of a hub id, in eval mode.
 
-        tower   load the CLIP tower, if there is one; drawing needs none
+        tower   load the CLIP tower, if there is one; drawing needs none. Of a released checkpoint: or from this
+                safetensors file, which holds the tower alone
         skip    prefixes of tensors that are no part of the model; None: the released checkpoints' leftovers
         dtype   of the weights; None: as they are stored
         See `weights.load_model` for what is raised.

@@ -47,7 +47,7 @@ class Pipeline:
         place: str | Path,
         *,
         decoder: str | Path | None = None,
-        tower: bool = True,
+        tower: bool | str | Path = True,
         skip: Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",

@@ -54,14 +54,15 @@ class QwenProcessor:
             )
         try:
             from transformers import PreTrainedTokenizerFast
-            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+            processor = _image_processor()
         except ImportError as error:
             raise ValueError(f"texts need transformers, pip install 'blip3o[transformers]': {error}") from None
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         if (folder / IMAGES).exists():
-            images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            images = processor.from_pretrained(folder, local_files_only=True)
         else:
-            images = Qwen2VLImageProcessorPil()
+            images = processor()
         return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()])
 
     def encode(self, text: str) -> list[int]:
@@ -131,6 +132,15 @@ class QwenProcessor:
         counts = [frames * rows * columns // merged for frames, rows, columns in grids]
         text = pieces[0] + "".join(PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
         return self.encode(text), found["pixel_values"], grids
+
+
+def _image_processor() -> Any:
+    """transformers' class that needs no torchvision; the only one of its name before there were two."""
+    try:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as found
+    except ModuleNotFoundError:
+        from transformers import Qwen2VLImageProcessor as found
+    return found
 
 
 def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Image.Image]]:

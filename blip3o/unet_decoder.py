@@ -8,6 +8,8 @@ Shapes: B batch, F features, C their width, L latent side, S picture side.
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +64,9 @@ class UnetDecoder:
             from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
         except ImportError as error:
             raise ValueError(f"the visual decoder needs diffusers: pip install 'blip3o[diffusers]' ({error})") from None
-        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+        # Without accelerate diffusers cannot but make random weights first.
+        sparing = importlib.util.find_spec("accelerate") is not None
+        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": sparing}
         unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
         vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
         scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
@@ -119,6 +123,8 @@ class UnetDecoder:
             )
         if noise.shape != (batch, *self.latent_shape):
             raise ValueError(f"noise must be {[batch, *self.latent_shape]}, got {list(noise.shape)}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale of the decoder must be finite, got {guidance_scale}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
         unet = self.unet

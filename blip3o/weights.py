@@ -49,6 +49,7 @@ __all__ = [
     "check_folder",
     "check_replaceable",
     "commit_folder",
+    "convert",
     "from_pretrained",
     "load_model",
     "local_folder",
@@ -57,6 +58,7 @@ __all__ = [
     "save_pretrained",
     "sha256",
     "staging",
+    "uses_pipeline",
     "write_tensors",
 ]
 
@@ -221,7 +223,7 @@ def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", 
 def load_model(
     place: str | Path,
     *,
-    tower: bool = True,
+    tower: bool | str | Path = True,
     skip: Sequence[str] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
@@ -238,11 +240,43 @@ def load_model(
         raise CorruptModel(f"{folder} is no model folder: it has neither {CONFIG} nor {MANIFEST}")
     if not held or not is_released(_json(folder / CONFIG)):
         checked, config = _checked(folder)
+        if not isinstance(tower, bool):
+            raise ValueError(f"tower must be True or False for a folder of our layout, got {str(tower)!r}")
         return _own_model(checked, config, tower, skip or (), dtype, torch.device(device))
     if (folder / MANIFEST).exists():
         folder = check_folder(folder, CONFIG, *_weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
     return read_released(folder, tower=tower, skip=given, dtype=dtype, device=device).model
+
+
+def convert(
+    place: str | Path,
+    folder: str | Path,
+    *,
+    layout: Layout,
+    tower: bool | str | Path = True,
+    skip: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Write the model at `place` to `folder` in another layout or dtype, with the tokenizer's files.
+
+    Returns the names in `place` that were left behind: files of other kinds, and folders.
+    """
+    source = local_folder(place)
+    model = load_model(source, tower=tower, skip=skip, dtype=dtype)
+    ours = (CONFIG, MANIFEST, INDEX)
+    others = sorted(path for path in source.iterdir() if path.name not in ours and path.suffix != ".safetensors")
+    texts = [path for path in others if path.is_file() and any(path.match(pattern) for pattern in HUB_FILES)]
+    save_model(model, folder, layout=layout, files=texts)
+    return [path.name for path in others if path not in texts]
+
+
+def uses_pipeline(folder: Path) -> bool:
+    """Whether a model folder is one for `Pipeline`: a released checkpoint, or one of our layout that was."""
+    if not (folder / CONFIG).exists():
+        return False
+    values = _json(folder / CONFIG)
+    return is_released(values) or (isinstance(values, dict) and values.get("vision") is not None)
 
 
 def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:

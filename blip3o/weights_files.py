@@ -47,9 +47,10 @@ class WrongTensors(CorruptModel):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies and what it is."""
+    """Where a tensor lies, under which name, and what it is."""
 
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str  # safetensors' word
 
@@ -76,6 +77,12 @@ class TensorFiles:
                 raise CorruptModel(f"{path} is not what {place / INDEX} says: it {' and '.join(parts)}")
             self.entries.update(held)
 
+    def put(self, place: Path, prefix: str) -> None:
+        """Instead of the tensors whose names start with `prefix`, those of another file or folder, so prefixed."""
+        with TensorFiles(place) as others:
+            kept = {name: entry for name, entry in self.entries.items() if not name.startswith(prefix)}
+            self.entries = kept | {prefix + name: entry for name, entry in others.entries.items()}
+
     def __enter__(self) -> "TensorFiles":
         return self
 
@@ -101,7 +108,7 @@ class TensorFiles:
         file, entries = self._file(path), {}
         for name in file.keys():
             part = file.get_slice(name)
-            entries[name] = Entry(path, tuple(part.get_shape()), part.get_dtype())
+            entries[name] = Entry(path, name, tuple(part.get_shape()), part.get_dtype())
         self.close()
         return entries
 
@@ -111,20 +118,22 @@ class TensorFiles:
         into, rows = into.view(entry.shape), (entry.shape or (1,))[0]
         step = max(1, rows * MAPPED // max(1, into.numel() * BYTES[entry.dtype]))
         if step >= rows:
-            into.copy_(self._file(entry.path).get_tensor(name))
+            into.copy_(self._file(entry.path).get_tensor(entry.name))
             self._read += into.numel() * BYTES[entry.dtype]
             return
         for start in range(0, rows, step):  # a large one piece by piece
-            piece = self._file(entry.path).get_slice(name)[start : start + step]
+            piece = self._file(entry.path).get_slice(entry.name)[start : start + step]
             into[start : start + step].copy_(piece)
             self._read += piece.nbytes
 
 
 def _files(place: Path) -> dict[Path, set[str] | None]:
     """Paths of safetensors files, and what the index says they hold; None where there is no index."""
+    _refuse_pickles([place])
     if place.is_file():
-        _refuse_pickles([place])
         return {place: None}
+    if not place.exists():
+        raise FileNotFoundError(f"{place} does not exist")
     index = place / INDEX
     if not index.exists():
         if not (place / WEIGHTS).exists():

@@ -18,11 +18,10 @@ from blip3o.weights_files import (
     TensorFiles,
     WrongTensors,
     fill,
+    grouped,
     one_dtype,
 )
-from blip3o.weights_names import EMBEDDING, OUTPUT, TOWER, VAE, old_name, released_parts
-
-SHOWN = 3  # of the names that are skipped, in the warning; `Released.skipped` has all
+from blip3o.weights_names import EMBEDDING, EVA, OUTPUT, TOWER, VAE, old_name, released_parts
 
 
 @dataclass(frozen=True)
@@ -36,24 +35,27 @@ class Released:
 def read_released(
     place: Path,
     *,
-    tower: bool = True,
+    tower: bool | str | Path = True,
     skip: tuple[str, ...] = (VAE,),
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Released:
     """A released checkpoint's model, in eval mode, and the names that were skipped, which a warning tells as well.
 
-    tower    use the CLIP tower's tensors; without them, or where there are none, the model cannot look through it
+    tower    use the CLIP tower's tensors; without them, or where there are none, the model cannot look through it.
+             Or a safetensors file of the tower alone, to be used instead
     skip     prefixes of tensors that are no part of the model
     dtype    of the weights; None: as they are stored
     Raises CorruptModel, or its WrongTensors, which has every missing and unexpected name.
     """
     values = _config(place)
     with TensorFiles(place) as files:
+        if not isinstance(tower, bool):
+            files.put(Path(tower), EVA)
         actual = _old_names(files)
         shapes = {name: files.entries[held].shape for name, held in actual.items()}
         config = read_config(values, shapes, place)
-        wanted = tower and any(name.startswith(TOWER) for name in shapes)
+        wanted = bool(tower) and any(name.startswith(TOWER) for name in shapes)
         left = skip if wanted else (*skip, TOWER)
         skipped = sorted(held for name, held in actual.items() if name.startswith(left))
         parts = released_parts(config, wanted)
@@ -71,13 +73,8 @@ def read_released(
     model.feature_mean = torch.zeros(config.clip.width, dtype=dtype, device=device)
     model.feature_std = torch.ones(config.clip.width, dtype=dtype, device=device)
     if skipped:
-        warnings.warn(f"{place}: skipped {_summary(skipped)}", stacklevel=4)
+        warnings.warn(f"{place}: skipped {', '.join(grouped(skipped))}", stacklevel=4)
     return Released(model.eval(), tuple(skipped))
-
-
-def _summary(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more tensors" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _config(place: Path) -> dict[str, Any]:
@@ -144,7 +141,7 @@ def released_files(model: Blip3o, place: Path) -> tuple[dict[str, Any], dict[str
         raise ValueError("the released layout has no feature statistics: feature_mean must be 0 and feature_std 1")
     extra = sorted(state.keys() - parts.keys())
     if extra:
-        raise ValueError(f"the released layout has no names for {_summary(extra)}")
+        raise ValueError(f"the released layout has no names for {', '.join(grouped(extra))}")
     tensors: dict[str, Tensor] = {}
     for name, some in parts.items():
         rows = state[name].flatten().split([torch.Size(part.shape).numel() for part in some])

@@ -11,11 +11,6 @@ import parity
 from parity import PARTS, Row, World, row
 
 
-@pytest.fixture(scope="module")
-def world() -> World:
-    return World()
-
-
 @pytest.mark.parametrize("part", PARTS, ids=[part.__name__ for part in PARTS])
 def test_the_difference_is_within_its_bound(world: World, part: Callable[[World], Iterator[Row]]) -> None:
     rows = list(part(world))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 import blip3o
-from blip3o import chat, generate
+from blip3o import chat, cli, generate
 from blip3o.model import Blip3o
 from blip3o.pipeline import DECODER, Pipeline
 from blip3o.qwen_processor import QwenProcessor, default_template
@@ -317,6 +317,28 @@ def test_a_pipeline_comes_back(folder: Path, pipeline: Pipeline, tmp_path: Path,
     assert torch.equal(elsewhere.generate_image(PROMPTS, **options), pipeline.generate_image(PROMPTS, **options))
 
 
+def test_the_commands(
+    folder: Path,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(Pipeline.stream.__kwdefaults__, "max_new_tokens", 5)
+    out, shown = tmp_path / "out.png", tmp_path / "shown.png"
+    command = ["generate", "a cat", "--model", str(folder), "-n", "2", "--seed", "3", "--steps", "2", "--out", str(out)]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"{out}: drawings of 'a cat' from seeds 3 4\n"
+    drawn = pipeline.generate_image("a cat", num_images_per_prompt=2, seeds=3, num_inference_steps=2)
+    with Image.open(out) as image:
+        assert image.size == (2 * 16 + 2, 16)
+        found = generate_tensor(image.crop((18, 0, 34, 16)))
+    torch.testing.assert_close(found, generate_tensor(drawn[1]), atol=2 / 255, rtol=0)
+    picture().save(shown)
+    assert cli.main(["ask", str(shown), "what?", "--model", str(folder)]) == 0
+    assert capsys.readouterr().out == pipeline.chat(question("what?", shown)) + "\n"
+
+
 # what is refused
 
 
@@ -332,6 +354,7 @@ def test_a_pipeline_comes_back(folder: Path, pipeline: Pipeline, tmp_path: Path,
         ({"prompts": "x", "num_inference_steps": 0}, "steps must be at least 1, got 0"),
         ({"prompts": "x", "decoder_steps": 0}, "num_inference_steps must be at least 1, got 0"),
         ({"prompts": "x", "guidance_scale": math.nan}, "guidance must be finite, got nan"),
+        ({"prompts": "x", "decoder_guidance_scale": math.inf}, "of the decoder must be finite, got inf"),
         ({"prompts": "x", "seeds": [1, 2]}, "seeds must be one for each of 1 pictures, got 2"),
         ({"prompts": "x", "seeds": -1}, r"seeds must lie in 0\.\.2\^63 - 1, got \[-1\]"),
         ({"prompts": "x", "seeds": 1, "generator": torch.Generator()}, "seeds and generator must not both be given"),

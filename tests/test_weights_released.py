@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from blip3o import weights
+from blip3o import cli, weights
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.weights import CONFIG, MANIFEST, CorruptModel, local_folder
@@ -127,7 +127,7 @@ def test_the_tower_is_used_or_left_out(checkpoint: Checkpoint, folder: Path, tmp
     pictures = torch.rand(1, 3, 112, 112)
     with_tower = Blip3o.from_pretrained(folder)
     assert with_tower.has_clip and with_tower.features(pictures).shape == (1, 4, CLIP_WIDTH)
-    with pytest.warns(UserWarning, match=r"skipped model\.gen_vision_tower\..* more tensors"):
+    with pytest.warns(UserWarning, match=r"skipped model\.gen_vision_tower\..*blocks\.\{0-1\}\.mlp"):
         left_out = Blip3o.from_pretrained(folder, tower=False)
     towerless = Checkpoint(tower=False).write(tmp_path / "towerless")
     edit_config(towerless, gen_pooling="early_pool2d_16")  # of the published tower's 32 patches
@@ -202,6 +202,53 @@ def test_what_the_released_layout_cannot_hold(lively: Blip3o, folder: Path, tmp_
     with pytest.raises(ValueError, match="layout must be one of"):
         model.save_pretrained(tmp_path / "out", layout="gguf")  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_of_its_own_file(checkpoint: Checkpoint, folder: Path, tmp_path: Path) -> None:
+    """Under the names that a file of the tower alone has."""
+    towerless = Checkpoint(tower=False).write(tmp_path / "towerless")
+    tower = tmp_path / "tower.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in checkpoint.eva.state_dict().items()}, tower)
+    model = Blip3o.from_pretrained(towerless, tower=tower)
+    assert same(model.state_dict(), Blip3o.from_pretrained(folder).state_dict())
+    twice = Blip3o.from_pretrained(folder, tower=str(tower))  # instead of the checkpoint's
+    assert same(twice.state_dict(), model.state_dict())
+    torch.save(checkpoint.eva.state_dict(), tmp_path / "tower.bin")
+    with pytest.raises(CorruptModel, match=r"tower\.bin: a pickle"):
+        Blip3o.from_pretrained(towerless, tower=tmp_path / "tower.bin")
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
+        Blip3o.from_pretrained(towerless, tower=tmp_path / "nowhere.safetensors")
+    with pytest.raises(CorruptModel, match=r"missing model\.gen_vision_tower\..*cls_token"):
+        short = {name: t.contiguous() for name, t in checkpoint.eva.state_dict().items() if name != "cls_token"}
+        save_file(short, tower)
+        Blip3o.from_pretrained(towerless, tower=tower)
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="tower must be True or False for a folder of our layout"):
+        Blip3o.from_pretrained(tmp_path / "ours", tower=tower)
+
+
+def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command: there, back, cast, and without the tower; what is not copied is told."""
+    (folder / "diffusion-decoder").mkdir()
+    (folder / "notes.md").write_text("")
+    ours, back, half = (str(tmp_path / name) for name in ("ours", "back", "half"))
+    assert cli.main(["convert", str(folder), ours]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{ours}: {folder} in the layout blip3o\nnot copied: diffusion-decoder, notes.md\n"
+    assert printed.err == ""
+    assert cli.main(["convert", ours, back, "--layout", "released"]) == 0
+    assert same(stored(tmp_path / "back"), stored(folder))
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    assert (tmp_path / "ours" / "tokenizer.json").read_bytes() == (tmp_path / "back" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == tokenizer
+    capsys.readouterr()
+    assert cli.main(["convert", back, half, "--dtype", "bfloat16", "--without-tower"]) == 0
+    told = capsys.readouterr().err
+    assert told.startswith(f"blip3o: {back}: skipped model.gen_vision_tower.") and "blocks.{0-1}.attn.qkv.bias" in told
+    model = Blip3o.from_pretrained(half)
+    assert not model.has_clip and model.llm.output_weight.dtype == torch.bfloat16
+    assert cli.main(["convert", str(tmp_path / "nothing"), half]) == 2
+    assert capsys.readouterr().err == f"blip3o: model folder {tmp_path / 'nothing'} does not exist\n"
 
 
 # what is refused
