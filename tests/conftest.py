@@ -115,7 +115,7 @@ def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def world() -> "World":
-    """Networks of transformers, diffusers and EVA-CLIP's by hand, and blip3o's with the same weights; left as they are."""
+    """Other people's networks, and blip3o's with the same weights; to be left as they are."""
     for library in ("transformers", "diffusers"):
         pytest.importorskip(library, reason=f"{library} is not installed")
     from parity import World

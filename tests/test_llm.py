@@ -1,4 +1,4 @@
-"""The language model beside transformers' Qwen2.5-VL text model, with the same weights; `parity.py` has the plain cases."""
+"""The language model beside transformers', with the same weights; `parity.py` has the plain cases."""
 
 from dataclasses import replace
 
