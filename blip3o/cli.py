@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from blip3o.train.recipe import STAGES
 
@@ -257,9 +257,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return complain(error, 2)
 
 
-def tell(message: Warning | str, *_: object) -> None:
-    """A warning as one line."""
-    complain(message, 0)
+def tell(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """This project's warnings as one line each; other libraries' as they are."""
+    if category.__module__.startswith("blip3o."):
+        complain(message, 0)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def run_command(arguments: argparse.Namespace) -> int:

@@ -31,6 +31,10 @@ class CorruptModel(ValueError):
     """A model folder's file is missing, unreadable or not what its manifest says."""
 
 
+class SkippedTensors(UserWarning):
+    """Tensors that were not read, as they are no part of the model."""
+
+
 class WrongTensors(CorruptModel):
     """Tensors are not those of the model. Each list holds all of them; the message too, layers together: a.{0-3}.b.
 

@@ -15,6 +15,7 @@ from blip3o.weights_config import read_config, write_config
 from blip3o.weights_files import (
     DTYPES,
     CorruptModel,
+    SkippedTensors,
     TensorFiles,
     WrongTensors,
     fill,
@@ -73,7 +74,7 @@ def read_released(
     model.feature_mean = torch.zeros(config.clip.width, dtype=dtype, device=device)
     model.feature_std = torch.ones(config.clip.width, dtype=dtype, device=device)
     if skipped:
-        warnings.warn(f"{place}: skipped {', '.join(grouped(skipped))}", stacklevel=4)
+        warnings.warn(f"{place}: skipped {', '.join(grouped(skipped))}", SkippedTensors, stacklevel=4)
     return Released(model.eval(), tuple(skipped))
 
 

@@ -18,7 +18,7 @@ from blip3o import cli, weights
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.weights import CONFIG, MANIFEST, CorruptModel, local_folder
-from blip3o.weights_files import INDEX, WrongTensors, grouped
+from blip3o.weights_files import INDEX, SkippedTensors, WrongTensors, grouped
 from blip3o.weights_names import released_parts
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -104,7 +104,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     assert model.llm.out is None and model.llm.output_weight is model.llm.embedding.weight
     embedding = "model.embed_tokens.weight"
     stored_twice = tied.write(tmp_path / "twice", change=lambda t: t.update({"lm_head.weight": t[embedding]}))
-    with pytest.warns(UserWarning, match=r"skipped lm_head\.weight"):
+    with pytest.warns(SkippedTensors, match=r"skipped lm_head\.weight"):
         assert Blip3o.from_pretrained(stored_twice).llm.out is None
     other = tied.write(tmp_path / "other", change=lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
     with pytest.raises(CorruptModel, match=r"lm_head\.weight is not model\.embed_tokens\.weight, but config\.json has"):
@@ -114,7 +114,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
 def test_leftovers_are_skipped_and_named(tmp_path: Path) -> None:
     folder = Checkpoint(vae=True).write(tmp_path / "vae")
     names = r"skipped model\.vae\.decoder\.conv_in\.weight, model\.vae\.encoder\.conv_in\.bias"
-    with pytest.warns(UserWarning, match=names):
+    with pytest.warns(SkippedTensors, match=names):
         Blip3o.from_pretrained(folder)
     with pytest.raises(
         WrongTensors, match=r"unexpected model\.vae\.decoder\.conv_in\.weight, model\.vae\.enc"
@@ -127,7 +127,7 @@ def test_the_tower_is_used_or_left_out(checkpoint: Checkpoint, folder: Path, tmp
     pictures = torch.rand(1, 3, 112, 112)
     with_tower = Blip3o.from_pretrained(folder)
     assert with_tower.has_clip and with_tower.features(pictures).shape == (1, 4, CLIP_WIDTH)
-    with pytest.warns(UserWarning, match=r"skipped model\.gen_vision_tower\..*blocks\.\{0-1\}\.mlp"):
+    with pytest.warns(SkippedTensors, match=r"skipped model\.gen_vision_tower\..*blocks\.\{0-1\}\.mlp"):
         left_out = Blip3o.from_pretrained(folder, tower=False)
     towerless = Checkpoint(tower=False).write(tmp_path / "towerless")
     edit_config(towerless, gen_pooling="early_pool2d_16")  # of the published tower's 32 patches
