@@ -427,7 +427,7 @@ measure(ours)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_loading_needs_little_more_than_the_weights(folder: Path, tmp_path: Path) -> None:
-    """In either layout, one tensor of which is a sixth of the whole."""
+    """In either layout; our largest tensor is a third of the whole."""
     config = Blip3o.from_pretrained(folder).config
     config = replace(config, llm=replace(config.llm, mlp_width=3 << 17))  # 2 layers of 3 x 48 MiB in bfloat16
     shapes = {part.name: part.shape for some in released_parts(config, True).values() for part in some}
