@@ -71,6 +71,8 @@ def draw(arguments: argparse.Namespace) -> tuple[Any, int]:
     from blip3o.weights import from_pretrained, uses_pipeline
 
     if not uses_pipeline(arguments.model):
+        if arguments.decoder is not None:
+            raise ValueError(f"decoder is for released models; {arguments.model} has its own or is none")
         options = given(guidance=arguments.guidance, steps=arguments.steps)
         model, processor = from_pretrained(arguments.model)
         drawn = generate(model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed, **options)
@@ -78,7 +80,7 @@ def draw(arguments: argparse.Namespace) -> tuple[Any, int]:
     from blip3o.pipeline import Pipeline
 
     options = given(guidance_scale=arguments.guidance, num_inference_steps=arguments.steps)
-    pipeline = Pipeline.from_pretrained(arguments.model, tower=False)
+    pipeline = Pipeline.from_pretrained(arguments.model, tower=False, decoder=arguments.decoder)
     drawn = pipeline.generate_image(
         arguments.prompt, num_images_per_prompt=arguments.n, seeds=arguments.seed, output_type="pt", **options
     )
@@ -203,6 +205,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=None, help="of the sampler")
     command.add_argument(
         "--scale", type=int, help=f"enlargement of the picture (default: {NANO_SCALE} for nano, else 1)"
+    )
+    command.add_argument(
+        "--decoder", type=Path, help="visual decoder's folder (default: the model's diffusion-decoder/)"
     )
     command.add_argument("--out", type=Path, default=Path("drawing.png"))
     command.set_defaults(run=generate)

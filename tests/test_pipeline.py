@@ -334,6 +334,12 @@ def test_the_commands(
         assert image.size == (2 * 16 + 2, 16)
         found = generate_tensor(image.crop((18, 0, 34, 16)))
     torch.testing.assert_close(found, generate_tensor(drawn[1]), atol=2 / 255, rtol=0)
+    pipeline.model.save_pretrained(tmp_path / "ours", files=pipeline.processor.files)
+    command[3] = str(tmp_path / "ours")
+    assert cli.main(command) == 2 and "has no visual decoder (diffusion-decoder/)" in capsys.readouterr().err
+    out.unlink()
+    assert cli.main([*command, "--decoder", str(folder / DECODER)]) == 0 and out.exists()
+    capsys.readouterr()
     picture().save(shown)
     assert cli.main(["ask", str(shown), "what?", "--model", str(folder)]) == 0
     assert capsys.readouterr().out == pipeline.chat(question("what?", shown)) + "\n"
