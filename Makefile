@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test bench bench-networks gpu fuzz check-gpu-code check-cuda check-faults lint clean
+.PHONY: demo test parity bench bench-networks gpu fuzz check-gpu-code check-cuda check-faults lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# The released model's parts beside transformers, diffusers and EVA-CLIP by hand: the largest differences.
+parity: $(INSTALLED)
+	$(BIN)/python tests/parity.py
 
 # Every op beside its peers; then the networks. The tables are printed, and kept in build/bench.
 bench: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""The command line: blip3o demo | train | generate | ask | evaluate | bench | doctor.
+"""The command line: blip3o demo | train | generate | ask | evaluate | convert | bench | doctor.
 
 What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
 Anything else is a mistake of this program and keeps its traceback. torch is imported by the commands that need it.
@@ -8,13 +8,15 @@ import argparse
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from blip3o.train.recipe import STAGES
 
 DEMO = Path("runs/demo")
+NANO_SCALE = 8  # of pictures of 32 pixels
 BENCHES = ("ops", "model", "training")
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -46,35 +48,78 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from blip3o.generate import generate
     from blip3o.processor import to_pil
-    from blip3o.weights import from_pretrained
 
-    if arguments.scale < 1:
+    if arguments.scale is not None and arguments.scale < 1:
         raise ValueError(f"scale must be at least 1, got {arguments.scale}")
-    chosen = {"guidance": arguments.guidance, "steps": arguments.steps}
-    options = {name: value for name, value in chosen.items() if value is not None}
-    model, processor = from_pretrained(arguments.model)
-    pictures = generate(model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed, **options)
+    pictures, scale = draw(arguments)
     gap = 2  # white pixels between pictures, before they are enlarged
     row = pictures.new_ones(3, pictures.shape[2], (pictures.shape[3] + gap) * len(pictures) - gap)
     for i, picture in enumerate(pictures):
         start = i * (pictures.shape[3] + gap)
         row[:, :, start : start + pictures.shape[3]] = picture
     image = to_pil(row)
-    scale = arguments.scale
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     image.resize((image.width * scale, image.height * scale), 0).save(arguments.out)
     seeds = " ".join(str(arguments.seed + k) for k in range(arguments.n))
     print(f"{arguments.out}: drawings of {arguments.prompt!r} from seeds {seeds}")
 
 
+def draw(arguments: argparse.Namespace) -> tuple[Any, int]:
+    """The pictures [n, 3, H, W] of the model that is asked, nano's kind or a released one, and their enlargement."""
+    from blip3o.generate import generate
+    from blip3o.weights import from_pretrained, uses_pipeline
+
+    if not uses_pipeline(arguments.model):
+        if arguments.decoder is not None:
+            raise ValueError(f"decoder is for released models; {arguments.model} has its own or is none")
+        options = given(guidance=arguments.guidance, steps=arguments.steps)
+        model, processor = from_pretrained(arguments.model)
+        drawn = generate(model, processor, [arguments.prompt], n=arguments.n, seed=arguments.seed, **options)
+        return drawn, arguments.scale or NANO_SCALE
+    from blip3o.pipeline import Pipeline
+
+    options = given(guidance_scale=arguments.guidance, num_inference_steps=arguments.steps)
+    pipeline = Pipeline.from_pretrained(arguments.model, tower=False, decoder=arguments.decoder)
+    drawn = pipeline.generate_image(
+        arguments.prompt, num_images_per_prompt=arguments.n, seeds=arguments.seed, output_type="pt", **options
+    )
+    return drawn, arguments.scale or 1
+
+
+def given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def ask(arguments: argparse.Namespace) -> None:
     from blip3o.generate import ask
-    from blip3o.weights import from_pretrained
+    from blip3o.weights import from_pretrained, uses_pipeline
 
-    model, processor = from_pretrained(arguments.model)
-    print(ask(model, processor, processor.load_image(arguments.picture), arguments.question))
+    if not uses_pipeline(arguments.model):
+        model, processor = from_pretrained(arguments.model)
+        print(ask(model, processor, processor.load_image(arguments.picture), arguments.question))
+        return
+    from blip3o.pipeline import Pipeline
+
+    parts = [{"type": "image", "image": arguments.picture}, {"type": "text", "text": arguments.question}]
+    pipeline = Pipeline.from_pretrained(arguments.model, tower=False)
+    for piece in pipeline.stream([{"role": "user", "content": parts}]):
+        print(piece, end="", flush=True)
+    print()
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from blip3o.weights import convert
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    skip = None if arguments.skip is None else tuple(arguments.skip)
+    tower = arguments.tower if arguments.tower is not None else not arguments.without_tower
+    left = convert(arguments.model, arguments.out, layout=arguments.layout, tower=tower, skip=skip, dtype=dtype)
+    print(f"{arguments.out}: {arguments.model} in the layout {arguments.layout}")
+    if left:
+        print(f"not copied: {', '.join(left)}")
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -158,7 +203,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of the first drawing (default: %(default)s)")
     command.add_argument("--guidance", type=float, default=None)
     command.add_argument("--steps", type=int, default=None, help="of the sampler")
-    command.add_argument("--scale", type=int, default=8, help="enlargement of the picture (default: %(default)s)")
+    command.add_argument(
+        "--scale", type=int, help=f"enlargement of the picture (default: {NANO_SCALE} for nano, else 1)"
+    )
+    command.add_argument(
+        "--decoder", type=Path, help="visual decoder's folder (default: the model's diffusion-decoder/)"
+    )
     command.add_argument("--out", type=Path, default=Path("drawing.png"))
     command.set_defaults(run=generate)
 
@@ -173,6 +223,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--questions", type=int, default=400, help="of each type (default: %(default)s)")
     command.add_argument("--json", type=Path, help="also write the scores here")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("convert", help="write a checkpoint in our layout or the released one")
+    command.add_argument("model", metavar="IN", help="folder, or a hub id, which is downloaded")
+    command.add_argument("out", metavar="OUT", type=Path)
+    command.add_argument("--layout", choices=("blip3o", "released"), default="blip3o", help="default: %(default)s")
+    command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    command.add_argument("--tower", type=Path, help="safetensors file of the CLIP tower, where IN has none")
+    command.add_argument("--without-tower", action="store_true", help="leave the CLIP tower out")
+    command.add_argument("--skip", action="append", metavar="PREFIX", help="tensors to leave out (default: model.vae.)")
+    command.set_defaults(run=convert)
 
     # No option starts with a NUL: all of them are for the program that is called.
     command = commands.add_parser(
@@ -192,12 +252,29 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
-    try:
-        return run_command(arguments)
-    except KeyboardInterrupt:
-        return complain("stopped", 130)
-    except (ValueError, OSError) as error:
-        return complain(error, 2)
+    with warnings.catch_warnings():
+        warnings.showwarning = tell
+        try:
+            return run_command(arguments)
+        except KeyboardInterrupt:
+            return complain("stopped", 130)
+        except (ValueError, OSError) as error:
+            return complain(error, 2)
+
+
+def tell(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """This project's warnings as one line each; other libraries' as they are."""
+    if category.__module__.startswith("blip3o."):
+        complain(message, 0)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
 
 
 def run_command(arguments: argparse.Namespace) -> int:

@@ -125,11 +125,13 @@ def integrate(
     steps: int,
     guidance: float = 1.0,
     solver: Literal["euler", "heun"] = "euler",
+    after: Callable[[int, float, Tensor], object] | None = None,
 ) -> Tensor:
     """`sample` for a network that predicts with and without the condition at once.
 
     predictions   (x_sigma [B, ...], one noise level) -> predictions [B, ...] with the condition, and without it; None
                   in its place goes without guidance. The levels are those of `sigmas(steps)`, but for the last.
+    after         called after every step with its number, the level it started from, and x
     """
     if solver not in ("euler", "heun"):
         raise ValueError(f"solver must be 'euler' or 'heun', got {solver!r}")
@@ -146,7 +148,7 @@ def integrate(
 
     x = noise
     levels = sigmas(steps)
-    for here, there in pairwise(levels):
+    for step, (here, there) in enumerate(pairwise(levels)):
         velocity, unconditional = velocities(x, here)
         ahead = flow_step(x, velocity, there - here, unconditional=unconditional, guidance=guidance)
         if solver == "heun" and there > 0:
@@ -154,4 +156,6 @@ def integrate(
             velocity, unconditional = velocities(ahead, there)
             ahead = flow_step(x, velocity, there - here, unconditional=unconditional, guidance=guidance, previous=first)
         x = ahead
+        if after is not None:
+            after(step, here, x)
     return x

@@ -8,6 +8,12 @@ transformer what to draw.
 Shapes: B batch, T tokens, W language-model width, Q queries, F features of a picture, C their width, S picture side.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +55,17 @@ class ImageProjector(nn.Module):
         return self.linear(features) + self.places
 
 
+class Absent(nn.Module):
+    """In the place of a network that was not loaded: it has no weights, and calling it is an error."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def forward(self, *_: object) -> Tensor:
+        raise ValueError(self.reason)
+
+
 class Blip3o(nn.Module):
     feature_mean: Tensor
     feature_std: Tensor
@@ -75,6 +92,46 @@ class Blip3o(nn.Module):
         each network         its own init_weights
         """
         nn.init.normal_(self.queries)
+
+    # files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        *,
+        tower: bool | str | Path = True,
+        skip: Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Blip3o:
+        """The model of a folder in our layout or the released one, or of a hub id, in eval mode.
+
+        tower   load the CLIP tower, if there is one; drawing needs none. Of a released checkpoint: or from this
+                safetensors file, which holds the tower alone
+        skip    prefixes of tensors that are no part of the model; None: the released checkpoints' leftovers
+        dtype   of the weights; None: as they are stored
+        See `weights.load_model` for what is raised.
+        """
+        from blip3o import weights  # the one import against the arrows: files know the model, not the other way round
+
+        return weights.load_model(place, tower=tower, skip=skip, dtype=dtype, device=device)
+
+    def save_pretrained(
+        self, folder: str | Path, *, layout: Literal["blip3o", "released"] = "blip3o", files: Sequence[Path] = ()
+    ) -> None:
+        """Write the model to `folder`, whole or not at all, with copies of `files`, as a tokenizer's, beside it."""
+        from blip3o import weights
+
+        weights.save_model(self, folder, layout=layout, files=files)
+
+    @property
+    def has_clip(self) -> bool:
+        return not isinstance(self.clip.vision, Absent)
+
+    def drop_clip(self, reason: str) -> None:
+        """Forget the CLIP tower, which drawing does not need. Looking through it is an error from now on."""
+        self.clip.register_module("vision", Absent(f"the model cannot look at pictures through CLIP: {reason}"))
 
     # pictures to features
 
@@ -120,7 +177,7 @@ class Blip3o(nn.Module):
         return self.llm(self.embed(ids, features), asked=rows)
 
     def condition(self, ids: Tensor, mask: Tensor, features: Tensor | None = None) -> Tensor:
-        """What the queries read off prompts: `ids`, `mask` [B, T], padded on the left -> hidden states [B, Q, W].
+        """What the queries read off prompts: `ids`, `mask` [B, T], padded on either side -> hidden states [B, Q, W].
 
         A prompt may hold a picture: `features` [P, F, C] of the P pictures, in reading order, take the place of the
         image tokens.

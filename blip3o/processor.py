@@ -143,15 +143,7 @@ class Processor:
 
         Raises ValueError, which names the path, for a file that is missing, no image, damaged or above MAX_PIXELS.
         """
-        try:
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
-                upright = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {str(path)!r}: {error}") from error
-        white = Image.new("RGBA", upright.size, "white")
-        picture = Image.alpha_composite(white, upright).convert("RGB")
+        picture = open_image(path)
         side = self.image_size
         smaller = min(picture.size) >= side
         picture = picture.resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
@@ -159,9 +151,30 @@ class Processor:
         return pixels.view(side, side, 3).permute(2, 0, 1).float().div(255).contiguous()
 
 
+def open_image(source: str | Path | Image.Image | Tensor) -> Image.Image:
+    """An image file, an image, or a tensor [3, H, W] in 0..1 as an RGB image: upright, transparency on white.
+
+    Raises ValueError, which names the path, for a file that is missing, no image, damaged or above MAX_PIXELS.
+    """
+    if isinstance(source, Tensor):
+        return to_pil(source)
+    if isinstance(source, Image.Image):
+        upright = ImageOps.exif_transpose(source).convert("RGBA")
+    else:
+        try:
+            with Image.open(source) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+                upright = ImageOps.exif_transpose(image).convert("RGBA")
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise ValueError(f"cannot read the image {str(source)!r}: {error}") from error
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright).convert("RGB")
+
+
 def to_pil(picture: Tensor) -> Image.Image:
     """A picture [3, H, W] in 0..1 as an 8-bit RGB image. Raises ValueError for another shape."""
     if picture.ndim != 3 or picture.shape[0] != 3:
         raise ValueError(f"picture must have shape [3, H, W], got {list(picture.shape)}")
     pixels = picture.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.frombytes("RGB", (picture.shape[2], picture.shape[1]), bytes(pixels.flatten().tolist()))
+    return Image.frombytes("RGB", (picture.shape[2], picture.shape[1]), pixels.contiguous().numpy(force=True).tobytes())

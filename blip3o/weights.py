@@ -3,31 +3,69 @@
 safetensors has no checksum of its own (a flipped bit loads as a wrong weight), so the sums are checked at every load.
 A folder is written beside its place, as NAME.new, and renamed into it; the one before is NAME.old until then. Whoever
 reads it, and whoever is killed while writing it, leaves the old one or the new one, whole.
+
+Released checkpoints are read and written too: `weights_released.py`. Weights of more than `SHARD` bytes are shards.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
 
 from blip3o.config import Blip3oConfig, from_dict, to_dict
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
+from blip3o.weights_config import is_released
+from blip3o.weights_files import (
+    INDEX,
+    SHARD,
+    WEIGHTS,
+    CorruptModel,
+    TensorFiles,
+    WrongTensors,
+    fill,
+    one_dtype,
+    write_shards,
+    write_tensors,
+)
+from blip3o.weights_names import VAE
+from blip3o.weights_released import read_released, released_files
+
+__all__ = [
+    "CONFIG",
+    "MANIFEST",
+    "TOKENIZER",
+    "WEIGHTS",
+    "CorruptModel",
+    "check_folder",
+    "check_replaceable",
+    "commit_folder",
+    "convert",
+    "from_pretrained",
+    "load_model",
+    "local_folder",
+    "read_tensors",
+    "save_model",
+    "save_pretrained",
+    "sha256",
+    "staging",
+    "uses_pipeline",
+    "write_tensors",
+]
 
 MANIFEST = "manifest.json"
-CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that a model's weights may have
-
-
-class CorruptModel(ValueError):
-    """A model folder's file is missing, unreadable or not what its manifest says."""
+CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+Layout = Literal["blip3o", "released"]
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub id; no pickle, no program
 
 
 def sha256(path: Path) -> str:
@@ -120,20 +158,28 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
     return text, None
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file of copies of `tensors`. Raises OSError, which names the file, when it cannot be written."""
-    try:
-        save_file({name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, in memory of their own. Raises CorruptModel, which names the file."""
     try:
         return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise CorruptModel(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def local_folder(place: str | Path) -> Path:
+    """The folder at `place`, or the local copy of the hub repository of that id, which is then downloaded.
+
+    Only a text `owner/name` is a hub id, and only where there is no such folder, nor one called `owner`.
+    """
+    folder = Path(place)
+    hub = isinstance(place, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place) is not None
+    if not hub or folder.exists() or folder.with_name(folder.name + ".old").exists() or folder.parent.exists():
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{place!r} is no folder, and a hub id needs huggingface_hub: pip install it") from None
+    return Path(snapshot_download(str(place), allow_patterns=HUB_FILES))
 
 
 def save_pretrained(model: Blip3o, processor: Processor, folder: str | Path) -> None:
@@ -143,10 +189,94 @@ def save_pretrained(model: Blip3o, processor: Processor, folder: str | Path) -> 
     """
     folder = Path(folder)
     staged = staging(folder)
-    (staged / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
     processor.save(staged / TOKENIZER)
-    write_tensors(model.state_dict(), staged / WEIGHTS)
+    _write_model(model, staged)
     commit_folder(staged, folder)
+
+
+def _write_model(model: Blip3o, staged: Path) -> None:
+    (staged / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
+    write_shards(model.state_dict(), staged, SHARD)
+
+
+def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", files: Sequence[Path] = ()) -> None:
+    """Write a model, and copies of `files` beside it, in our layout or the released one; whole or not at all.
+
+    Raises FileExistsError for a folder that is no model folder, ValueError for a model that the released layout cannot
+    hold. The released layout has a manifest too, which others do not look at.
+    """
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
+    folder = Path(folder)
+    staged = staging(folder)
+    for file in files:
+        shutil.copyfile(file, staged / file.name)
+    if layout == "blip3o":
+        _write_model(model, staged)
+    else:
+        values, tensors = released_files(model, staged)
+        (staged / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        write_shards(tensors, staged, SHARD)
+    commit_folder(staged, folder)
+
+
+def load_model(
+    place: str | Path,
+    *,
+    tower: bool | str | Path = True,
+    skip: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Blip3o:
+    """The model of a folder in either layout, or of a hub id; in eval mode. See `Blip3o.from_pretrained`.
+
+    Tensors are read one by one into memory of their own: at no time is there much more than the weights. Raises
+    FileNotFoundError for a missing folder, CorruptModel for files that are not what was written, that this version does
+    not know or that are pickles; its WrongTensors holds every missing and unexpected name.
+    """
+    folder = local_folder(place)
+    held = (folder / CONFIG).exists()
+    if folder.is_dir() and not held and not (folder / MANIFEST).exists():
+        raise CorruptModel(f"{folder} is no model folder: it has neither {CONFIG} nor {MANIFEST}")
+    if not held or not is_released(_json(folder / CONFIG)):
+        checked, config = _checked(folder)
+        if not isinstance(tower, bool):
+            raise ValueError(f"tower must be True or False for a folder of our layout, got {str(tower)!r}")
+        return _own_model(checked, config, tower, skip or (), dtype, torch.device(device))
+    if (folder / MANIFEST).exists():
+        folder = check_folder(folder, CONFIG, *_weight_files(folder))
+    given = (VAE,) if skip is None else tuple(skip)
+    return read_released(folder, tower=tower, skip=given, dtype=dtype, device=device).model
+
+
+def convert(
+    place: str | Path,
+    folder: str | Path,
+    *,
+    layout: Layout,
+    tower: bool | str | Path = True,
+    skip: Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Write the model at `place` to `folder` in another layout or dtype, with the tokenizer's files.
+
+    Returns the names in `place` that were left behind: files of other kinds, and folders.
+    """
+    source = local_folder(place)
+    model = load_model(source, tower=tower, skip=skip, dtype=dtype)
+    ours = (CONFIG, MANIFEST, INDEX)
+    others = sorted(path for path in source.iterdir() if path.name not in ours and path.suffix != ".safetensors")
+    texts = [path for path in others if path.is_file() and any(path.match(pattern) for pattern in HUB_FILES)]
+    save_model(model, folder, layout=layout, files=texts)
+    return [path.name for path in others if path not in texts]
+
+
+def uses_pipeline(folder: Path) -> bool:
+    """Whether a model folder is one for `Pipeline`: a released checkpoint, or one of our layout that was."""
+    if not (folder / CONFIG).exists():
+        return False
+    values = _json(folder / CONFIG)
+    return is_released(values) or (isinstance(values, dict) and values.get("vision") is not None)
 
 
 def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
@@ -155,17 +285,59 @@ def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
     Raises FileNotFoundError for a missing folder, CorruptModel for a file that is not what was written or that this
     version does not know.
     """
-    place = check_folder(Path(folder), CONFIG, TOKENIZER, WEIGHTS)
+    place, config = _checked(Path(folder), TOKENIZER)
     try:
-        config = from_dict(Blip3oConfig, json.loads((place / CONFIG).read_text(encoding="utf-8")))
         processor = Processor.load(place / TOKENIZER, config.clip.image_size)
     except ValueError as error:
         raise CorruptModel(f"{place}: {error}") from None
     _check_tokens(config, processor, place)
-    with torch.device("meta"):  # names and shapes; the file brings the memory
-        model = Blip3o(config)
-    load_weights(model, place / WEIGHTS)
-    return model.eval(), processor
+    return _own_model(place, config, True, (), None, torch.device("cpu")), processor
+
+
+def _json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptModel(f"{path.parent}: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Names of the files that the manifest must have sums of: the weights', which may be shards and their index."""
+    found = [place for place in (folder, folder.with_name(folder.name + ".old")) if (place / INDEX).exists()]
+    return [INDEX, *sorted(path.name for path in found[0].glob("*.safetensors"))] if found else [WEIGHTS]
+
+
+def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
+    """A folder of our layout whose files are as they were written, and its configuration."""
+    place = check_folder(folder, CONFIG, *needed, *_weight_files(folder))
+    values = _json(place / CONFIG)
+    if is_released(values):
+        raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")
+    try:
+        return place, from_dict(Blip3oConfig, values)  # type: ignore[arg-type]  # which it checks
+    except ValueError as error:
+        raise CorruptModel(f"{place}: {error}") from None
+
+
+def _own_model(
+    place: Path,
+    config: Blip3oConfig,
+    tower: bool,
+    skip: Sequence[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+) -> Blip3o:
+    with TensorFiles(place) as files:
+        with torch.device("meta"):  # names and shapes; the files bring the memory
+            model = Blip3o(config)
+        names = [name for name in files.entries if not name.startswith(tuple(skip))]
+        if config.clip.text is None and not (tower and any(name.startswith("clip.") for name in names)):
+            model.drop_clip("its tower was not loaded")
+            names = [name for name in names if not name.startswith("clip.")]
+        own = model.state_dict()
+        _check_fit(files, names, own)
+        fill(model, files, {name: [name] for name in own}, one_dtype(files, names, dtype), device)
+    return model.eval()
 
 
 def _check_tokens(config: Blip3oConfig, processor: Processor, place: Path) -> None:
@@ -184,24 +356,13 @@ def _check_tokens(config: Blip3oConfig, processor: Processor, place: Path) -> No
         raise CorruptModel(f"{place / TOKENIZER} does not fit {CONFIG}: {', '.join(wrong)}")
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Give `model` the tensors of a safetensors file; a missing, unexpected or misshapen one is an error by name."""
-    tensors = read_tensors(path)
-    own = model.state_dict()
-    problems = [f"missing {name}" for name in own.keys() - tensors.keys()]
-    problems += [f"unexpected {name}" for name in tensors.keys() - own.keys()]
-    problems += [
-        f"{name} has shape {list(tensors[name].shape)}, expected {list(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+def _check_fit(files: TensorFiles, names: Sequence[str], own: Mapping[str, Tensor]) -> None:
+    """Raise WrongTensors unless the files' tensors of those names are the model's."""
+    wrong = [
+        f"{name} has shape {list(files.entries[name].shape)}, expected {list(own[name].shape)}"
+        for name in names
+        if name in own and files.entries[name].shape != own[name].shape
     ]
-    expected = next((tensor.dtype for tensor in tensors.values() if tensor.dtype in DTYPES), torch.float32)
-    problems += [
-        f"{name} has dtype {tensor.dtype}, expected {expected}"
-        for name, tensor in tensors.items()
-        if tensor.dtype != expected
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CorruptModel(f"{path} does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
-    model.load_state_dict(tensors, assign=True)
+    missing, unexpected = [name for name in own if name not in names], [name for name in names if name not in own]
+    if missing or unexpected or wrong:
+        raise WrongTensors(files.place, missing, unexpected, wrong)

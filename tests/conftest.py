@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for the programs that tests start
 
@@ -27,6 +28,9 @@ from blip3o.processor import Processor
 from blip3o.train import loop, run, stages
 from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
 from blip3o.weights import save_pretrained
+
+if TYPE_CHECKING:
+    from parity import World
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +111,16 @@ def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("saved") / "model"
     save_pretrained(lively, Processor(image_size=lively.config.clip.image_size), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def world() -> "World":
+    """Other people's networks, and blip3o's with the same weights; to be left as they are."""
+    for library in ("transformers", "diffusers"):
+        pytest.importorskip(library, reason=f"{library} is not installed")
+    from parity import World
+
+    return World()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The language model against transformers' Qwen2.5-VL text model: same weights, float32, 1e-5."""
+"""The language model beside transformers', with the same weights; `parity.py` has the plain cases."""
 
 from dataclasses import replace
 
@@ -12,9 +12,9 @@ from blip3o.llm import KvCache, Llm, multimodal_positions, scatter_features
 from blip3o.presets import preset
 
 LIMIT = 1e-5
-IMAGE = 300
+IMAGE = 262
 TINY = LlmConfig(
-    vocab_size=320,
+    vocab_size=267,
     width=64,
     depth=2,
     num_heads=4,
@@ -29,109 +29,36 @@ TINY = LlmConfig(
 )
 
 
-def randomise(network: torch.nn.Module, std: float = 0.1) -> None:
-    """Small random values everywhere, so that no bias, norm or gate hides behind its initial value."""
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        middle = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        parameter.data = middle + std * torch.randn(parameter.shape, generator=generator)
-
-
 def close(ours: Tensor, theirs: Tensor) -> None:
     difference = (ours - theirs).abs().max().item()
     assert difference <= LIMIT, f"max difference {difference:.2e} over {LIMIT:.0e}"
 
 
-def copy_to_ours(theirs: torch.nn.Module, ours: Llm) -> None:
-    source = theirs.state_dict()
-    state = {"embedding.weight": source["embed_tokens.weight"], "norm.weight": source["norm.weight"]}
-    for i in range(ours.config.depth):
-        there, here = f"layers.{i}.", f"blocks.{i}."
-        for kind in ("weight", "bias"):
-            parts = [source[f"{there}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            state[f"{here}attention.qkv.{kind}"] = torch.cat(parts)
-        state[f"{here}attention.out.weight"] = source[f"{there}self_attn.o_proj.weight"]
-        state[f"{here}mlp.gate_up.weight"] = torch.cat([source[f"{there}mlp.{p}_proj.weight"] for p in ("gate", "up")])
-        state[f"{here}mlp.down.weight"] = source[f"{there}mlp.down_proj.weight"]
-        state[f"{here}attention_norm.weight"] = source[f"{there}input_layernorm.weight"]
-        state[f"{here}mlp_norm.weight"] = source[f"{there}post_attention_layernorm.weight"]
-    state["out.weight"] = ours.state_dict()["out.weight"]  # the text model has no output layer
-    ours.load_state_dict(state)
-
-
-def qwen_configs():
-    module = pytest.importorskip("transformers.models.qwen2_5_vl", reason="transformers is not installed")
-    text = module.Qwen2_5_VLTextConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-    )
-    text._attn_implementation = "eager"
-    return module, text
+@pytest.fixture(scope="module")
+def pair(world):
+    assert world.ours.llm.config == TINY
+    return world.ours.llm, world.theirs.qwen.model.language_model
 
 
 @pytest.fixture(scope="module")
-def pair():
-    _, text = qwen_configs()
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
-
-    theirs = Qwen2_5_VLTextModel(text).eval()
-    randomise(theirs)
-    ours = Llm(TINY).eval()
-    copy_to_ours(theirs, ours)
-    return ours.requires_grad_(False), theirs.requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def rope_index():
-    """transformers' get_rope_index, on a model without weights."""
-    module, text = qwen_configs()
-    vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
-    config = module.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, image_token_id=IMAGE)
-    with torch.device("meta"):
-        model = module.Qwen2_5_VLModel(config)
+def rope_index(world):
+    """transformers' get_rope_index."""
 
     def positions(ids: Tensor, mask: Tensor | None, grids: list[tuple[int, int]]) -> Tensor:
-        merge = config.vision_config.spatial_merge_size
-        thw = torch.tensor([(1, height * merge, width * merge) for height, width in grids])
-        return model.get_rope_index(ids, (ids == IMAGE).int(), thw, attention_mask=mask)[0]
+        thw = torch.tensor([(1, height * 2, width * 2) for height, width in grids])
+        return world.theirs.qwen.model.get_rope_index(ids, (ids == IMAGE).int(), thw, attention_mask=mask)[0]
 
     return positions
 
 
 def texts(batch: int = 3, tokens: int = 11, seed: int = 1) -> Tensor:
-    return torch.randint(0, 290, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def test_plain_text(pair) -> None:
-    ours, theirs = pair
-    ids = texts()
-    close(ours(ours.embed(ids)), theirs(input_ids=ids, use_cache=False).last_hidden_state)
-
-
-def test_right_padding_needs_no_mask(pair) -> None:
-    ours, theirs = pair
-    ids = texts()
-    mask = torch.arange(11) < torch.tensor([11, 7, 3])[:, None]
-    expected = theirs(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    close(ours(ours.embed(ids), mask=mask)[mask], expected[mask])
-    close(ours(ours.embed(ids))[mask], expected[mask])
-
-
-def test_left_padding_equals_each_row_alone(pair) -> None:
-    ours, theirs = pair
-    ids, lengths = texts(), [11, 7, 1]
-    mask = torch.arange(11) >= 11 - torch.tensor(lengths)[:, None]
-    hidden = ours(ours.embed(ids), mask=mask)
-    assert hidden.isfinite().all()
-    for row, length in enumerate(lengths):
-        alone = theirs(input_ids=ids[row : row + 1, 11 - length :], use_cache=False).last_hidden_state
-        close(hidden[row : row + 1, 11 - length :], alone)
+def test_padding_is_finite(pair) -> None:
+    ours, _ = pair
+    mask = torch.arange(11) >= 11 - torch.tensor([11, 7, 1])[:, None]
+    assert ours(ours.embed(texts()), mask=mask).isfinite().all()
 
 
 def picture_batch() -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
@@ -169,23 +96,18 @@ def test_positions_without_mask_and_without_pictures(rope_index) -> None:
         multimodal_positions(torch.tensor([[IMAGE] * 3, [IMAGE] * 3, [IMAGE] * 2 + [1]]), None, IMAGE, (2, 2))
 
 
-def test_pictures_on_three_axes(pair) -> None:
-    ours, theirs = pair
-    ids, mask, grids = picture_batch()
-    positions = multimodal_positions(ids, mask, IMAGE, torch.tensor(grids))
+def test_features_take_the_place_of_image_tokens(pair) -> None:
+    ours, _ = pair
+    ids, _, _ = picture_batch()
     features = torch.randn(24, 64, generator=torch.Generator().manual_seed(3))
     embeddings = scatter_features(ours.embed(ids), ids, IMAGE, features)
     assert torch.equal(embeddings[ids == IMAGE], features)
-    hidden = ours(embeddings, positions, mask)
-    expected = theirs(
-        inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions, use_cache=False
-    ).last_hidden_state
-    close(hidden[mask], expected[mask])
+    assert torch.equal(embeddings[ids != IMAGE], ours.embed(ids)[ids != IMAGE])
     with pytest.raises(ValueError, match="24 image tokens in ids, got 23"):
         scatter_features(embeddings, ids, IMAGE, features[:23])
 
 
-@pytest.mark.parametrize("steps", [[11], [1] * 11, [5, 1, 1, 4], [4, 7]])
+@pytest.mark.parametrize("steps", [[11], [4, 7]])
 def test_cache_equals_one_pass(pair, steps: list[int]) -> None:
     ours, theirs = pair
     ids = texts()

@@ -1,0 +1,152 @@
+"""The released models' visual decoder: Emu2-Gen's U-Net and VAE, of SDXL's type, from diffusers (extra `diffusers`).
+
+The U-Net attends to the CLIP features; their mean stands where SDXL has its pooled text. Guidance is
+u + scale (c - u) between the features c and negative ones u, in one batch [c, u].
+
+Shapes: B batch, F features, C their width, L latent side, S picture side.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARTS = ("unet", "vae", "scheduler")
+Callback = Callable[[int, float, Tensor], object]
+
+
+class UnetDecoder:
+    """A U-Net, a VAE and a scheduler of diffusers: features to pictures.
+
+    unet        UNet2DConditionModel with added text and time embeddings
+    vae         AutoencoderKL; where it says force_upcast, it runs in float32 though the U-Net runs in float16
+    scheduler   EulerDiscreteScheduler; its configuration is used, its state is not touched
+    """
+
+    def __init__(self, unet: Any, vae: Any, scheduler: Any) -> None:
+        if unet.config.addition_embed_type != "text_time":
+            raise ValueError(f"unet must add text and time (text_time), got {unet.config.addition_embed_type!r}")
+        expected = unet.config.cross_attention_dim + 6 * unet.config.addition_time_embed_dim
+        if unet.config.projection_class_embeddings_input_dim != expected:
+            raise ValueError(
+                f"unet.config.projection_class_embeddings_input_dim must be cross_attention_dim + 6 "
+                f"addition_time_embed_dim = {expected}, got {unet.config.projection_class_embeddings_input_dim}"
+            )
+        self.unet, self.vae, self.scheduler = unet.eval(), vae.eval(), scheduler
+        self.to(unet.device, unet.dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> UnetDecoder:
+        """Of a folder with unet/, vae/ and scheduler/, as a checkpoint's diffusion-decoder/; safetensors alone.
+
+        Raises FileNotFoundError, which names the missing part, and ValueError for pickles or without diffusers.
+        """
+        folder = Path(folder)
+        for part in PARTS:
+            if not (folder / part).is_dir():
+                raise FileNotFoundError(f"{folder / part} is missing: a visual decoder has {', '.join(PARTS)}")
+        for part in PARTS[:2]:
+            pickles = sorted((folder / part).glob("*.bin"))
+            if pickles and not list((folder / part).glob("*.safetensors")):
+                raise ValueError(
+                    f"{pickles[0]}: a pickle, which may run any code when it is read, so it is not read. Where you "
+                    f"trust it, convert it: let diffusers load {folder / part} with use_safetensors=False, and save it"
+                )
+        try:
+            from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+        except ImportError as error:
+            raise ValueError(f"the visual decoder needs diffusers: pip install 'blip3o[diffusers]' ({error})") from None
+        # Without accelerate diffusers cannot but make random weights first.
+        sparing = importlib.util.find_spec("accelerate") is not None
+        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": sparing}
+        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
+        scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
+        decoder = cls(unet, vae, scheduler)
+        return decoder.to(device, dtype or unet.dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write unet/, vae/ and scheduler/ as diffusers does."""
+        for part in PARTS:
+            getattr(self, part).save_pretrained(Path(folder) / part)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> UnetDecoder:
+        self.unet.to(device, dtype)
+        upcast = dtype == torch.float16 and self.vae.config.force_upcast
+        self.vae.to(device, torch.float32 if upcast else dtype)
+        return self
+
+    @property
+    def feature_width(self) -> int:
+        return int(self.unet.config.cross_attention_dim)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[4, L, L] of a picture."""
+        side = int(self.unet.config.sample_size)
+        return int(self.unet.config.in_channels), side, side
+
+    @property
+    def image_size(self) -> int:
+        """S: the VAE doubles the latents' side at every block but the last."""
+        return self.latent_shape[1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        features: Tensor,
+        negative: Tensor,
+        noise: Tensor,
+        *,
+        guidance_scale: float = 3.0,
+        num_inference_steps: int = 50,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """features [B, F, C], negative [1 or B, F, C], noise [B, 4, L, L] -> pictures float32 [B, 3, S, S] in 0..1.
+
+        callback   (step, timestep, latents), after every step
+        """
+        batch, width = len(features), self.feature_width
+        if features.dim() != 3 or features.shape[-1] != width:
+            raise ValueError(f"features must be [B, F, {width}], got {list(features.shape)}")
+        if negative.shape[1:] != features.shape[1:] or len(negative) not in (1, batch):
+            raise ValueError(
+                f"negative must be [1 or {batch}, {features.shape[1]}, {width}], got {list(negative.shape)}"
+            )
+        if noise.shape != (batch, *self.latent_shape):
+            raise ValueError(f"noise must be {[batch, *self.latent_shape]}, got {list(noise.shape)}")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale of the decoder must be finite, got {guidance_scale}")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        unet = self.unet
+        tokens = torch.cat([features, negative.expand(batch, -1, -1)]) if guidance_scale != 1.0 else features
+        tokens = tokens.to(unet.device, unet.dtype)
+        side = self.image_size
+        times = tokens.new_tensor([side, side, 0, 0, side, side]).expand(len(tokens), -1)
+        added = {"text_embeds": tokens.mean(1), "time_ids": times}  # a row each: any number of pictures goes together
+        scheduler = type(self.scheduler).from_config(self.scheduler.config)
+        scheduler.set_timesteps(num_inference_steps, device=unet.device)
+        latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
+        for step, timestep in enumerate(scheduler.timesteps):
+            x = scheduler.scale_model_input(latents, timestep)
+            x = torch.cat([x, x]) if guidance_scale != 1.0 else x
+            noise_level = unet(x, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+            if guidance_scale != 1.0:
+                conditional, unconditional = noise_level.chunk(2)
+                noise_level = unconditional + guidance_scale * (conditional - unconditional)
+            latents = scheduler.step(noise_level, timestep, latents).prev_sample
+            if callback is not None:
+                callback(step, float(timestep), latents)
+        # Pictures one by one: the VAE's tensors are the largest there are.
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        pictures = [self.vae.decode(row).sample for row in latents.split(1)]
+        return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1)
