@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test parity bench bench-networks gpu fuzz check-gpu-code check-cuda check-faults lint clean
+.PHONY: demo test parity bench bench-networks gpu fuzz check-gpu-code check-faults lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
@@ -33,13 +33,10 @@ CALLS ?= 1000000
 fuzz: $(INSTALLED)
 	$(BIN)/python tests/fuzz.py --calls $(CALLS)
 
-# Machine code of every GPU kernel, without a GPU: Triton's from launches that are recorded, CUDA's where nvcc is.
+# GPU code without a GPU. Machine code of every kernel: Triton's from launches that are recorded, CUDA's where nvcc is.
+# CUDA's launches at full size, and its run on the host with some faults planted.
 check-gpu-code: $(INSTALLED)
 	$(BIN)/python tests/gpu_code.py --out build/gpu_code.md
-	$(BIN)/pytest -m gpu_code tests/test_cuda.py -k "warnings or hopper or library or failing"
-
-# More of CUDA: limits and instructions of every kernel, launches at full size, the host's run with some faults planted.
-check-cuda: $(INSTALLED)
 	$(BIN)/pytest -m gpu_code
 
 # With all faults: half an hour.
