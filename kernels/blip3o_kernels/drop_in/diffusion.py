@@ -1,0 +1,3 @@
+"""diffusers' transformers."""
+from .swap import Part
+PARTS: dict[str, Part] = {}
