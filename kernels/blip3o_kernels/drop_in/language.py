@@ -292,7 +292,7 @@ def _of(x: object) -> str:
 def _mlp(module: nn.Module) -> str:
     """swiglu is silu(gate) * up."""
     kind = type(module.act_fn).__name__
-    return "" if kind in ("SiLU", "SiLUActivation") else f"expected silu in act_fn, got {kind}: no op for it"
+    return "" if kind in ("SiLU", "SiLUActivation") else f"act_fn is {kind}, not silu: no op for it"
 
 
 def _attention(module: nn.Module) -> str:
@@ -313,7 +313,7 @@ def _head(module: nn.Module) -> str:
 
 _RMS = Part(RmsNorm, "rms_norm", _norm("variance_epsilon"))
 _OFFSET_RMS = Part(OffsetRmsNorm, "rms_norm", _norm("eps"))
-_MLP = Part(GatedMlp, "swiglu", _mlp, optional=True)
+_MLP = Part(GatedMlp, "swiglu", keep=_mlp)
 _ROTARY = Part(Rotary, "tables of rope")
 _LAYER = Part(Layer, "add_rms_norm")
 _SANDWICH = Part(SandwichLayer, "add_rms_norm")

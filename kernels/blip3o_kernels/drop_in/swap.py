@@ -7,6 +7,7 @@ that other models use. It keeps the class's name, which FSDP, PEFT and transform
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from typing import Any
@@ -24,15 +25,15 @@ class PatchError(ValueError):
 class Part:
     """What becomes of modules of one class.
 
-    mixin: the class with the new forward, or a processor's class for diffusers' attention.  ops: what it runs.
-    verify(module): "" if the module is as the mixin needs it, else what was expected and what it is.
-    optional: a module that is not so stays as it is, which the table tells, instead of being an error.
+    mixin: the class with the new forward; for diffusers' attention what makes its new processor.  ops: what it runs.
+    verify(module): "" if the module is as the mixin needs it, else what was expected and what it is: an error.
+    keep(module): "" if it can be served, else why it stays as it is, which the table tells.
     """
 
-    mixin: type
+    mixin: type | Callable[[Any], object]
     ops: str
-    verify: Any = None
-    optional: bool = False
+    verify: Callable[[Any], str] | None = None
+    keep: Callable[[Any], str] | None = None
 
 
 @dataclass
@@ -80,19 +81,20 @@ def swap(path: str, module: nn.Module, part: Part, record: Record) -> None:
             f"{path} ({stock.__name__}): expected its class's forward, but the module has one of its own"
             " (a hook of accelerate, or another patch): patch before that is put on"
         )
-    problem = part.verify(module) if part.verify else ""
-    if problem and part.optional:
-        record.kept[stock.__name__] = problem
+    reason = part.keep(module) if part.keep else ""
+    if reason:
+        record.kept[stock.__name__] = reason
         return
+    problem = part.verify(module) if part.verify else ""
     if problem:
         raise PatchError(f"{path} ({stock.__name__}): {problem}")
-    if issubclass(part.mixin, nn.Module):
+    if isinstance(part.mixin, type):
         module.__class__ = subclass(part.mixin, stock)
         record.swaps.append(Swap(path, module, stock, part.ops))
     else:
-        former = module.processor
-        module.processor = part.mixin()
-        record.swaps.append(Swap(path, module, stock, part.ops, former))
+        attention: Any = module
+        former, attention.processor = attention.processor, part.mixin(module)
+        record.swaps.append(Swap(path, module, stock, attention.processor.ops, former))
 
 
 def restore(record: Record) -> None:
