@@ -21,14 +21,14 @@ from typing import Any
 
 from torch import nn
 
-from .interface import NAME, register_attention
+from .interface import register_attention
 from .swap import RECORD, Part, PatchError, Record, qualified, restore, swap
 
 __all__ = ["PatchError", "patch", "register_attention", "unpatch"]
 
 
 def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | None = None) -> Patched:
-    """Let the ops of this package do the work of `model`, and return what was done; a context that undoes it at its end.
+    """Let the ops of this package do the work of `model`; the result says what was done, and as a context undoes it.
 
     model: one of transformers' or diffusers' that `python -m blip3o_kernels.drop_in` lists, or one that has such models
     as parts, whole or wrapped by PEFT; on its device and in its dtype. Parameters, names and hooks stay.
@@ -123,8 +123,6 @@ def _parts(model: nn.Module) -> list[tuple[str, nn.Module, Part]]:
     if not any("attention" in part.ops for _, _, part in found):
         named = [(path, module) for path, module in model.named_modules() if "ttention" in type(module).__name__]
         path, module = named[0] if named else ("model", model)
-        raise PatchError(
-            f"{path} ({qualified(type(module))}): expected an attention of"
-            f" {', '.join(sorted({name.rpartition('.')[2] for name, part in table.items() if 'attention' in part.ops}))}"
-        )
+        known = sorted(name.rpartition(".")[2] for name, part in table.items() if "attention" in part.ops)
+        raise PatchError(f"{path} ({qualified(type(module))}): expected an attention of {', '.join(known)}")
     return found

@@ -104,7 +104,7 @@ def noise(model: nn.Module, paths: Sequence[str], seed: int) -> Iterator[None]:
 
     def shaken(x: object) -> object:
         if isinstance(x, tuple):
-            return type(x)(*map(shaken, x)) if hasattr(x, "_fields") else tuple(map(shaken, x))
+            return tuple(shaken(part) for part in x)
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         unit = (2 * torch.rand(x.shape, generator=generator) - 1).to(x.device) * torch.finfo(x.dtype).eps

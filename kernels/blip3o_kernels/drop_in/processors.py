@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.attention import attention
 from ..ops.layer_norm import layer_norm
@@ -52,7 +52,7 @@ class Flux:
     ) -> Tensor | tuple[Tensor, Tensor]:
         tables = None if image_rotary_emb is None else tuple(x[:, ::2].float().contiguous() for x in image_rotary_emb)
         added = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
-        words = encoder_hidden_states.shape[1] if added else 0
+        words = encoder_hidden_states.shape[1] if encoder_hidden_states is not None and added else 0
         qkv = attn.to_qkv(hidden_states).chunk(3, -1) if attn.fused_projections else None
         query, key, value = qkv or (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         query, key, value = (heads(x, attn.head_dim) for x in (query, key, value))
@@ -72,15 +72,12 @@ class Flux:
         return project(attn, y[:, words:].contiguous()), attn.to_add_out(y[:, :words].contiguous())
 
     @staticmethod
-    def turn(
-        query: Tensor, key: Tensor, norm_q: nn.Module, norm_k: nn.Module, tables: Any, start: int
-    ) -> tuple[Tensor, Tensor]:
+    def turn(query: Tensor, key: Tensor, norm_q: Any, norm_k: Any, tables: Any, start: int) -> tuple[Tensor, Tensor]:
         """Normalised, and rotated by the tables' rows from `start` on."""
         if tables is None:
             return norm_q(query), norm_k(key)
         cos, sin = (x[start : start + query.shape[2]] for x in tables)
-        weights = norm_q.weight, norm_k.weight
-        return qk_norm_rope(query, key, *weights, cos, sin, eps=norm_q.eps, interleaved=True)
+        return qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps, interleaved=True)
 
 
 def joined(x: Tensor, y: Tensor) -> Tensor:
@@ -105,7 +102,8 @@ class Joint:
             layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
             more = self.normed(attn, *layers, attn.norm_added_q, attn.norm_added_k, encoder_hidden_states)
             own = [torch.cat([x, y], 1) for x, y in zip(own, more, strict=True)]
-        y = attend(*(x.transpose(1, 2) for x in own)).flatten(2)
+        query, key, value = (x.transpose(1, 2) for x in own)
+        y = attend(query, key, value).flatten(2)
         if encoder_hidden_states is None:
             return project(attn, y)
         y, words = y.split([hidden_states.shape[1], encoder_hidden_states.shape[1]], 1)
@@ -141,7 +139,8 @@ class Cross:
             query, key = self.norm(attn, query, key)
         if attention_mask is not None:  # a bias [B, 1, S], the same for all heads
             attention_mask = attention_mask.unsqueeze(1)
-        y = attend(*(x.transpose(1, 2) for x in (query, key, value)), attention_mask).flatten(2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        y = attend(query, key, value, attention_mask).flatten(2)
         return project(attn, y) / attn.rescale_output_factor
 
     @staticmethod

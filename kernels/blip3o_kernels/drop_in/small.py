@@ -25,8 +25,9 @@ class Draw:
         place = next(model.parameters())
         if place.is_meta:
             raise PatchError(f"model ({type(model).__name__}): expected weights to check with, got the device meta")
-        self.config, self.device, self.dtype = model.config, place.device, place.dtype
-        self.dtype = torch.float32 if self.dtype.itemsize < 2 else self.dtype
+        self.config: Any = model.config
+        self.device = place.device
+        self.dtype = torch.float32 if place.dtype.itemsize < 2 else place.dtype  # float8 is only stored
         self.generator = torch.Generator().manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
@@ -65,7 +66,7 @@ def labelled(draw: Draw) -> Inputs:
 
 
 def with_labels(inputs: Inputs) -> Inputs:
-    """Labels of the tokens that a token predicts: not the first of a padded row, which padding would have to predict."""
+    """Labels for the tokens that a token predicts: the first after padding is none."""
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     labels[1, PADDED] = -100
     return {**inputs, "labels": labels}

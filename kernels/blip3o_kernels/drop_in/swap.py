@@ -1,4 +1,4 @@
-"""How a module gets another forward: it becomes an instance of a subclass of its class, and on the way back of its class.
+"""How a module gets another forward: it becomes an instance of a subclass of its class, and later of its class again.
 
 The subclass is made of a mixin, which has the forward, and the module's own class. So parameters, names, hooks,
 `isinstance` and what the class does around its forward (gradient checkpointing) stay; nothing is changed on a class
@@ -69,13 +69,13 @@ def qualified(kind: type) -> str:
 def subclass(mixin: type, stock: type) -> type:
     """The class that a module of class `stock` becomes; its forward has the signature of stock's."""
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    forward = wraps(stock.forward)(mixin.forward)  # type: ignore[attr-defined]
+    forward: Any = wraps(stock.forward)(mixin.forward)  # type: ignore[attr-defined]
     return type(stock.__name__, (mixin, stock), {**names, "forward": forward})
 
 
 def swap(path: str, module: nn.Module, part: Part, record: Record) -> None:
     """Give `module` its new forward, and write that down. Raises PatchError for one that something else has changed."""
-    stock = type(module)
+    stock: Any = type(module)
     if "forward" in vars(module):
         raise PatchError(
             f"{path} ({stock.__name__}): expected its class's forward, but the module has one of its own"
