@@ -22,7 +22,7 @@ from typing import Any
 from torch import nn
 
 from .interface import register_attention
-from .swap import RECORD, Part, PatchError, Record, qualified, restore, swap
+from .swap import RECORD, Part, PatchError, Record, fit, qualified, restore, swap
 
 __all__ = ["PatchError", "patch", "register_attention", "unpatch"]
 
@@ -41,10 +41,16 @@ def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | N
     parts = _parts(model)
     if _record(model) is not None:
         raise PatchError(f"model ({type(model).__name__}): expected one that is not patched already")
-    before = stock_outputs(model, [path for path, _, _ in parts], inputs) if check else None
-    record = Record()
+    record, served = Record(), []
+    for path, module, part in parts:
+        reason = fit(path, module, part)
+        if reason:
+            record.kept[type(module).__name__] = reason
+        else:
+            served.append((path, module, part))
+    before = stock_outputs(model, [path for path, _, _ in served], inputs) if check else None
     try:
-        for path, module, part in parts:
+        for path, module, part in served:
             swap(path, module, part, record)
         if any(qualified(type(module)).startswith("transformers.") for module in model.modules()):
             from .language import choose_attention

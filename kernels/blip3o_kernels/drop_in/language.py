@@ -385,9 +385,15 @@ def choose_attention(model: nn.Module, record: Record) -> None:
             if part is not None:
                 add(part)
 
-    outermost = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for module in outermost:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for module in models:
         add(module.config)
+    alone = [done.module.config for done in record.swaps if isinstance(done.module, (TextAttention, VisionAttention))]
+    alone = [config for config in alone if id(config) not in found]  # of layers outside of any of these models
+    for config in alone:
+        add(config)
     record.configs += [(config, config._attn_implementation) for config in found.values()]
-    for module in outermost:
+    for module in models:
         module.set_attn_implementation(NAME)
+    for config in alone:
+        config._attn_implementation_internal = NAME

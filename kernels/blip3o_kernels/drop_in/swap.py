@@ -73,21 +73,24 @@ def subclass(mixin: type, stock: type) -> type:
     return type(stock.__name__, (mixin, stock), {**names, "forward": forward})
 
 
-def swap(path: str, module: nn.Module, part: Part, record: Record) -> None:
-    """Give `module` its new forward, and write that down. Raises PatchError for one that something else has changed."""
-    stock: Any = type(module)
+def fit(path: str, module: nn.Module, part: Part) -> str:
+    """Why a module stays as it is, or "" for one that is served. Raises PatchError if it is not as expected."""
+    name = type(module).__name__
     if "forward" in vars(module):
         raise PatchError(
-            f"{path} ({stock.__name__}): expected its class's forward, but the module has one of its own"
+            f"{path} ({name}): expected its class's forward, but the module has one of its own"
             " (a hook of accelerate, or another patch): patch before that is put on"
         )
     reason = part.keep(module) if part.keep else ""
-    if reason:
-        record.kept[stock.__name__] = reason
-        return
-    problem = part.verify(module) if part.verify else ""
+    problem = part.verify(module) if part.verify and not reason else ""
     if problem:
-        raise PatchError(f"{path} ({stock.__name__}): {problem}")
+        raise PatchError(f"{path} ({name}): {problem}")
+    return reason
+
+
+def swap(path: str, module: nn.Module, part: Part, record: Record) -> None:
+    """Give `module` its new forward, and write that down."""
+    stock: Any = type(module)
     if isinstance(part.mixin, type):
         module.__class__ = subclass(part.mixin, stock)
         record.swaps.append(Swap(path, module, stock, part.ops))
