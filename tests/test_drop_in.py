@@ -323,5 +323,6 @@ def test_chunked_attention_keeps_its_mask() -> None:
         attention_chunk_size = 4
 
     function: Callable[..., Any] = chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
-    found = mask(1, 8, 8, mask_function=function, local_size=4, config=Config())
+    sizes = {"batch_size": 1, "q_length": 8, "kv_length": 8}
+    found = mask(**sizes, mask_function=function, local_size=4, config=Config())
     assert found is not None and not found[0, 0, 5, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_the_very_same_functions_come_back(name: str) -> None:
     patched = patch(model)
     assert not same(model, before)
     assert {path for path, (kind, *_) in functions(model).items() if kind is not before[path][0]} <= {
-        done.path if done.path != "model" else "" for done in vars(model)["_blip3o_patch"].swaps
+        path if path != "model" else "" for path in vars(model)["_blip3o_patch"].served
     }
     assert names == [name for name, _ in model.named_parameters()]
     assert type(model).__name__ in repr(patched) and "attention" in repr(patched)
@@ -80,6 +81,36 @@ def test_a_copy_of_a_patched_model_is_patched_and_its_own() -> None:
     assert same(model, before) and not same(twin, before)
     unpatch(twin)
     assert [kind for kind, *_ in functions(twin).values()] == [kind for kind, *_ in before.values()]
+
+
+def test_copies_of_modules_come_back_too() -> None:
+    """PEFT makes them, for modules that it saves."""
+    model = build("Llama")
+    patch(model)
+    twin = model.model.norm_copy = copy.deepcopy(model.model.norm)
+    unpatch(model)
+    assert type(twin) is type(model.model.norm) and type(twin).forward is twin.forward.__func__
+
+
+def test_a_class_made_of_a_patched_one_is_named() -> None:
+    model = build("Llama")
+    patch(model)
+    layer = model.model.layers[1]
+    kind = type(layer)
+    layer.__class__ = type("FSDPLlamaDecoderLayer", (kind,), {})
+    with pytest.raises(PatchError, match=r"model\.layers\.1 \(FSDPLlama.*\): expected the class that it was"):
+        unpatch(model)
+    layer.__class__ = kind
+    unpatch(model)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Flux"])
+def test_signatures_stay(name: str) -> None:
+    """Trainer looks at them for the columns of a data set."""
+    model = build(name)
+    before = {path: inspect.signature(module.forward) for path, module in model.named_modules()}
+    with patch(model):
+        assert {path: inspect.signature(module.forward) for path, module in model.named_modules()} == before
 
 
 def test_a_saved_model_is_a_stock_one(tmp_path: Any) -> None:

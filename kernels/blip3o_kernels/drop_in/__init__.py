@@ -55,11 +55,11 @@ def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | N
         if any(qualified(type(module)).startswith("transformers.") for module in model.modules()):
             from .language import choose_attention
 
-            choose_attention(model, record)
+            record.configs = choose_attention(model)
         if before is not None:
             record.checked = agreed(before)
     except BaseException:
-        restore(record)
+        restore(model, record)
         raise
     vars(model)[RECORD] = record
     return Patched(model, record)
@@ -70,7 +70,7 @@ def unpatch(model: nn.Module) -> None:
     record = _record(model)
     if record is None:
         raise PatchError(f"model ({type(model).__name__}): expected a patched model")
-    restore(record)
+    restore(model, record)
     for module in model.modules():
         vars(module).pop(RECORD, None)
 
@@ -85,10 +85,10 @@ class Patched:
     def __init__(self, model: nn.Module, record: Record) -> None:
         self.model = model
         self.replaced: dict[str, int] = {}
-        for done in record.swaps:
-            for op in done.ops.split(", "):
+        for ops in record.served.values():
+            for op in ops.split(", "):
                 self.replaced[op] = self.replaced.get(op, 0) + 1
-        self.modules = len(record.swaps)
+        self.modules = len(record.served)
         self.kept, self.differences = dict(record.kept), dict(record.checked)
 
     def __enter__(self) -> Patched:

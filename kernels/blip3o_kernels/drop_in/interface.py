@@ -27,38 +27,19 @@ def register_attention() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    *,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    config: Any = None,
-    **others: Any,
-) -> Tensor | None:
+def mask(*arguments: Any, **named: Any) -> Tensor | None:
     """transformers' boolean mask [B, 1, T, S], or None where causality and the window say everything.
 
     That of its own SDPA, except that a sliding window alone needs no mask: `attend` gets window_size instead.
     """
     from transformers.masking_utils import sdpa_mask
 
-    window = allow_is_causal_skip and local_size is not None and not hasattr(config, "attention_chunk_size")
-    if window and isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length:
-        local_size = None  # the last query stands at the last key: bottom-right alignment is the right one
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        config=config,
-        **others,
-    )
+    window = named.get("local_size") is not None and named.get("allow_is_causal_skip", True)
+    if window and not hasattr(named.get("config"), "attention_chunk_size"):
+        first, tokens = named.get("q_offset", 0), named.get("q_length")
+        if isinstance(first, int) and tokens and first + tokens == named.get("kv_offset", 0) + named["kv_length"]:
+            named["local_size"] = None  # the last query stands at the last key, as the op takes it to
+    return sdpa_mask(*arguments, **named)
 
 
 def attend(

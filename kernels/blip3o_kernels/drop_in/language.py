@@ -22,7 +22,7 @@ from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
 from ..ops.swiglu import swiglu
 from .interface import NAME, attend, register_attention
-from .swap import Part, Record
+from .swap import Part
 
 
 class RmsNorm(nn.Module):
@@ -371,8 +371,8 @@ PARTS: dict[str, Part] = {
 }  # fmt: skip
 
 
-def choose_attention(model: nn.Module, record: Record) -> None:
-    """`attn_implementation="blip3o"` for all of transformers' models in `model`, after writing down what they had."""
+def choose_attention(model: nn.Module) -> list[tuple[Any, str | None]]:
+    """`attn_implementation="blip3o"` for all of transformers' models in `model`; what each had."""
     from transformers import PreTrainedConfig, PreTrainedModel
 
     register_attention()
@@ -388,12 +388,13 @@ def choose_attention(model: nn.Module, record: Record) -> None:
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for module in models:
         add(module.config)
-    alone = [done.module.config for done in record.swaps if isinstance(done.module, (TextAttention, VisionAttention))]
+    alone = [module.config for module in model.modules() if isinstance(module, (TextAttention, VisionAttention))]
     alone = [config for config in alone if id(config) not in found]  # of layers outside of any of these models
     for config in alone:
         add(config)
-    record.configs += [(config, config._attn_implementation) for config in found.values()]
+    former = [(config, config._attn_implementation) for config in found.values()]
     for module in models:
         module.set_attn_implementation(NAME)
     for config in alone:
         config._attn_implementation_internal = NAME
+    return former

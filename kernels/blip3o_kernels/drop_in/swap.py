@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from types import FunctionType
 from typing import Any
 
 from torch import nn
 
+STOCK = "_blip3o_stock"  # where a class made here, or a processor, has what it stands in for
 RECORD = "_blip3o_patch"  # where a patched model keeps its record: with the model, so that a copy has a copy of it
 
 
@@ -37,25 +39,15 @@ class Part:
 
 
 @dataclass
-class Swap:
-    """One module that was changed: its path, class, ops; for diffusers' attention its former processor."""
-
-    path: str
-    module: nn.Module
-    stock: type
-    ops: str
-    processor: Any = None
-
-
-@dataclass
 class Record:
-    """All that `unpatch` needs, and what the table tells.
+    """What was done to a model.
 
-    kept: classes of modules that stay as they are, with the reason.  configs: transformers' configurations with the
-    attention they had.  checked: the largest difference that the self-check found and what was allowed, by output.
+    served: path of each module that was changed -> the ops it runs.  kept: classes of modules that stay as they are ->
+    why.  configs: transformers' configurations with the attention they had.  checked: output -> the largest difference
+    that the self-check found, and what was allowed.
     """
 
-    swaps: list[Swap] = field(default_factory=list)
+    served: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     configs: list[tuple[Any, str | None]] = field(default_factory=list)
     checked: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -65,12 +57,20 @@ def qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def _signed(function: Any, like: Any) -> Any:
+    """A copy of `function`, with the signature, name and docstring of `like`. A wrapper would cost every call more."""
+    copy = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return wraps(like)(copy)
+
+
 @cache
-def subclass(mixin: type, stock: type) -> type:
+def subclass(mixin: Any, stock: Any) -> type:
     """The class that a module of class `stock` becomes; its forward has the signature of stock's."""
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    forward: Any = wraps(stock.forward)(mixin.forward)  # type: ignore[attr-defined]
-    return type(stock.__name__, (mixin, stock), {**names, "forward": forward})
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__, STOCK: stock}
+    return type(stock.__name__, (mixin, stock), {**names, "forward": _signed(mixin.forward, stock.forward)})
 
 
 def fit(path: str, module: nn.Module, part: Part) -> str:
@@ -90,22 +90,31 @@ def fit(path: str, module: nn.Module, part: Part) -> str:
 
 def swap(path: str, module: nn.Module, part: Part, record: Record) -> None:
     """Give `module` its new forward, and write that down."""
-    stock: Any = type(module)
     if isinstance(part.mixin, type):
-        module.__class__ = subclass(part.mixin, stock)
-        record.swaps.append(Swap(path, module, stock, part.ops))
+        kind: Any = type(module)
+        module.__class__ = subclass(part.mixin, kind)
+        record.served[path] = part.ops
     else:
         attention: Any = module
-        former, attention.processor = attention.processor, part.mixin(module)
-        record.swaps.append(Swap(path, module, stock, attention.processor.ops, former))
+        new: Any = part.mixin(module)
+        vars(new)[STOCK], attention.processor = attention.processor, new
+        record.served[path] = new.ops
 
 
-def restore(record: Record) -> None:
-    """Undo `swap` for all modules of `record`, and give the configurations their attention back."""
-    for done in record.swaps:
-        if done.processor is not None:
-            done.module.processor = done.processor
-        elif issubclass(type(done.module), done.stock):
-            done.module.__class__ = done.stock
+def restore(model: nn.Module, record: Record) -> None:
+    """Undo `swap` for all modules of `model`, copies that others have made of them included.
+
+    Raises PatchError, before anything is changed, for a module whose class has been replaced since (by FSDP).
+    """
+    for path, module in model.named_modules():
+        kind = type(module)
+        if hasattr(kind, STOCK) and STOCK not in vars(kind):
+            raise PatchError(f"{path} ({kind.__name__}): expected the class that it was patched to, got one made of it")
+    for module in model.modules():
+        processor = vars(module).get("processor")
+        if STOCK in vars(type(module)):
+            module.__class__ = vars(type(module))[STOCK]
+        elif hasattr(processor, STOCK):
+            vars(module)["processor"] = vars(processor)[STOCK]
     for config, implementation in record.configs:
         config._attn_implementation_internal = implementation
