@@ -16,6 +16,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -49,18 +50,17 @@ def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | N
         else:
             served.append((path, module, part))
     before = stock_outputs(model, [path for path, _, _ in served], inputs) if check else None
-    try:
+    with ExitStack() as failed:
+        failed.callback(restore, model, record)
         for path, module, part in served:
             swap(path, module, part, record)
         if any(qualified(type(module)).startswith("transformers.") for module in model.modules()):
             from .language import choose_attention
 
-            record.configs = choose_attention(model)
+            choose_attention(model, record)
         if before is not None:
             record.checked = agreed(before)
-    except BaseException:
-        restore(model, record)
-        raise
+        failed.pop_all()
     vars(model)[RECORD] = record
     return Patched(model, record)
 

@@ -22,7 +22,7 @@ from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
 from ..ops.swiglu import swiglu
 from .interface import NAME, attend, register_attention
-from .swap import Part
+from .swap import Part, Record
 
 
 class RmsNorm(nn.Module):
@@ -371,8 +371,8 @@ PARTS: dict[str, Part] = {
 }  # fmt: skip
 
 
-def choose_attention(model: nn.Module) -> list[tuple[Any, str | None]]:
-    """`attn_implementation="blip3o"` for all of transformers' models in `model`; what each had."""
+def choose_attention(model: nn.Module, record: Record) -> None:
+    """`attn_implementation="blip3o"` for all of transformers' models in `model`, and in `record` what each had."""
     from transformers import PreTrainedConfig, PreTrainedModel
 
     register_attention()
@@ -392,9 +392,8 @@ def choose_attention(model: nn.Module) -> list[tuple[Any, str | None]]:
     alone = [config for config in alone if id(config) not in found]  # of layers outside of any of these models
     for config in alone:
         add(config)
-    former = [(config, config._attn_implementation) for config in found.values()]
+    record.configs = [(config, config._attn_implementation) for config in found.values()]
     for module in models:
         module.set_attn_implementation(NAME)
     for config in alone:
         config._attn_implementation_internal = NAME
-    return former
