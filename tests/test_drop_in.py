@@ -18,6 +18,7 @@ from blip3o_kernels.drop_in.architectures import LANGUAGE, build
 from blip3o_kernels.drop_in.small import small_inputs
 
 DTYPES = [torch.float32, torch.bfloat16]
+SHALLOW = {"num_hidden_layers": 1}
 TEXT = [name for name in LANGUAGE if name != "Qwen2.5-VL"]
 
 
@@ -148,7 +149,7 @@ def test_gradient_checkpointing(name: str) -> None:
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_compiled_without_breaks(name: str) -> None:
     torch._dynamo.reset()
-    model = build(name)
+    model = build(name, **SHALLOW, **({"layer_types": ["sliding_attention"]} if name == "Gemma 3" else {}))
     inputs = {key: x for key, x in small_inputs(model)[1].items() if key in ("input_ids", "attention_mask")}
     with patch(model, check=False), torch.no_grad():
         expected = run(model, inputs)["logits"]
@@ -159,7 +160,7 @@ def test_compiled_without_breaks(name: str) -> None:
 def test_compiled_training() -> None:
     """With gradients, in one graph; attention and the loss are ops that the compiler does not look into."""
     torch._dynamo.reset()
-    model = build("Llama", num_hidden_layers=1).train()
+    model = build("Llama", **SHALLOW).train()
     inputs = small_inputs(model)[1]
     with patch(model, check=False):
         expected = gradients(model, inputs)
@@ -284,6 +285,21 @@ def test_outputs_on_request() -> None:
         close(y[mask], x[mask])
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3"])
+def test_a_norm_that_somebody_waits_for_is_called(name: str) -> None:
+    model = build(name)
+    inputs, calls = small_inputs(model)[1], []
+    expected = run(model, inputs)["logits"]
+    with patch(model):
+        layer = model.model.layers[0]
+        norms = [layer.self_attn.q_norm, layer.post_attention_layernorm, model.model.norm]
+        norms += [layer.pre_feedforward_layernorm] if name == "Gemma 3" else []
+        for norm in norms:
+            norm.register_forward_hook(lambda module, *_: calls.append(module))
+        close(run(model, inputs)["logits"], expected)
+    assert set(calls) == set(norms)
+
+
 def attention_alone(name: str, **options: Any) -> tuple[Tensor, Tensor]:
     register_attention()
     model = build(name)
@@ -297,6 +313,30 @@ def attention_alone(name: str, **options: Any) -> tuple[Tensor, Tensor]:
 def test_attention_alone(name: str) -> None:
     """attn_implementation="blip3o", padding mask included, in a model that is not patched."""
     close(*attention_alone(name))
+
+
+def test_gemma_3_with_pictures() -> None:
+    """Its vision tower is SigLIP, which has the attention only; its loss has no softcap."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = build("Gemma 3").config.to_dict() | {"final_logit_softcapping": None}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=150)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    tokens = ids(2, 12)
+    tokens[0, 2:6] = 150
+    kinds = (tokens == 150).long()
+    inputs = {"input_ids": tokens, "pixel_values": torch.randn(1, 3, 8, 8), "token_type_ids": kinds, "labels": tokens}
+    expected, expected_gradients = run(model, inputs), gradients(model, inputs)
+    with patch(model) as patched:
+        for key, y in run(model, inputs).items():
+            close(y, expected[key])
+        model.train()
+        assert model(**inputs).logits is None
+        for key, gradient in gradients(model, inputs).items():
+            close(gradient, expected_gradients[key])
+    assert patched.replaced["linear_cross_entropy"] == 1
 
 
 def test_attention_from_the_start() -> None:

@@ -118,7 +118,7 @@ def test_gradient_checkpointing(name: str) -> None:
 @pytest.mark.parametrize("name", ["Flux", "SD3", "Lumina-Next", "Sana", "PixArt"])  # Lumina 2 reads lengths of prompts
 def test_compiled_without_breaks(name: str) -> None:
     torch._dynamo.reset()
-    model = build(name)
+    model = build(name, num_layers=1, **({"dual_attention_layers": ()} if name == "SD3" else {}))
     inputs = small_inputs(model)[1]
     with patch(model, check=False):
         expected = run(model, inputs)["sample"]
@@ -157,9 +157,24 @@ def test_proportional_attention_and_a_hook() -> None:
     expected = run(model, inputs)["sample"]
     calls: list[int] = []
     with patch(model):
-        model.layers[0].norm2.register_forward_hook(lambda *_: calls.append(1))
+        block = model.layers[0]
+        for norm in (block.norm2, block.ffn_norm1, block.attn1.norm_q, block.attn2.norm_k):
+            norm.register_forward_hook(lambda *_: calls.append(1))
         close(run(model, inputs)["sample"], expected)
-    assert calls == [1]
+    assert calls == [1] * 4
+
+
+@pytest.mark.parametrize("name", ["Flux", "Lumina 2", "SD3"])
+def test_norms_of_queries_that_somebody_waits_for(name: str) -> None:
+    model = build(name)
+    inputs, calls = small_inputs(model)[1], []
+    expected = run(model, inputs)["sample"]
+    norms = [x for path, x in model.named_modules() if path.endswith((".norm_q", ".norm_k"))]
+    with patch(model):
+        for norm in norms:
+            norm.register_forward_hook(lambda module, *_: calls.append(module))
+        close(run(model, inputs)["sample"], expected)
+    assert len(calls) == len(norms) and set(calls) == set(norms)
 
 
 def test_processors_come_back() -> None:

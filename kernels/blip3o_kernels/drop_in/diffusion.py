@@ -16,7 +16,7 @@ from ..ops.modulate import modulate
 from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
 from .processors import linear, processor, unfit
-from .swap import Part
+from .swap import Part, fusible
 
 
 class RmsNorm(nn.Module):
@@ -33,14 +33,9 @@ class RmsNorm(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def fits(norm: nn.Module, x: Tensor, *, kind: type | tuple[type, ...]) -> bool:
-    """Whether the norm may be fused with what follows: it is one of ours or torch's, and nobody waits for its call."""
-    return isinstance(norm, kind) and not norm._forward_hooks and not norm._forward_pre_hooks
-
-
 def layer_modulate(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
     """norm(x) * (1 + scale) + shift, where norm is a layer norm; scale and shift [B, D]."""
-    if fits(norm, x, kind=nn.LayerNorm) and scale.dtype is x.dtype:
+    if fusible(nn.LayerNorm, norm) and scale.dtype is x.dtype:
         return modulate(x, scale, shift, weight=norm.weight, bias=norm.bias, eps=norm.eps, norm="layer")
     y = norm(x) * (1 + scale.unsqueeze(1))
     return y if shift is None else y + shift.unsqueeze(1)
@@ -48,7 +43,7 @@ def layer_modulate(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | No
 
 def rms_modulate(norm: nn.Module, x: Tensor, scale: Tensor) -> Tensor:
     """norm(x) * (1 + scale), where norm is an RMS norm without a bias."""
-    if fits(norm, x, kind=RmsNorm) and scale.dtype is x.dtype and norm.bias is None:
+    if fusible(RmsNorm, norm) and scale.dtype is x.dtype and norm.bias is None:
         return modulate(x, scale, weight=norm.weight, eps=norm.eps)
     return norm(x) * (1 + scale.unsqueeze(1))
 
@@ -62,7 +57,7 @@ def add_gated(residual: Tensor, gate: Tensor, x: Tensor) -> Tensor:
 
 def add_tanh_gated(residual: Tensor, gate: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
     """residual + tanh(gate) * norm(x), the gate [B, D]."""
-    if fits(norm, x, kind=RmsNorm) and norm.weight is not None and norm.bias is None and residual.dtype is x.dtype:
+    if fusible(RmsNorm, norm) and norm.weight is not None and norm.bias is None and residual.dtype is x.dtype:
         return gated_residual(residual, x, gate, weight=norm.weight, eps=norm.eps)
     return residual + gate.unsqueeze(1).tanh() * norm(x)
 

@@ -9,13 +9,13 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.attention import attention
 from ..ops.layer_norm import layer_norm
 from ..ops.qk_norm_rope import qk_norm_rope
 from ..ops.rope import rope
-from .swap import qualified
+from .swap import fusible, qualified
 
 Rotation = tuple[Tensor, Tensor]
 
@@ -77,6 +77,9 @@ class Flux:
         if tables is None:
             return norm_q(query), norm_k(key)
         cos, sin = (x[start : start + query.shape[2]] for x in tables)
+        if not fusible(nn.Module, norm_q, norm_k):
+            query, key = norm_q(query), norm_k(key)
+            return rope(query, cos, sin, interleaved=True), rope(key, cos, sin, interleaved=True)
         return qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps, interleaved=True)
 
 
@@ -182,7 +185,10 @@ class LuminaNext:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         head_dim = query.shape[-1] // attn.heads
         norm_q, norm_k, both = attn.norm_q, attn.norm_k, key_rotary_emb is query_rotary_emb
-        if norm_k is not None and not both:
+        if norm_q is not None and not fusible(nn.LayerNorm, norm_q, norm_k):
+            query, key = norm_q(query), norm_k(key)
+            norm_q = norm_k = None
+        elif norm_k is not None and not both:
             key = layer_norm(key, norm_k.weight, norm_k.bias, norm_k.eps)
         query, key, value = (heads(x, head_dim) for x in (query, key, value))
         if norm_q is None:
@@ -223,8 +229,8 @@ class Lumina2:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         query, key, value = (heads(x, query.shape[-1] // attn.heads) for x in (query, key, value))
         norm_q, norm_k = attn.norm_q, attn.norm_k
-        if image_rotary_emb is None:
-            query, key = norm_q(query), norm_k(key)
+        if image_rotary_emb is None or not fusible(nn.Module, norm_q, norm_k):
+            query, key = (turned(norm(x), image_rotary_emb) for norm, x in ((norm_q, query), (norm_k, key)))
         else:
             tables = complex_tables(image_rotary_emb)
             query, key = qk_norm_rope(

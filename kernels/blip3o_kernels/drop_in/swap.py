@@ -53,6 +53,19 @@ class Record:
     checked: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody waits for the module to be called, so that it must not be fused with its neighbour."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+
+
+def fusible(kind: type | tuple[type, ...], *modules: nn.Module | None) -> bool:
+    """Whether a neighbour may do the modules' work: they are still of that kind, and nobody waits for their calls."""
+    for module in modules:
+        if module is None or not isinstance(module, kind) or hooked(module):
+            return False
+    return True
+
+
 def qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
