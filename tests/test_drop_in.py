@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
+from drop_in_bounds import bound, bound_gradients, close
+
 from blip3o_kernels import patch, register_attention, unpatch
 from blip3o_kernels.drop_in.agreement import run
 from blip3o_kernels.drop_in.architectures import LANGUAGE, build
@@ -24,17 +26,6 @@ TEXT = [name for name in LANGUAGE if name != "Qwen2.5-VL"]
 
 def ids(rows: int, tokens: int) -> Tensor:
     return torch.randint(3, 150, (rows, tokens), generator=torch.Generator().manual_seed(5))
-
-
-def bound(y: Tensor, stock: Tensor, truth: Tensor, name: str = "", factor: float = 2.0) -> None:
-    """As far from float64 as the stock model, twice at most, and two units in the last place."""
-    last_place = float(truth.detach().abs().max()) * torch.finfo(stock.dtype).eps
-    error, stocks = ((x.double() - truth).abs().max().item() for x in (y, stock))
-    assert error <= factor * stocks + 2 * last_place, f"{name}: {error:.3g}, stock {stocks:.3g}"
-
-
-def close(y: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(y, expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
 
 
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -60,10 +51,7 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
         # A loss, one number, may be close to the truth by luck; it moves by twice as much as its logits at most.
         error = (stock["logits"] - truth["logits"]).abs().max()
         assert (found["loss"] - truth["loss"]).abs() <= 2 * error
-        found = gradients(model, inputs)
-        assert found.keys() == stock_gradients.keys()
-        for key, gradient in found.items():
-            bound(gradient, stock_gradients[key], true_gradients[key], key, 3.0)
+        bound_gradients(gradients(model, inputs), stock_gradients, true_gradients)
 
 
 @pytest.mark.parametrize("name", TEXT)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
+from drop_in_bounds import bound, bound_gradients, close
+
 from blip3o_kernels import patch, unpatch
 from blip3o_kernels.drop_in.agreement import run
 from blip3o_kernels.drop_in.architectures import DIFFUSION, build
@@ -37,10 +39,6 @@ def sample(outputs: Any) -> Tensor:
     return outputs.sample if hasattr(outputs, "sample") else outputs[0]
 
 
-def close(y: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(y, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
-
-
 def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     model.zero_grad()
     y = sample(model(**inputs))
@@ -57,13 +55,6 @@ def wide(x: Any) -> Any:
     return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def bound(y: Tensor, stock: Tensor, truth: Tensor, name: str, factor: float) -> None:
-    """As far from float64 as the stock model, `factor` times at most, and two units in the last place."""
-    last_place = float(truth.abs().max()) * torch.finfo(stock.dtype).eps
-    error, stocks = ((x.double() - truth).abs().max().item() for x in (y, stock))
-    assert error <= factor * stocks + 2 * last_place, f"{name}: {error:.3g}, stock {stocks:.3g}"
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", DIFFUSION)
 def test_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
@@ -74,11 +65,8 @@ def test_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:
     stock_gradients, true_gradients = gradients(model, inputs), gradients(exact, wide(inputs))
     with patch(model) as patched:
         assert patched.replaced["attention"] >= 2 and patched.replaced["modulate"] >= 2
-        bound(run(model, inputs)["sample"], stock, truth, "sample", 2.0)
-        found = gradients(model, inputs)
-        assert found.keys() == stock_gradients.keys()
-        for key, gradient in found.items():
-            bound(gradient, stock_gradients[key], true_gradients[key], key, 3.0)
+        bound(run(model, inputs)["sample"], stock, truth)
+        bound_gradients(gradients(model, inputs), stock_gradients, true_gradients)
     assert torch.equal(run(model, inputs)["sample"], stock)
 
 
