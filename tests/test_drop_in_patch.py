@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
 from typing import Any
 
 import pytest
@@ -300,3 +301,14 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| Gemma 3 " in out and "qk_norm_rope x 2" in out and "Gemma3MLP" in out and "linear attention" in out
     with pytest.raises(SystemExit):
         table.main(["--models", "GPT-2"])
+
+
+@pytest.mark.program(
+    "benchmarks/drop_in.py", "--hidden", "64", "--layers", "1", "--vocabulary", "100", "--rows", "2", "--tokens", "32",
+    "--steps", "3", "--seconds", "0.01",
+)  # fmt: skip
+def test_the_example_of_training(program: subprocess.CompletedProcess[str]) -> None:
+    assert program.returncode == 0, program.stderr
+    losses = [line.partition(": ")[2] for line in program.stdout.splitlines() if line.startswith("loss of")]
+    assert len(losses) == 2 and losses[0] == losses[1] and len(losses[0].split()) == 3
+    assert all(f"| {task} | " in program.stdout for task in ("a step of training", "reading a prompt", "16 new tokens"))

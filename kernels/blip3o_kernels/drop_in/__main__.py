@@ -7,7 +7,6 @@ modules, the largest difference of outputs that the self-check saw, what it woul
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -36,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = [*LANGUAGE, *DIFFUSION]
     parser.add_argument("--models", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
     chosen = parser.parse_args(arguments).models
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    if set(chosen) & set(DIFFUSION):
+        from diffusers.utils import logging
+
+        logging.set_verbosity_error()  # it remarks on every change of a dtype
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name in chosen:
         print(f"| {' | '.join(row(name))} |", flush=True)

@@ -47,6 +47,11 @@ def stock_outputs(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, A
             for name, x in run(inner, given).items():
                 most, typical = distance(x, outputs[name])
                 moved[name] = max(moved[name][0], most), max(moved[name][1], typical)
+    # One number, such as a loss, may stand still by luck: it may move by what is typical of the others.
+    typical = max((moved[name][1] for name, x in outputs.items() if x.dim()), default=0.0)
+    for name, x in outputs.items():
+        if not x.dim():
+            moved[name] = max(moved[name][0], typical), max(moved[name][1], typical)
     return Before(inner, given, outputs, moved)
 
 

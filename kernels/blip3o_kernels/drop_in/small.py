@@ -15,13 +15,15 @@ from .swap import PatchError, qualified
 
 Inputs = dict[str, Any]
 ROWS, TOKENS, PADDED = 2, 24, 5  # the second row is padded on the left
-SIDE, WORDS = 4, 7  # patches on a side of the latent, tokens of the prompt
 
 
 class Draw:
-    """Random numbers for `model`, the same for each model of its sizes."""
+    """Random numbers for `model`, the same for each model of its sizes.
 
-    def __init__(self, model: nn.Module) -> None:
+    side: patches on a side of the latent.  words: tokens of the prompt; the second is 3 tokens shorter.
+    """
+
+    def __init__(self, model: nn.Module, side: int = 4, words: int = 7) -> None:
         place = next(model.parameters())
         if place.is_meta:
             raise PatchError(f"model ({type(model).__name__}): expected weights to check with, got the device meta")
@@ -29,12 +31,13 @@ class Draw:
         self.device = place.device
         self.dtype = torch.float32 if place.dtype.itemsize < 2 else place.dtype  # float8 is only stored
         self.generator = torch.Generator().manual_seed(0)
+        self.side, self.words = side, words
 
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device, self.dtype)
 
-    def latent(self, sides: int = SIDE) -> Tensor:
-        size = sides * self.config.patch_size
+    def latent(self) -> Tensor:
+        size = self.side * self.config.patch_size
         return self.normal(ROWS, self.config.in_channels, size, size)
 
     def below(self, high: int, *shape: int) -> Tensor:
@@ -43,9 +46,12 @@ class Draw:
     def times(self, scale: float = 1.0) -> Tensor:
         return (torch.rand(ROWS, generator=self.generator) * scale).to(self.device)
 
-    def words(self) -> Tensor:
-        """The mask of a prompt: the second row is three words shorter."""
-        mask = torch.ones(ROWS, WORDS, dtype=torch.int64)
+    def prompt(self, width: int) -> Tensor:
+        return self.normal(ROWS, self.words, width)
+
+    def mask(self) -> Tensor:
+        """Of the prompt."""
+        mask = torch.ones(ROWS, self.words, dtype=torch.int64)
         mask[1, -3:] = 0
         return mask.to(self.device)
 
@@ -94,15 +100,16 @@ def with_picture_labelled(draw: Draw) -> Inputs:
 
 def flux(draw: Draw) -> Inputs:
     config = draw.config
-    places = torch.zeros(SIDE, SIDE, 3)
-    places[..., 1], places[..., 2] = torch.arange(SIDE)[:, None], torch.arange(SIDE)
+    side = torch.arange(draw.side)
+    places = torch.zeros(draw.side, draw.side, 3)
+    places[..., 1], places[..., 2] = side[:, None], side
     return {
-        "hidden_states": draw.normal(ROWS, SIDE * SIDE, config.in_channels),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, config.joint_attention_dim),
+        "hidden_states": draw.normal(ROWS, draw.side**2, config.in_channels),
+        "encoder_hidden_states": draw.prompt(config.joint_attention_dim),
         "pooled_projections": draw.normal(ROWS, config.pooled_projection_dim),
         "timestep": draw.times(),
         "img_ids": places.view(-1, 3).to(draw.device),
-        "txt_ids": torch.zeros(WORDS, 3, device=draw.device),
+        "txt_ids": torch.zeros(draw.words, 3, device=draw.device),
         "guidance": draw.times(4.0) if config.guidance_embeds else None,
     }
 
@@ -110,7 +117,7 @@ def flux(draw: Draw) -> Inputs:
 def sd3(draw: Draw) -> Inputs:
     return {
         "hidden_states": draw.latent(),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, draw.config.joint_attention_dim),
+        "encoder_hidden_states": draw.prompt(draw.config.joint_attention_dim),
         "pooled_projections": draw.normal(ROWS, draw.config.pooled_projection_dim),
         "timestep": draw.times(1000.0),
     }
@@ -123,9 +130,9 @@ def lumina(draw: Draw) -> Inputs:
     return {
         "hidden_states": draw.latent(),
         "timestep": draw.times(),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, draw.config.cross_attention_dim),
-        "encoder_mask": draw.words(),
-        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(head_dim, SIDE, SIDE),
+        "encoder_hidden_states": draw.prompt(draw.config.cross_attention_dim),
+        "encoder_mask": draw.mask(),
+        "image_rotary_emb": get_2d_rotary_pos_embed_lumina(head_dim, draw.side, draw.side),
         "cross_attention_kwargs": {},
     }
 
@@ -134,17 +141,17 @@ def lumina2(draw: Draw) -> Inputs:
     return {
         "hidden_states": draw.latent(),
         "timestep": draw.times(),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, draw.config.cap_feat_dim),
-        "encoder_attention_mask": draw.words().bool(),
+        "encoder_hidden_states": draw.prompt(draw.config.cap_feat_dim),
+        "encoder_attention_mask": draw.mask().bool(),
     }
 
 
 def sana(draw: Draw) -> Inputs:
     return {
         "hidden_states": draw.latent(),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, draw.config.caption_channels),
+        "encoder_hidden_states": draw.prompt(draw.config.caption_channels),
         "timestep": draw.times(1000.0),
-        "encoder_attention_mask": draw.words(),
+        "encoder_attention_mask": draw.mask(),
         "guidance": draw.times(4.0) if draw.config.guidance_embeds else None,
     }
 
@@ -156,10 +163,10 @@ def pixart(draw: Draw) -> Inputs:
     use = draw.config.use_additional_conditions if use is None else use
     return {
         "hidden_states": draw.latent(),
-        "encoder_hidden_states": draw.normal(ROWS, WORDS, caption),
+        "encoder_hidden_states": draw.prompt(caption),
         "timestep": draw.times(1000.0),
         "added_cond_kwargs": sizes if use else dict.fromkeys(sizes),
-        "encoder_attention_mask": draw.words(),
+        "encoder_attention_mask": draw.mask(),
     }
 
 
@@ -191,12 +198,15 @@ INPUTS: dict[str, Callable[[Draw], Inputs]] = {
 }
 
 
-def small_inputs(model: nn.Module) -> tuple[nn.Module, Inputs]:
-    """The outermost model inside `model` that is known, and an input for it. Raises PatchError if none is known."""
+def small_inputs(model: nn.Module, **sizes: int) -> tuple[nn.Module, Inputs]:
+    """The outermost model inside `model` that is known, and an input for it, of Draw's `sizes`.
+
+    Raises PatchError if none is known.
+    """
     for module in model.modules():
         make = INPUTS.get(qualified(type(module)))
         if make is not None:
-            return module, make(Draw(module))
+            return module, make(Draw(module, **sizes))
     known = ", ".join(sorted(name.rpartition(".")[2] for name in INPUTS))
     raise PatchError(
         f"model ({type(model).__name__}): expected one of {known}, or inputs= to check another with, or check=False"
