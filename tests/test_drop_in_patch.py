@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 
 from blip3o_kernels import PatchError, patch, register_attention, unpatch
 from blip3o_kernels.drop_in import __main__ as table
-from blip3o_kernels.drop_in import agreement, diffusion, interface, language
+from blip3o_kernels.drop_in import agreement, diffusion, heads, interface, language
 from blip3o_kernels.drop_in.architectures import DIFFUSION, LANGUAGE, build
 
 MODELS = [*LANGUAGE, *DIFFUSION]
@@ -131,7 +131,7 @@ def test_a_saved_model_is_a_stock_one(tmp_path: Any) -> None:
         ("Llama", language, "rms_norm"),
         ("Llama", language, "rope"),
         ("Llama", language, "swiglu"),
-        ("Llama", language, "linear_cross_entropy"),
+        ("Llama", heads, "linear_cross_entropy"),
         ("Qwen3", language, "qk_norm_rope"),
         ("Mistral", interface, "attention"),
         ("PixArt", diffusion, "modulate"),
