@@ -245,6 +245,8 @@ def test_the_loss_and_its_logits(name: str) -> None:
         close(losses(model, skip_logits=False).logits[kept], logits)
         inputs = small_inputs(model)[1]
         close(model(inputs["input_ids"], inputs["attention_mask"], labels=labels).loss, expected["labels"])
+        by_place = model(inputs["input_ids"], inputs["attention_mask"], None, None, None, labels)
+        close(by_place.loss, expected["labels"])
         close(losses(model, labels=None).logits[kept], logits)
 
 

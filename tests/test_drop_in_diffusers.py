@@ -114,6 +114,23 @@ def test_compiled_without_breaks(name: str) -> None:
         close(run(compiled, inputs)["sample"], expected)
 
 
+def test_masks_of_attention() -> None:
+    """A bias for all heads, with or without the queries' axis; not one that is repeated for heads already."""
+    model = build("PixArt")
+    attn = model.transformer_blocks[0].attn2
+    x, context = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
+    bias = torch.zeros(2, 1, 7)
+    bias[1, :, 4:] = -10000.0
+    expected = attn(x, context, attention_mask=bias)
+    with patch(model, check=False):
+        close(attn(x, context, attention_mask=bias), expected)
+        close(attn(x, context, attention_mask=bias[:, 0]), expected)
+        with pytest.raises(
+            ValueError, match=r"attention_mask: expected shape \[2, T, S\] or \[2, S\], got \[4, 1, 7\]"
+        ):
+            attn(x, context, attention_mask=bias.repeat(2, 1, 1))
+
+
 def test_an_adapter() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = build("Flux")

@@ -52,15 +52,16 @@ class CausalLm(nn.Module):
     ) -> Any:
         from transformers.loss.loss_utils import ForCausalLMLoss
 
+        if len(arguments) > 1:
+            named |= dict(zip(signature(super().forward).parameters, arguments, strict=False))
+            labels, logits_to_keep = named.pop("labels", labels), named.pop("logits_to_keep", logits_to_keep)
+        elif arguments:
+            named["input_ids"] = arguments[0]
         head = self.lm_head
         plain = type(head) is nn.Linear and head.bias is None and not hooked(head)
         everything = isinstance(logits_to_keep, int) and not logits_to_keep
         if labels is None or not plain or not everything or self.loss_function is not ForCausalLMLoss:
-            return super().forward(*arguments, labels=labels, logits_to_keep=logits_to_keep, **named)
-        if arguments:
-            named["input_ids"], *more = arguments
-            if more:
-                named |= dict(zip(list(signature(super().forward).parameters)[1:], more, strict=False))
+            return super().forward(labels=labels, logits_to_keep=logits_to_keep, **named)
         shifted, count = named.pop("shift_labels", None), named.pop("num_items_in_batch", None)
         ignored = named.pop("ignore_index", -100)
         return_dict = named.pop("return_dict", None)

@@ -140,16 +140,23 @@ class Cross:
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
         if not whole:
             query, key = self.norm(attn, query, key)
-        if attention_mask is not None:  # a bias [B, 1, S], the same for all heads
-            attention_mask = attention_mask.unsqueeze(1)
+        mask = None if attention_mask is None else for_all_heads(attention_mask, query.shape[0])
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        y = attend(query, key, value, attention_mask).flatten(2)
+        y = attend(query, key, value, mask).flatten(2)
         return project(attn, y) / attn.rescale_output_factor
 
     @staticmethod
     def norm(attn: Any, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         query = query if attn.norm_q is None else attn.norm_q(query)
         return query, key if attn.norm_k is None else attn.norm_k(key)
+
+
+def for_all_heads(mask: Tensor, batch: int) -> Tensor:
+    """[B, 1, 1 or T, S] of a bias [B, 1 or T, S] or [B, S]."""
+    mask = mask.unsqueeze(1) if mask.dim() == 2 else mask
+    if mask.dim() != 3 or mask.shape[0] != batch:
+        raise ValueError(f"attention_mask: expected shape [{batch}, T, S] or [{batch}, S], got {list(mask.shape)}")
+    return mask.unsqueeze(1)
 
 
 class CrossWhole(Cross):
