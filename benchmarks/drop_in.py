@@ -21,7 +21,7 @@ from typing import Any
 import measure
 import torch
 import torch.nn.functional as F
-from end_to_end import DTYPES, peak
+from end_to_end import CLOCKS, DTYPES, peak
 from torch import Tensor, nn
 
 from blip3o_kernels import patch
@@ -140,6 +140,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=measure.positive(float), default=5.0, help="for each task and model")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="process: with one thread, if others work"
+    )
     options = parser.parse_args()
     if options.hidden % HEAD:
         parser.error(f"--hidden: expected a multiple of {HEAD}, got {options.hidden}")
@@ -157,7 +160,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for task in calls["stock"]:
         contestants = {name: calls[name][task] for name in pair}
-        times = measure.take_turns(contestants, options.device, options.seconds)
+        times = measure.take_turns(contestants, options.device, options.seconds, clock=CLOCKS[options.clock])
         stock, patched = (1e3 * measure.interval(times[name])[0] for name in ("stock", "patched"))
         added = {name: memory(call, options.device) for name, call in contestants.items()}
         speed = f"{stock:.1f} | {patched:.1f} | {stock / patched:.2f}"
