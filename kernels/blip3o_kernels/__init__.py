@@ -6,6 +6,7 @@ Each op is one word: `ops/<op>.py` is its contract, `OPS` the table of all of th
 """
 
 from .dispatch import BackendError, Op, explain, use
+from .drop_in import PatchError, patch, register_attention, unpatch
 from .memory import keep_freed_memory, keep_results, kept_results, release_results
 from .ops import add_rms_norm as _add_rms_norm
 from .ops import attention as _attention
@@ -60,6 +61,7 @@ __all__ = [
     "OPS",
     "BackendError",
     "Op",
+    "PatchError",
     "add_rms_norm",
     "attention",
     "explain",
@@ -74,7 +76,9 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "modulate",
+    "patch",
     "qk_norm_rope",
+    "register_attention",
     "release_results",
     "rms_norm",
     "rope",
@@ -83,5 +87,6 @@ __all__ = [
     "rope_table_multimodal",
     "swiglu",
     "timestep_embedding",
+    "unpatch",
     "use",
 ]
