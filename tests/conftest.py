@@ -4,6 +4,7 @@ Everything runs on one thread, sums in one order: inputs are tiny, and of two th
 the other. A second core runs the programs that some tests only look at (`@pytest.mark.program`).
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -148,6 +149,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Their programs are started now, one after the other, beside the tests."""
     if session.config.option.collectonly:
         return
+    gc.collect()
+    gc.freeze()  # thousands of tests and torch's modules stay to the end: collections need not look through them
     pool = ThreadPoolExecutor(max_workers=1)
     for item in session.items:
         marker = item.get_closest_marker("program")
