@@ -419,7 +419,7 @@ typedef struct {
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 BLIP3O_API int blip3o_cuda_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
-/* All of it, products included, in float32, or in bfloat16 on chips with BLIP3O_AMX. Forward: *loss and `sums`, three numbers of
+/* All of it, products included, in float32, or of bfloat16 (in tiles where the chip has AMX). Forward: *loss and `sums`, three numbers of
  * each row that the backward pass wants, and with `logits` those, in an order of their own. Backward: dx and dweight, contiguous,
  * times dloss; without `logits` they are computed again. */
 typedef struct {

@@ -303,8 +303,8 @@ static int linear_cross_entropy_fused(const Arguments& a) {
     if (a.target[row] != a.ignore_index && (a.target[row] < 0 || a.target[row] >= a.vocab)) return BLIP3O_BAD_ARGUMENT;
   if (a.dtype == BLIP3O_FLOAT32) return fused_run<float>(a);
 #if BLIP3O_LANES == 16
-  if (a.dtype == BLIP3O_BFLOAT16)
-    return blip3o_instruction_set(a.instruction_set) == BLIP3O_AMX ? fused_run<bfloat16>(a) : BLIP3O_BAD_INSTRUCTION_SET;
+  if (a.dtype == BLIP3O_BFLOAT16 && blip3o_instruction_set(a.instruction_set) == BLIP3O_AMX) return fused_run<bfloat16>(a);
 #endif
+  if (a.dtype == BLIP3O_BFLOAT16) return fused_run<Widened>(a);
   return BLIP3O_BAD_DTYPE;
 }

@@ -5,7 +5,9 @@
 //   Logits                  the logits of up to STEP words and BLOCK rows
 //   Gradients               dlogits laid out, and its two products: STEP rows of dweight, complete, or a round's share of dx
 //
-// All of float in the vectors of product.h, of bfloat16 in logits_tiles.h.
+// In the vectors of product.h, whatever x and weight are stored as; bfloat16 on a chip with AMX in logits_tiles.h.
+
+struct Widened : bfloat16 {};  // bfloat16 where it is multiplied in float32
 
 #if defined(_OPENMP)
 extern "C" int omp_get_thread_num(void);
@@ -15,20 +17,26 @@ static inline int thread_number() { return 0; }
 #endif
 
 template <class T>
-static constexpr int64_t GROUP = std::is_same<T, float>::value ? LANES : STEP;  // rows in what a product takes at once
+static constexpr bool TILES = std::is_same<T, bfloat16>::value;
+template <class T>
+static constexpr int64_t GROUP = TILES<T> ? STEP : LANES;  // rows in what a product takes at once
 
 // Floats of a row of x as right factor.
 template <class T>
 static int64_t RIGHT(const Arguments& a, const Sizes& s) {
-  return std::is_same<T, float>::value ? s.width : padded(a.width, STEP) / 2;
+  return TILES<T> ? padded(a.width, STEP) / 2 : s.width;
 }
 
+static inline void put(float* to, Floats v, bool past_caches) { past_caches ? streamed(to, v) : store(to, v); }
+static inline void put(bfloat16* to, Floats v, bool) { store(to, v); }
+
 // A block of [words, columns] into rows of the result.
-static inline void put_block(float* to, int64_t step, const float* from, int64_t from_step, int64_t words, int64_t columns,
+template <class T>
+static inline void put_block(T* to, int64_t step, const float* from, int64_t from_step, int64_t words, int64_t columns,
                              bool past_caches) {
   for (int64_t i = 0; i < words; ++i, to += step, from += from_step) {
     int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) past_caches ? streamed(to + c, load(from + c)) : store(to + c, load(from + c));
+    for (; c + LANES <= columns; c += LANES) put(to + c, load(from + c), past_caches);
     if (c < columns) store(to + c, load(from + c), columns - c);
   }
 }
@@ -39,28 +47,19 @@ static bool passes_caches(const Arguments& a) {
          a.vocab * a.width >= LARGE;
 }
 
-template <class T>
-static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end);
-template <class T>
-static void lay_terms(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end);
-template <class T>
-struct Logits;
-template <class T>
-struct Gradients;
-
 static constexpr int64_t PANEL = 64;    // columns, of 128 rows 32 KiB
 static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor stays in the first cache
 
-template <>
-void lay_right<float>(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end) {
+template <class T>
+static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end) {
   const int64_t panel = row / PANEL * PANEL;
   lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel),
-              static_cast<const float*>(a.x) + row * a.x_stride, a.x_stride, smaller(STEP, end - row), a.width);
+              static_cast<const T*>(a.x) + row * a.x_stride, a.x_stride, smaller(STEP, end - row), a.width);
 }
 
-template <>
-void lay_terms<float>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
-  const float* x = static_cast<const float*>(a.x);
+template <class T>
+static void lay_terms(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
+  const T* x = static_cast<const T*>(a.x);
 #pragma omp for schedule(static)
   for (int64_t row = top; row < end; ++row)
     for (int64_t i = 0; i < s.width; i += LANES)
@@ -68,18 +67,20 @@ void lay_terms<float>(float* to, const Arguments& a, const Sizes& s, int64_t top
             i < a.width ? load_some(x + row * a.x_stride + i, a.width - i) : Floats{});
 }
 
-template <>
-struct Logits<float> {
+template <class T>
+struct Logits {
   const float* right;
   const int64_t height, columns, width;
+  float* own;
 
-  Logits(const float* laid, int64_t high, float*, int64_t wide, int64_t deep)
-      : right(laid), height(high), columns(wide), width(deep) {}
+  Logits(const float* laid, int64_t high, float* space, int64_t wide, int64_t deep)
+      : right(laid), height(high), columns(wide), width(deep), own(space) {}
 
-  void operator()(float* to, const float* weight, int64_t step, int64_t words) const {
+  void operator()(float* to, const T* stored, int64_t step, int64_t words) const {
+    const float* weight = rows_of<false>(stored, step, words, width, own, false);
     for (int64_t k = 0; k < width; k += DEPTH) {
       const auto multiply = k ? product<true, true> : product<true, false>;
-      for (int64_t i = STEP; i < 2 * STEP; ++i)  // the next words
+      for (int64_t i = STEP; std::is_same<T, float>::value && i < 2 * STEP; ++i)  // the next words
         for (int64_t l = k; l < smaller(k + DEPTH, width); l += LANES) ahead(weight + i * step + l);
       for (int64_t c = 0; c < columns; c += PANEL) {
         const int64_t across = smaller(PANEL, height - c);
@@ -90,8 +91,8 @@ struct Logits<float> {
   }
 };
 
-template <>
-struct Gradients<float> {
+template <class T>
+struct Gradients {
   const Arguments& a;
   const Sizes& s;
   float* dlogits;  // block by block of rows [words, rows]
@@ -109,8 +110,8 @@ struct Gradients<float> {
   void lay(const float*, int64_t, int64_t, int64_t, int64_t) const {}
 
   void of_weight(int64_t word, int64_t column) const {
-    const bool past_caches = passes_caches<float>(a);
-    float* to = static_cast<float*>(a.dweight) + (start + word) * a.width;
+    const bool past_caches = passes_caches<T>(a);
+    T* to = static_cast<T*>(a.dweight) + (start + word) * a.width;
     const int64_t some = smaller(STEP, words - word), last = smaller(a.width, column + PART);
     for (int64_t c = column; c < last; c += PANEL) {
       float* block = s.round < s.rows ? total + word * s.width + c * STEP : own;
@@ -124,14 +125,14 @@ struct Gradients<float> {
   }
 
   void of_x(int64_t row, int64_t column) const {
-    const float* weight = static_cast<const float*>(a.weight) + start * a.weight_stride;
+    const T* weight = static_cast<const T*>(a.weight) + start * a.weight_stride;
     const int64_t bottom = smaller(end, row + PART), last = smaller(a.width, column + PART);
     for (int64_t w = 0; w < words; w += DEPTH)
       for (int64_t c = column; c < last; c += PANEL) {
         const int64_t some = smaller(DEPTH, words - w);
         for (int64_t i = 0; i < some; ++i)
           for (int64_t k = 0; k < PANEL; k += LANES) {
-            const float* from = weight + (w + i) * a.weight_stride + c + k;
+            const T* from = weight + (w + i) * a.weight_stride + c + k;
             store(own + i * PANEL + k, c + k < last ? load_some(from, last - c - k) : Floats{});
             ahead(from + DEPTH * a.weight_stride);
           }
@@ -143,7 +144,7 @@ struct Gradients<float> {
       }
     if (start + words < a.vocab) return;
     for (int64_t c = column; c < last; c += PANEL)
-      put_block(static_cast<float*>(a.dx) + row * a.width + c, a.width, sums + (c / PANEL * s.round + row - top) * PANEL, PANEL, bottom - row,
+      put_block(static_cast<T*>(a.dx) + row * a.width + c, a.width, sums + (c / PANEL * s.round + row - top) * PANEL, PANEL, bottom - row,
                 smaller(PANEL, last - c), false);
   }
 };

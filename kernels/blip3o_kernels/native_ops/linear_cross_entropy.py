@@ -19,23 +19,29 @@ _BEST = INSTRUCTION_SETS[native.instruction_set()]
 SPLIT = {"cuda"}  # where dlogits of bfloat16 operands are the sum of two bfloat16 numbers
 MANY = 2**22  # logits from which on float32 gradients gain by a dweight that is written once
 KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
-LEAST_WIDTH = {torch.float32: 64, torch.bfloat16: 1024}
+LEAST_WIDTH, LEAST_WIDTH_TILES = 64, 1024  # from which on to compute logits again takes more time than memory
+
+
+def _tiles(dtype: torch.dtype) -> bool:
+    return dtype is torch.bfloat16 and (instruction_set() or _BEST) >= INSTRUCTION_SETS["amx"]
 
 
 def late(dtype: torch.dtype, elements: int, wanted: bool, autocast: torch.dtype | None) -> bool:
     """Whether `fused` and `fused_gradients` are to run, for so many logits: of bfloat16 wherever the chip has AMX, of
-    float32 with AVX-512, but for gradients only of many logits that can be kept. Of few, torch's products are faster;
-    of more, computing them again is 4 products for 3."""
-    if autocast is not None or (dtype is torch.float32 and wanted and not MANY <= elements <= KEPT):
+    both dtypes with AVX-512, but for gradients only of many logits that can be kept. Of few, torch's products are
+    faster; of more, computing them again is 4 products for 3."""
+    if autocast is not None or dtype not in (torch.float32, torch.bfloat16):
         return False
-    least = {torch.float32: "avx512", torch.bfloat16: "amx"}.get(dtype)
-    return least is not None and (instruction_set() or _BEST) >= INSTRUCTION_SETS[least]
+    if wanted and not _tiles(dtype) and not MANY <= elements <= KEPT:
+        return False
+    return (instruction_set() or _BEST) >= INSTRUCTION_SETS["avx512"]
 
 
 def logits_kept(x: Tensor, rows: int, vocab: int, wanted: bool) -> int:
     """How many floats of logits `fused` keeps, if gradients are wanted; 0 where there are too many, or where to compute
     them again takes less time than memory."""
-    kept = wanted and rows * vocab <= KEPT and x.shape[-1] >= LEAST_WIDTH[x.dtype]
+    least = LEAST_WIDTH_TILES if _tiles(x.dtype) else LEAST_WIDTH
+    kept = wanted and rows * vocab <= KEPT and x.shape[-1] >= least
     return -(-rows // 32) * 32 * vocab if kept else 0
 
 
