@@ -13,24 +13,9 @@ from torch import Tensor, nn
 
 from ..ops.gated_residual import gated_residual
 from ..ops.modulate import modulate
-from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
-from .processors import linear, processor, unfit
+from .processors import RmsNorm, linear, processor, unfit
 from .swap import Part, fusible
-
-
-class RmsNorm(nn.Module):
-    """Rounds before the weight, and gives the weight's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if weight is None or weight.dtype is x.dtype:
-            y = rms_norm(x, weight, self.eps)
-        elif weight.dtype is torch.float32:  # then nothing is rounded before the weight
-            y = rms_norm(x.float(), weight, self.eps)
-        else:
-            y = rms_norm(x, None, self.eps).to(weight.dtype) * weight
-        return y if self.bias is None else y + self.bias
 
 
 def layer_modulate(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

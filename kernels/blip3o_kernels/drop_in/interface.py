@@ -70,17 +70,17 @@ def attend(
     causal = bool(module.is_causal) if is_causal is None and hasattr(module, "is_causal") else is_causal is not False
     tokens = query.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap or None}
-    window = (sliding_window - 1, -1) if sliding_window is not None and causal else None
+    window = None if sliding_window is None else (sliding_window - 1, -1 if causal else sliding_window - 1)
     if cu_seq_lens_q is not None:
         ends = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         options |= {"cu_seqlens_q": cu_seq_lens_q.to(torch.int32), "cu_seqlens_k": ends.to(torch.int32)}
-        options |= {"is_causal": causal, "window_size": window}
         attention_mask = None
     elif attention_mask is None:
         causal = tokens > 1 and causal
         if causal and key.shape[2] > tokens:
             # No mask and more keys than queries: the first tokens in an empty cache of fixed length.
             key, value = key[:, :, :tokens], value[:, :, :tokens]
+    if attention_mask is None:
         options |= {"is_causal": causal, "window_size": window}
     y = attention(query, key, value, attention_mask, dropout, **options)
     return y.transpose(1, 2), None

@@ -14,10 +14,28 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.layer_norm import layer_norm
 from ..ops.qk_norm_rope import qk_norm_rope
+from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
 from .swap import fusible, qualified
 
 Rotation = tuple[Tensor, Tensor]
+
+
+class RmsNorm(nn.Module):
+    """Rounds before the weight, and gives the weight's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight is None or weight.dtype is x.dtype:
+            y = rms_norm(x, weight, self.eps)
+        elif weight.dtype is torch.float32:  # then nothing is rounded before the weight
+            y = rms_norm(x.float(), weight, self.eps)
+        else:
+            y = rms_norm(x, None, self.eps).to(weight.dtype) * weight
+        return y if self.bias is None else y + self.bias
+
+
+_RMS = (nn.RMSNorm, RmsNorm)  # that qk_norm_rope does the work of
 
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
@@ -77,7 +95,7 @@ class Flux:
         if tables is None:
             return norm_q(query), norm_k(key)
         cos, sin = (x[start : start + query.shape[2]] for x in tables)
-        if not fusible(nn.Module, norm_q, norm_k):
+        if not fusible(_RMS, norm_q, norm_k):
             query, key = norm_q(query), norm_k(key)
             return rope(query, cos, sin, interleaved=True), rope(key, cos, sin, interleaved=True)
         return qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps, interleaved=True)
@@ -192,7 +210,7 @@ class LuminaNext:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         head_dim = query.shape[-1] // attn.heads
         norm_q, norm_k, both = attn.norm_q, attn.norm_k, key_rotary_emb is query_rotary_emb
-        if norm_q is not None and not fusible(nn.LayerNorm, norm_q, norm_k):
+        if norm_q is not None and (query_rotary_emb is None or not fusible(nn.LayerNorm, norm_q, norm_k)):
             query, key = norm_q(query), norm_k(key)
             norm_q = norm_k = None
         elif norm_k is not None and not both:
@@ -201,7 +219,7 @@ class LuminaNext:
         if norm_q is None:
             query = turned(query, query_rotary_emb)
             key = turned(key, key_rotary_emb)
-        elif query_rotary_emb is not None:
+        else:
             # Keys of other tokens than the queries' are not rotated: then they were normalised above.
             turning = key if both else key[:, :0, :1].expand(-1, -1, query.shape[2], -1)
             weight, bias = (norm_k.weight, norm_k.bias) if both else (norm_k.weight[:0], norm_k.bias[:0])
@@ -236,7 +254,7 @@ class Lumina2:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         query, key, value = (heads(x, query.shape[-1] // attn.heads) for x in (query, key, value))
         norm_q, norm_k = attn.norm_q, attn.norm_k
-        if image_rotary_emb is None or not fusible(nn.Module, norm_q, norm_k):
+        if image_rotary_emb is None or not fusible(_RMS, norm_q, norm_k):
             query, key = (turned(norm(x), image_rotary_emb) for norm, x in ((norm_q, query), (norm_k, key)))
         else:
             tables = complex_tables(image_rotary_emb)
@@ -295,6 +313,11 @@ def unfit(attn: Any) -> str:
         for norm in norms:
             if norm is not None and (norm.weight is None or (kinds[0] == "LayerNorm" and norm.bias is None)):
                 return "expected norms with a weight (layer norms: and a bias) in norm_q and norm_k"
+        for words in (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")):
+            pair = [vars(attn)["_modules"].get(word) for word in words]
+            eps = [None if norm is None else vars(norm).get("eps") for norm in pair]
+            if eps[0] != eps[1]:
+                return f"expected one eps in {words[0]} and {words[1]}, got {eps[0]} and {eps[1]}"
     if issubclass(ours, Cross):
         for word in ("spatial_norm", "group_norm", "norm_cross"):
             if vars(attn)["_modules"].get(word) is not None:

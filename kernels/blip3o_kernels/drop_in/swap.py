@@ -55,7 +55,8 @@ class Record:
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody waits for the module to be called, so that it must not be fused with its neighbour."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    forwards, backwards = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forwards or backwards or module._backward_pre_hooks)
 
 
 def fusible(kind: type | tuple[type, ...], *modules: nn.Module | None) -> bool:
