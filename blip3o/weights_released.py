@@ -99,11 +99,15 @@ def _old_names(files: TensorFiles) -> dict[str, str]:
 
 def _check_tied(files: TensorFiles, actual: Mapping[str, str]) -> None:
     """An output layer that is stored although config.json ties it must be the embedding."""
-    entries = [files.entries[actual[name]] for name in (OUTPUT, EMBEDDING) if name in actual]
-    copies = [torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype)) for entry in entries]
-    for name, copy in zip((OUTPUT, EMBEDDING), copies, strict=False):
-        files.copy(actual[name], copy)
-    if len(copies) == 2 and not torch.equal(*copies):
+    if EMBEDDING not in actual:
+        return  # which is told as missing
+    names = [actual[OUTPUT], actual[EMBEDDING]]
+    one_dtype(files, names, torch.float32)  # refuses dtypes that no weights have
+    dtype = torch.promote_types(*(DTYPES[files.entries[name].dtype] for name in names))
+    copies = [torch.empty(files.entries[name].shape, dtype=dtype) for name in names]
+    for name, copy in zip(names, copies, strict=True):
+        files.copy(name, copy)
+    if not torch.equal(*copies):
         raise CorruptModel(
             f"{files.place}: {actual[OUTPUT]} is not {actual[EMBEDDING]}, but config.json has tie_word_embeddings true"
         )
