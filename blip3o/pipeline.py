@@ -5,6 +5,7 @@ prompt ── language model ──► condition ── diffusion transformer �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -97,8 +98,9 @@ class Pipeline:
     ) -> Iterator[str]:
         """Pieces of the answer as they are said. `QwenProcessor.conversation` says what messages are."""
         return stream(
-            self.model, self.processor, messages, limit=max_new_tokens, temperature=temperature, generator=generator
-        )
+            self.model, self.processor, messages, max_new_tokens=max_new_tokens, temperature=temperature,
+            generator=generator,
+        )  # fmt: skip
 
     # drawing
 
@@ -151,8 +153,17 @@ class Pipeline:
             raise ValueError(f"output_type must be one of {get_args(Output)}, got {output_type!r}")
         if (prompts is None) == (condition is None):
             raise ValueError("either prompts or condition must be given")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        numbers = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "num_inference_steps": num_inference_steps,
+            "decoder_steps": decoder_steps,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        for name, scale in (("guidance_scale", guidance_scale), ("decoder_guidance_scale", decoder_guidance_scale)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name} must be finite, got {scale}")
         decoder = self.decoder if output_type == "features" else self._decoder()
         if condition is None:
             assert prompts is not None
@@ -247,8 +258,9 @@ class Pipeline:
         """
         if crop not in get_args(Crop):
             raise ValueError(f"crop must be one of {get_args(Crop)}, got {crop!r}")
-        if isinstance(images, str | Path) or not len(images):
-            raise ValueError(f"images must be a list of pictures, at least one, got {images!r}")
+        if isinstance(images, str | Path | Image.Image | Tensor) or not len(images):
+            found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else repr(images)
+            raise ValueError(f"images must be a list of pictures, at least one, got {found}")
         pictures = [_square(open_image(image), self.model.config.clip.image_size, crop) for image in images]
         return self.model.features(torch.stack(pictures).to(self.model.llm.output_weight))
 

@@ -97,8 +97,11 @@ class QwenProcessor:
         """ids int64 [B, T] and mask bool [B, T], True for text."""
         if side not in get_args(Side):
             raise ValueError(f"padding_side must be one of {get_args(Side)}, got {side!r}")
-        if not rows or not all(rows):
-            raise ValueError(f"prompts must be at least one, none of them empty, got {len(rows)}")
+        if not rows:
+            raise ValueError("prompts must be at least one, got none")
+        if not all(rows):
+            empty = ", ".join(str(i) for i, row in enumerate(rows) if not row)
+            raise ValueError(f"prompts must not be empty, got {len(rows)} of which these are, counted from 0: {empty}")
         longest = max(len(row) for row in rows)
         ids = torch.full((len(rows), longest), self.config.pad_token)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -147,15 +150,15 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
     """The messages with {"type": "image"} for each picture, and the pictures."""
     turns: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
-    if isinstance(messages, str) or not messages:
+    if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages must be a list of turns, at least one, got {messages!r}")
     for message in messages:
-        role, content = message.get("role"), message.get("content")
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in ("system", "user", "assistant") or not isinstance(content, str | Sequence):
             raise ValueError(f"a message must have a role (system, user, assistant) and a content, got {message!r}")
         parts: list[dict[str, str]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = part.get("type")
+            kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "image" and "image" in part:
                 pictures.append(open_image(part["image"]))
                 parts.append({"type": "image"})

@@ -38,6 +38,9 @@ class UnetDecoder:
                 f"unet.config.projection_class_embeddings_input_dim must be cross_attention_dim + 6 "
                 f"addition_time_embed_dim = {expected}, got {unet.config.projection_class_embeddings_input_dim}"
             )
+        for name in ("latents_mean", "latents_std", "shift_factor"):
+            if vae.config.get(name) is not None:
+                raise ValueError(f"vae.config.{name} must be None, as SDXL's, got {vae.config[name]!r}")
         self.unet, self.vae, self.scheduler = unet.eval(), vae.eval(), scheduler
         self.to(unet.device, unet.dtype)
 
