@@ -12,9 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ from blip3o.weights_files import (
     WEIGHTS,
     CorruptModel,
     TensorFiles,
-    WrongTensors,
+    check_fit,
     fill,
     one_dtype,
     write_shards,
@@ -255,7 +255,8 @@ def load_model(
     if (folder / MANIFEST).exists():
         folder = check_folder(folder, CONFIG, *_weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
-    return read_released(folder, tower=tower, skip=given, dtype=dtype, device=device).model
+    values = _json(folder / CONFIG)  # again: of the files that were checked
+    return read_released(folder, values, tower=tower, skip=given, dtype=dtype, device=device)
 
 
 def convert(
@@ -304,7 +305,7 @@ def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
     return _own_model(place, config, True, (), None, torch.device("cpu")), processor
 
 
-def _json(path: Path) -> object:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -325,7 +326,7 @@ def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")
     try:
-        return place, from_dict(Blip3oConfig, values)  # type: ignore[arg-type]  # which it checks
+        return place, from_dict(Blip3oConfig, values)
     except ValueError as error:
         raise CorruptModel(f"{place}: {error}") from None
 
@@ -346,7 +347,8 @@ def _own_model(
             model.drop_clip("its tower was not loaded")
             names = [name for name in names if not name.startswith("clip.")]
         own = model.state_dict()
-        _check_fit(files, names, own)
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        check_fit(place, shapes, {name: files.entries[name] for name in names})
         fill(model, files, {name: [name] for name in own}, one_dtype(files, names, dtype), device)
     return model.eval()
 
@@ -365,15 +367,3 @@ def _check_tokens(config: Blip3oConfig, processor: Processor, place: Path) -> No
         wrong.append(f"it has {words} words, the model {config.llm.vocab_size}")
     if wrong:
         raise CorruptModel(f"{place / TOKENIZER} does not fit {CONFIG}: {', '.join(wrong)}")
-
-
-def _check_fit(files: TensorFiles, names: Sequence[str], own: Mapping[str, Tensor]) -> None:
-    """Raise WrongTensors unless the files' tensors of those names are the model's."""
-    wrong = [
-        f"{name} has shape {list(files.entries[name].shape)}, expected {list(own[name].shape)}"
-        for name in names
-        if name in own and files.entries[name].shape != own[name].shape
-    ]
-    missing, unexpected = [name for name in own if name not in names], [name for name in names if name not in own]
-    if missing or unexpected or wrong:
-        raise WrongTensors(files.place, missing, unexpected, wrong)
