@@ -18,7 +18,7 @@ Grids = Sequence[tuple[int, int, int]]
 
 
 def embed(
-    model: Blip3o, ids: Tensor, mask: Tensor | None, patches: Tensor | None, grids: Grids
+    model: Blip3o, ids: Tensor, mask: Tensor, patches: Tensor | None, grids: Grids
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings [B, T, W] of texts with pictures, and their positions [3, B, T]; None where there are no pictures.
 

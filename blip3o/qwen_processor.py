@@ -66,6 +66,7 @@ class QwenProcessor:
         return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()])
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, whose special words count. Raises TypeError when it is no string."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -94,7 +95,10 @@ class QwenProcessor:
         return self.encode(default_template(turns) + closed + DRAW)
 
     def pad(self, rows: Sequence[Sequence[int]], side: Side = "left") -> tuple[Tensor, Tensor]:
-        """ids int64 [B, T] and mask bool [B, T], True for text."""
+        """ids int64 [B, T] and mask bool [B, T], True for text.
+
+        Raises ValueError for no rows, an empty row, or an unknown side.
+        """
         if side not in get_args(Side):
             raise ValueError(f"padding_side must be one of {get_args(Side)}, got {side!r}")
         if not rows:
@@ -117,7 +121,8 @@ class QwenProcessor:
 
         messages   [{"role": ..., "content": text or a list of {"type": "text", "text": ...} and {"type": "image",
                    "image": a path, a PIL image or a tensor [3, H, W] in 0..1}}, ...]
-        The checkpoint's own template is used where it has one.
+        The checkpoint's own template is used where it has one. Raises ValueError for messages of another form, which
+        it names, and for a picture that cannot be read.
         """
         turns, pictures = _turns(messages)
         if self.tokenizer.chat_template is None:

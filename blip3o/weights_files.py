@@ -196,7 +196,7 @@ def check_fit(place: Path, expected: Mapping[str, tuple[int, ...]], held: Mappin
     wrong = [
         f"{held[name].name} has shape {list(held[name].shape)}, expected {list(shape)}"
         for name, shape in expected.items()
-        if name in held and held[name].shape != tuple(shape)
+        if name in held and held[name].shape != shape
     ]
     if missing or unexpected or wrong:
         raise WrongTensors(place, missing, unexpected, wrong)

@@ -226,9 +226,9 @@ def test_the_negative_is_drawn_once_from_its_own_seed(pipeline: Pipeline, monkey
     drawn: list[int] = []
     sample = generate.sample_features
 
-    def counting(model: Blip3o, hidden: Tensor, noise: Tensor, **options: Any) -> Tensor:
+    def counting(model: Blip3o, condition: Tensor, noise: Tensor, **options: Any) -> Tensor:
         drawn.append(len(noise))
-        return sample(model, hidden, noise, **options)
+        return sample(model, condition, noise, **options)
 
     monkeypatch.setattr(generate, "sample_features", counting)
     first = [fresh.generate_image(PROMPTS[0], seeds=1, output_type="pt", **FAST) for _ in range(2)]
