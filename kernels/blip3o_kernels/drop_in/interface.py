@@ -27,7 +27,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(*arguments: Any, **named: Any) -> Tensor | None:
+def mask(**named: Any) -> Tensor | None:
     """transformers' boolean mask [B, 1, T, S], or None where causality and the window say everything.
 
     That of its own SDPA, except that a sliding window alone needs no mask: `attend` gets window_size instead.
@@ -39,7 +39,7 @@ def mask(*arguments: Any, **named: Any) -> Tensor | None:
         first, tokens = named.get("q_offset", 0), named.get("q_length")
         if isinstance(first, int) and tokens and first + tokens == named.get("kv_offset", 0) + named["kv_length"]:
             named["local_size"] = None  # the last query stands at the last key, as the op takes it to
-    return sdpa_mask(*arguments, **named)
+    return sdpa_mask(**named)
 
 
 def attend(

@@ -69,13 +69,12 @@ class Flux:
         image_rotary_emb: Rotation | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         tables = None if image_rotary_emb is None else tuple(x[:, ::2].float().contiguous() for x in image_rotary_emb)
-        added = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
-        words = encoder_hidden_states.shape[1] if encoder_hidden_states is not None and added else 0
+        words = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         qkv = attn.to_qkv(hidden_states).chunk(3, -1) if attn.fused_projections else None
         query, key, value = qkv or (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         query, key, value = (heads(x, attn.head_dim) for x in (query, key, value))
         query, key = self.turn(query, key, attn.norm_q, attn.norm_k, tables, words)
-        if added:
+        if encoder_hidden_states is not None:
             x = encoder_hidden_states
             qkv = attn.to_added_qkv(x).chunk(3, -1) if attn.fused_projections else None
             more = qkv or (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
@@ -141,6 +140,7 @@ class Cross:
     """AttnProcessor2_0 and SanaAttnProcessor2_0: PixArt's attentions, Sana's attention to the prompt."""
 
     ops = "attention"
+    whole = False  # whether norms are over all heads, before these are told apart
 
     def __call__(
         self,
@@ -152,11 +152,10 @@ class Cross:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         head_dim = key.shape[-1] // attn.heads
-        whole = type(self) is CrossWhole  # norms over all heads come before these are told apart
-        if whole:
+        if self.whole:
             query, key = self.norm(attn, query, key)
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
-        if not whole:
+        if not self.whole:
             query, key = self.norm(attn, query, key)
         mask = None if attention_mask is None else for_all_heads(attention_mask, query.shape[0])
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -179,6 +178,13 @@ def for_all_heads(mask: Tensor, batch: int) -> Tensor:
 
 class CrossWhole(Cross):
     """SanaAttnProcessor2_0's order."""
+
+    whole = True
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """[B, 1, 1, S] of a mask [B, S], True or 1 where a key is seen."""
+    return None if mask is None else mask.bool()[:, None, None]
 
 
 def complex_tables(turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,8 +235,7 @@ class LuminaNext:
             )  # fmt: skip
             key = turning if both else turned(key, key_rotary_emb)
         scale = None if key_rotary_emb is None else proportional(attn, hidden_states.shape[1], base_sequence_length)
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        return attend(query, key, value, mask, scale)
+        return attend(query, key, value, key_mask(attention_mask), scale)
 
 
 def turned(x: Tensor, turns: Tensor | None) -> Tensor:
@@ -261,9 +266,8 @@ class Lumina2:
             query, key = qk_norm_rope(
                 query, key, norm_q.weight, norm_k.weight, *tables, eps=norm_q.eps, interleaved=True
             )
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
         scale = proportional(attn, hidden_states.shape[1], base_sequence_length)
-        return project(attn, attend(query, key, value, mask, scale).flatten(2))
+        return project(attn, attend(query, key, value, key_mask(attention_mask), scale).flatten(2))
 
 
 _OLD = "diffusers.models.attention_processor."
@@ -289,13 +293,10 @@ def processor(attn: Any) -> Any:
     return PROCESSORS[qualified(type(attn.processor))]()
 
 
-def linear(attn: Any) -> str:
-    """Why an attention keeps its processor."""
-    return (
-        "SanaLinearAttnProcessor2_0 is linear attention: no op for it"
-        if qualified(type(attn.processor)) == LINEAR
-        else ""
-    )
+def why_kept(attn: Any) -> str:
+    """Why an attention keeps its processor; "" if it does not."""
+    is_linear = qualified(type(attn.processor)) == LINEAR
+    return "SanaLinearAttnProcessor2_0 is linear attention: no op for it" if is_linear else ""
 
 
 def unfit(attn: Any) -> str:
