@@ -24,6 +24,10 @@ Rotation = tuple[Tensor, Tensor]
 class RmsNorm(nn.Module):
     """Rounds before the weight, and gives the weight's dtype."""
 
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight
         if weight is None or weight.dtype is x.dtype:
@@ -222,7 +226,7 @@ class LuminaNext:
         elif norm_k is not None and not both:
             key = layer_norm(key, norm_k.weight, norm_k.bias, norm_k.eps)
         query, key, value = (heads(x, head_dim) for x in (query, key, value))
-        if norm_q is None:
+        if norm_q is None or query_rotary_emb is None:
             query = turned(query, query_rotary_emb)
             key = turned(key, key_rotary_emb)
         else:

@@ -61,7 +61,7 @@ def hooked(module: nn.Module) -> bool:
 
 def fusible(kind: type | tuple[type, ...], *modules: nn.Module | None) -> bool:
     """Whether a neighbour may do the modules' work: they are still of that kind, and nobody waits for their calls."""
-    return all(isinstance(module, kind) and not hooked(module) for module in modules)
+    return all(module is not None and isinstance(module, kind) and not hooked(module) for module in modules)
 
 
 def qualified(kind: type) -> str:
