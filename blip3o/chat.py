@@ -18,7 +18,7 @@ Grids = Sequence[tuple[int, int, int]]
 
 
 def embed(
-    model: Blip3o, ids: Tensor, mask: Tensor | None, patches: Tensor | None, grids: Grids
+    model: Blip3o, ids: Tensor, mask: Tensor, patches: Tensor | None, grids: Grids
 ) -> tuple[Tensor, Tensor | None]:
     """Embeddings [B, T, W] of texts with pictures, and their positions [3, B, T]; None where there are no pictures.
 
@@ -43,27 +43,27 @@ def answer_tokens(
     patches: Tensor | None = None,
     grids: Grids = (),
     *,
-    limit: int = LONGEST_ANSWER,
+    max_new_tokens: int = LONGEST_ANSWER,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
     """The tokens [B] that go on with conversations `ids`, `mask` [B, T], padded on either side, one step after another.
 
     The likeliest; with a temperature above 0, drawn by `generator` (of a CPU). Ends when every row has said the end
-    token or the padding token, or after `limit` steps; rows that have ended go on with padding.
+    token or the padding token, or after `max_new_tokens` steps; rows that have ended go on with padding.
     """
-    if limit < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {limit}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or above, got {temperature}")
     config, (batch, tokens) = model.config, ids.shape
     embeddings, positions = embed(model, ids, mask, patches, grids)
-    cache = model.cache(batch, tokens + limit)
+    cache = model.cache(batch, tokens + max_new_tokens)
     last = tokens - 1 - mask.flip(1).long().argmax(1)  # of each row's text
     rows = torch.arange(batch, device=ids.device) * tokens + last
     hidden = model.llm(embeddings, positions, needed(mask), cache, asked=rows)
     done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
-    for step in range(1, limit + 1):
+    for step in range(1, max_new_tokens + 1):
         logits = model.llm.logits(hidden)
         if temperature == 0:
             token = logits.argmax(-1)
@@ -73,7 +73,7 @@ def answer_tokens(
         token = torch.where(done, config.pad_token, token)
         yield token
         done |= (token == config.end_token) | (token == config.pad_token)
-        if step == limit or bool(done.all()):
+        if step == max_new_tokens or bool(done.all()):
             return
         hidden = model.llm(model.llm.embed(token[:, None]), None, None, cache)[:, 0]
 

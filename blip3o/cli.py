@@ -114,9 +114,10 @@ def convert(arguments: argparse.Namespace) -> None:
     from blip3o.weights import convert
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    skip = None if arguments.skip is None else tuple(arguments.skip)
     tower = arguments.tower if arguments.tower is not None else not arguments.without_tower
-    left = convert(arguments.model, arguments.out, layout=arguments.layout, tower=tower, skip=skip, dtype=dtype)
+    left = convert(
+        arguments.model, arguments.out, layout=arguments.layout, tower=tower, skip=arguments.skip, dtype=dtype
+    )
     print(f"{arguments.out}: {arguments.model} in the layout {arguments.layout}")
     if left:
         print(f"not copied: {', '.join(left)}")

@@ -71,7 +71,7 @@ def draw_features(
 
 def sample_features(
     model: Blip3o,
-    hidden: Tensor,
+    condition: Tensor,
     noise: Tensor,
     *,
     guidance: float,
@@ -79,30 +79,30 @@ def sample_features(
     whole_times: bool = False,
     after: Callable[[int, float, Tensor], object] | None = None,
 ) -> Tensor:
-    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `hidden` [B, Q, W].
+    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `condition` [B, Q, W].
 
     whole_times   see `predictor`
     after         called after every step with its number, its noise level, and the features so far
     """
-    predictions = predictor(model, hidden, len(noise), guidance, flow.sigmas(steps)[:-1], whole_times)
+    predictions = predictor(model, condition, len(noise), guidance, flow.sigmas(steps)[:-1], whole_times)
     return flow.integrate(model.config.flow, predictions, noise, steps=steps, guidance=guidance, after=after)
 
 
 def predictor(
-    model: Blip3o, hidden: Tensor, count: int, guidance: float, levels: Sequence[float], whole_times: bool = False
+    model: Blip3o, condition: Tensor, count: int, guidance: float, levels: Sequence[float], whole_times: bool = False
 ) -> Predictions:
-    """Predicts `count` drawings under `hidden` [B, Q, W] at the noise `levels`, with and without it in one batch.
+    """Predicts `count` drawings under `condition` [B, Q, W] at the noise `levels`, with and without it in one batch.
 
     whole_times   the network is told the times cut to whole numbers, as the released inference code does
     All that does not depend on the drawings is computed here, once: what the network needs of the condition, and what
     it needs of each level.
     """
-    dit, guided, repeats = model.dit, guidance != 1.0, count // len(hidden)
+    dit, guided, repeats = model.dit, guidance != 1.0, count // len(condition)
     if guided:
-        hidden = torch.cat([hidden, torch.zeros_like(hidden)])
-    context = dit.context(dit.project(hidden))
+        condition = torch.cat([condition, torch.zeros_like(condition)])
+    context = dit.context(dit.project(condition))
     rows = context.pooled.repeat_interleave(repeats, 0)
-    times = hidden.new_tensor(levels, dtype=torch.float32) * TIMESTEPS
+    times = condition.new_tensor(levels, dtype=torch.float32) * TIMESTEPS
     moments = dict(zip(levels, dit.moments(times.trunc() if whole_times else times, rows), strict=True))
 
     def predictions(x: Tensor, level: float) -> tuple[Tensor, Tensor | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from blip3o.decoder import Decoder
 from blip3o.dit import Dit
 from blip3o.llm import KvCache, Llm, needed, scatter_features
 from blip3o.vision import QwenVision
+
+if TYPE_CHECKING:
+    from blip3o.weights import Layout
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's own training pictures, RGB in 0..1
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -117,9 +120,7 @@ class Blip3o(nn.Module):
 
         return weights.load_model(place, tower=tower, skip=skip, dtype=dtype, device=device)
 
-    def save_pretrained(
-        self, folder: str | Path, *, layout: Literal["blip3o", "released"] = "blip3o", files: Sequence[Path] = ()
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, layout: Layout = "blip3o", files: Sequence[Path] = ()) -> None:
         """Write the model to `folder`, whole or not at all, with copies of `files`, as a tokenizer's, beside it."""
         from blip3o import weights
 

@@ -5,6 +5,7 @@ prompt ── language model ──► condition ── diffusion transformer �
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,12 +18,12 @@ from blip3o import generate
 from blip3o.chat import LONGEST_ANSWER, stream
 from blip3o.flow import TIMESTEPS
 from blip3o.model import Blip3o
-from blip3o.processor import open_image, to_pil
+from blip3o.processor import open_image, to_pil, to_tensor
 from blip3o.qwen_processor import QwenProcessor, Side, Template
-from blip3o.unet_decoder import UnetDecoder
+from blip3o.unet_decoder import DECODER_GUIDANCE, DECODER_STEPS, UnetDecoder
 from blip3o.weights import Layout, local_folder
 
-GUIDANCE, STEPS, DECODER_STEPS = 3.0, 30, 50  # as released
+GUIDANCE, STEPS = 3.0, 30  # as released
 DECODER = "diffusion-decoder"
 Output = Literal["pil", "pt", "np", "features"]
 Crop = Literal["squash", "center"]
@@ -62,8 +63,8 @@ class Pipeline:
         found = folder / DECODER if decoder is None else Path(decoder)
         if decoder is None and not found.exists():
             return cls(model, processor)
-        kind = model.llm.output_weight.dtype
-        return cls(model, processor, UnetDecoder.from_pretrained(found, dtype=kind, device=device))
+        dtype = model.llm.output_weight.dtype
+        return cls(model, processor, UnetDecoder.from_pretrained(found, dtype=dtype, device=device))
 
     def save_pretrained(self, folder: str | Path, *, layout: Layout = "blip3o") -> None:
         """Write model and processor, whole or not at all; then the decoder into diffusion-decoder/ beside them."""
@@ -97,8 +98,9 @@ class Pipeline:
     ) -> Iterator[str]:
         """Pieces of the answer as they are said. `QwenProcessor.conversation` says what messages are."""
         return stream(
-            self.model, self.processor, messages, limit=max_new_tokens, temperature=temperature, generator=generator
-        )
+            self.model, self.processor, messages, max_new_tokens=max_new_tokens, temperature=temperature,
+            generator=generator,
+        )  # fmt: skip
 
     # drawing
 
@@ -109,6 +111,7 @@ class Pipeline:
         """What the queries read off prompts: a condition [B, Q, W] to be given to `generate_image`, as often as wanted.
 
         template   see `QwenProcessor.drawing_prompt`
+        Raises ValueError for no prompts, an unknown template or padding_side, TypeError for a prompt that is no string.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = [self.processor.drawing_prompt(prompt, template) for prompt in texts]
@@ -126,7 +129,7 @@ class Pipeline:
         num_images_per_prompt: int = 1,
         seeds: Seeds | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        decoder_guidance_scale: float = GUIDANCE,
+        decoder_guidance_scale: float = DECODER_GUIDANCE,
         decoder_steps: int = DECODER_STEPS,
         negative_seed: int = 0,
         template: Template = "released",
@@ -147,12 +150,20 @@ class Pipeline:
         callback        (stage, step, time, tensor) after every step, first of stage "features", then "pixels"
         ValueError names a wrong argument.
         """
-        if output_type not in get_args(Output):
-            raise ValueError(f"output_type must be one of {get_args(Output)}, got {output_type!r}")
+        _check_output_type(output_type)
         if (prompts is None) == (condition is None):
             raise ValueError("either prompts or condition must be given")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1, got {num_images_per_prompt}")
+        numbers = {
+            "num_images_per_prompt": num_images_per_prompt,
+            "num_inference_steps": num_inference_steps,
+            "decoder_steps": decoder_steps,
+        }
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        for name, scale in (("guidance_scale", guidance_scale), ("decoder_guidance_scale", decoder_guidance_scale)):
+            if not math.isfinite(scale):
+                raise ValueError(f"{name} must be finite, got {scale}")
         decoder = self.decoder if output_type == "features" else self._decoder()
         if condition is None:
             assert prompts is not None
@@ -247,8 +258,9 @@ class Pipeline:
         """
         if crop not in get_args(Crop):
             raise ValueError(f"crop must be one of {get_args(Crop)}, got {crop!r}")
-        if isinstance(images, str | Path) or not len(images):
-            raise ValueError(f"images must be a list of pictures, at least one, got {images!r}")
+        if isinstance(images, str | Path | Image.Image | Tensor) or not len(images):
+            found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else repr(images)
+            raise ValueError(f"images must be a list of pictures, at least one, got {found}")
         pictures = [_square(open_image(image), self.model.config.clip.image_size, crop) for image in images]
         return self.model.features(torch.stack(pictures).to(self.model.llm.output_weight))
 
@@ -260,7 +272,7 @@ class Pipeline:
         crop: Crop = "squash",
         seeds: Seeds | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        guidance_scale: float = GUIDANCE,
+        guidance_scale: float = DECODER_GUIDANCE,
         num_inference_steps: int = DECODER_STEPS,
         output_type: Output = "pil",
         callback: Callback | None = None,
@@ -269,8 +281,7 @@ class Pipeline:
 
         See `image_features` and `generate_image`.
         """
-        if output_type not in get_args(Output):
-            raise ValueError(f"output_type must be one of {get_args(Output)}, got {output_type!r}")
+        _check_output_type(output_type)
         decoder = None if output_type == "features" else self._decoder()
         features = self.image_features(images, crop=crop)
         if decoder is None:
@@ -279,6 +290,11 @@ class Pipeline:
         blank = self.model.pool(self.model.clip.vision(features.new_zeros(1, 3, side, side)))
         noise = self._noise(_generators(len(features), seeds, generator), decoder)[1]
         return self._pictures(features, blank, noise, guidance_scale, num_inference_steps, output_type, callback)
+
+
+def _check_output_type(output_type: Output) -> None:
+    if output_type not in get_args(Output):
+        raise ValueError(f"output_type must be one of {get_args(Output)}, got {output_type!r}")
 
 
 def _generators(
@@ -313,5 +329,4 @@ def _square(image: Image.Image, side: int, crop: Crop) -> Tensor:
         image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
     else:
         image = image.resize((side, side), Image.Resampling.BICUBIC)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(side, side, 3).permute(2, 0, 1).float().div(255)
+    return to_tensor(image)

@@ -146,9 +146,7 @@ class Processor:
         picture = open_image(path)
         side = self.image_size
         smaller = min(picture.size) >= side
-        picture = picture.resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(side, side, 3).permute(2, 0, 1).float().div(255).contiguous()
+        return to_tensor(picture.resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC))
 
 
 def open_image(source: str | Path | Image.Image | Tensor) -> Image.Image:
@@ -170,6 +168,12 @@ def open_image(source: str | Path | Image.Image | Tensor) -> Image.Image:
             raise ValueError(f"cannot read the image {str(source)!r}: {error}") from error
     white = Image.new("RGBA", upright.size, "white")
     return Image.alpha_composite(white, upright).convert("RGB")
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """An 8-bit RGB image as float32 [3, H, W] in 0..1."""
+    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+    return pixels.view(picture.height, picture.width, 3).permute(2, 0, 1).float().div(255).contiguous()
 
 
 def to_pil(picture: Tensor) -> Image.Image:

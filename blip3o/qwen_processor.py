@@ -66,6 +66,7 @@ class QwenProcessor:
         return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()])
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, whose special words count. Raises TypeError when it is no string."""
         if not isinstance(text, str):
             raise TypeError(f"text must be a string, got {type(text).__name__}")
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
@@ -94,11 +95,17 @@ class QwenProcessor:
         return self.encode(default_template(turns) + closed + DRAW)
 
     def pad(self, rows: Sequence[Sequence[int]], side: Side = "left") -> tuple[Tensor, Tensor]:
-        """ids int64 [B, T] and mask bool [B, T], True for text."""
+        """ids int64 [B, T] and mask bool [B, T], True for text.
+
+        Raises ValueError for no rows, an empty row, or an unknown side.
+        """
         if side not in get_args(Side):
             raise ValueError(f"padding_side must be one of {get_args(Side)}, got {side!r}")
-        if not rows or not all(rows):
-            raise ValueError(f"prompts must be at least one, none of them empty, got {len(rows)}")
+        if not rows:
+            raise ValueError("prompts must be at least one, got none")
+        if not all(rows):
+            empty = ", ".join(str(i) for i, row in enumerate(rows) if not row)
+            raise ValueError(f"prompts must not be empty, got {len(rows)} of which these are, counted from 0: {empty}")
         longest = max(len(row) for row in rows)
         ids = torch.full((len(rows), longest), self.config.pad_token)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -114,7 +121,8 @@ class QwenProcessor:
 
         messages   [{"role": ..., "content": text or a list of {"type": "text", "text": ...} and {"type": "image",
                    "image": a path, a PIL image or a tensor [3, H, W] in 0..1}}, ...]
-        The checkpoint's own template is used where it has one.
+        The checkpoint's own template is used where it has one. Raises ValueError for messages of another form, which
+        it names, and for a picture that cannot be read.
         """
         turns, pictures = _turns(messages)
         if self.tokenizer.chat_template is None:
@@ -147,15 +155,15 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
     """The messages with {"type": "image"} for each picture, and the pictures."""
     turns: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
-    if isinstance(messages, str) or not messages:
+    if isinstance(messages, str | Mapping) or not messages:
         raise ValueError(f"messages must be a list of turns, at least one, got {messages!r}")
     for message in messages:
-        role, content = message.get("role"), message.get("content")
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
         if role not in ("system", "user", "assistant") or not isinstance(content, str | Sequence):
             raise ValueError(f"a message must have a role (system, user, assistant) and a content, got {message!r}")
         parts: list[dict[str, str]] = []
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            kind = part.get("type")
+            kind = part.get("type") if isinstance(part, Mapping) else None
             if kind == "image" and "image" in part:
                 pictures.append(open_image(part["image"]))
                 parts.append({"type": "image"})

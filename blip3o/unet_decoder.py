@@ -3,7 +3,7 @@
 The U-Net attends to the CLIP features; their mean stands where SDXL has its pooled text. Guidance is
 u + scale (c - u) between the features c and negative ones u, in one batch [c, u].
 
-Shapes: B batch, F features, C their width, L latent side, S picture side.
+Shapes: B batch, F features, C their width, D latent channels, L latent side, S picture side.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DECODER_GUIDANCE, DECODER_STEPS = 3.0, 50  # as released
 PARTS = ("unet", "vae", "scheduler")
 Callback = Callable[[int, float, Tensor], object]
 
@@ -27,6 +28,8 @@ class UnetDecoder:
     unet        UNet2DConditionModel with added text and time embeddings
     vae         AutoencoderKL; where it says force_upcast, it runs in float32 though the U-Net runs in float16
     scheduler   EulerDiscreteScheduler; its configuration is used, its state is not touched
+    Raises ValueError for a U-Net that does not add text and time, or whose widths do not fit, and for a VAE whose
+    latents are shifted or standardised.
     """
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any) -> None:
@@ -38,6 +41,9 @@ class UnetDecoder:
                 f"unet.config.projection_class_embeddings_input_dim must be cross_attention_dim + 6 "
                 f"addition_time_embed_dim = {expected}, got {unet.config.projection_class_embeddings_input_dim}"
             )
+        for name in ("latents_mean", "latents_std", "shift_factor"):
+            if vae.config.get(name) is not None:
+                raise ValueError(f"vae.config.{name} must be None, as SDXL's, got {vae.config[name]!r}")
         self.unet, self.vae, self.scheduler = unet.eval(), vae.eval(), scheduler
         self.to(unet.device, unet.dtype)
 
@@ -90,7 +96,7 @@ class UnetDecoder:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """[4, L, L] of a picture."""
+        """[D, L, L] of a picture, D the U-Net's channels: 4 in the released one."""
         side = int(self.unet.config.sample_size)
         return int(self.unet.config.in_channels), side, side
 
@@ -106,13 +112,15 @@ class UnetDecoder:
         negative: Tensor,
         noise: Tensor,
         *,
-        guidance_scale: float = 3.0,
-        num_inference_steps: int = 50,
+        guidance_scale: float = DECODER_GUIDANCE,
+        num_inference_steps: int = DECODER_STEPS,
         callback: Callback | None = None,
     ) -> Tensor:
-        """features [B, F, C], negative [1 or B, F, C], noise [B, 4, L, L] -> pictures float32 [B, 3, S, S] in 0..1.
+        """features [B, F, C], negative [1 or B, F, C], noise [B, D, L, L] -> pictures float32 [B, 3, S, S] in 0..1.
 
         callback   (step, timestep, latents), after every step
+        Raises ValueError, which names the argument, for another shape, fewer than one step, or guidance that is not
+        finite.
         """
         batch, width = len(features), self.feature_width
         if features.dim() != 3 or features.shape[-1] != width:
@@ -127,8 +135,8 @@ class UnetDecoder:
             raise ValueError(f"guidance_scale of the decoder must be finite, got {guidance_scale}")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        unet = self.unet
-        tokens = torch.cat([features, negative.expand(batch, -1, -1)]) if guidance_scale != 1.0 else features
+        unet, guided = self.unet, guidance_scale != 1.0
+        tokens = torch.cat([features, negative.expand(batch, -1, -1)]) if guided else features
         tokens = tokens.to(unet.device, unet.dtype)
         side = self.image_size
         times = tokens.new_tensor([side, side, 0, 0, side, side]).expand(len(tokens), -1)
@@ -138,12 +146,12 @@ class UnetDecoder:
         latents = noise.to(unet.device, unet.dtype) * scheduler.init_noise_sigma
         for step, timestep in enumerate(scheduler.timesteps):
             x = scheduler.scale_model_input(latents, timestep)
-            x = torch.cat([x, x]) if guidance_scale != 1.0 else x
-            noise_level = unet(x, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
-            if guidance_scale != 1.0:
-                conditional, unconditional = noise_level.chunk(2)
-                noise_level = unconditional + guidance_scale * (conditional - unconditional)
-            latents = scheduler.step(noise_level, timestep, latents).prev_sample
+            x = torch.cat([x, x]) if guided else x
+            predicted = unet(x, timestep, encoder_hidden_states=tokens, added_cond_kwargs=added).sample
+            if guided:
+                conditional, unconditional = predicted.chunk(2)
+                predicted = unconditional + guidance_scale * (conditional - unconditional)
+            latents = scheduler.step(predicted, timestep, latents).prev_sample
             if callback is not None:
                 callback(step, float(timestep), latents)
         # Pictures one by one: the VAE's tensors are the largest there are.

@@ -12,9 +12,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -31,7 +31,7 @@ from blip3o.weights_files import (
     WEIGHTS,
     CorruptModel,
     TensorFiles,
-    WrongTensors,
+    check_fit,
     fill,
     one_dtype,
     write_shards,
@@ -122,14 +122,15 @@ def check_folder(folder: Path, *needed: str) -> Path:
     """
     before = None
     while True:
-        old = folder.with_name(folder.name + ".old")
-        place = old if not folder.exists() and (old / MANIFEST).exists() else folder
+        place = _standing(folder)
         manifest, problem = _examine(place, needed)
         if problem is None:
             return place
         if (place, manifest) == before:
             raise problem
         before = place, manifest  # a writer may have replaced the folder while it was read: look once more
+        if manifest and folder.suffix == ".old" and not folder.exists():
+            folder = folder.with_suffix("")  # it was between its two renames, and has come to its end
 
 
 def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | None]:
@@ -169,17 +170,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def local_folder(place: str | Path) -> Path:
     """The folder at `place`, or the local copy of the hub repository of that id, which is then downloaded.
 
+    NAME.old where there is no folder NAME, as its writer is, or was killed, between its two renames.
     Only a text `owner/name` is a hub id, and only where there is no such folder, nor one called `owner`.
     """
     folder = Path(place)
     hub = isinstance(place, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place) is not None
-    if not hub or folder.exists() or folder.with_name(folder.name + ".old").exists() or folder.parent.exists():
-        return folder
+    if not hub or folder.parent.exists():
+        return _standing(folder)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ValueError(f"{place!r} is no folder, and a hub id needs huggingface_hub: pip install it") from None
     return Path(snapshot_download(str(place), allow_patterns=HUB_FILES))
+
+
+def _standing(folder: Path) -> Path:
+    if folder.exists():
+        return folder
+    old = folder.with_name(folder.name + ".old")
+    return old if (old / MANIFEST).exists() else folder
 
 
 def save_pretrained(model: Blip3o, processor: Processor, folder: str | Path) -> None:
@@ -239,14 +248,15 @@ def load_model(
     if folder.is_dir() and not held and not (folder / MANIFEST).exists():
         raise CorruptModel(f"{folder} is no model folder: it has neither {CONFIG} nor {MANIFEST}")
     if not held or not is_released(_json(folder / CONFIG)):
-        checked, config = _checked(folder)
-        if not isinstance(tower, bool):
+        if held and not isinstance(tower, bool):
             raise ValueError(f"tower must be True or False for a folder of our layout, got {str(tower)!r}")
-        return _own_model(checked, config, tower, skip or (), dtype, torch.device(device))
+        checked, config = _checked(folder)
+        return _own_model(checked, config, bool(tower), skip or (), dtype, torch.device(device))
     if (folder / MANIFEST).exists():
         folder = check_folder(folder, CONFIG, *_weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
-    return read_released(folder, tower=tower, skip=given, dtype=dtype, device=device).model
+    values = _json(folder / CONFIG)  # again: of the files that were checked
+    return read_released(folder, values, tower=tower, skip=given, dtype=dtype, device=device)
 
 
 def convert(
@@ -273,6 +283,7 @@ def convert(
 
 def uses_pipeline(folder: Path) -> bool:
     """Whether a model folder is one for `Pipeline`: a released checkpoint, or one of our layout that was."""
+    folder = local_folder(folder)
     if not (folder / CONFIG).exists():
         return False
     values = _json(folder / CONFIG)
@@ -294,7 +305,7 @@ def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
     return _own_model(place, config, True, (), None, torch.device("cpu")), processor
 
 
-def _json(path: Path) -> object:
+def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -303,18 +314,19 @@ def _json(path: Path) -> object:
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the files that the manifest must have sums of: the weights', which may be shards and their index."""
-    found = [place for place in (folder, folder.with_name(folder.name + ".old")) if (place / INDEX).exists()]
-    return [INDEX, *sorted(path.name for path in found[0].glob("*.safetensors"))] if found else [WEIGHTS]
+    if (folder / INDEX).exists():
+        return [INDEX, *sorted(path.name for path in folder.glob("*.safetensors"))]
+    return [WEIGHTS]
 
 
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
-    place = check_folder(folder, CONFIG, *needed, *_weight_files(folder))
+    place = check_folder(folder, CONFIG, *needed, *_weight_files(_standing(folder)))
     values = _json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")
     try:
-        return place, from_dict(Blip3oConfig, values)  # type: ignore[arg-type]  # which it checks
+        return place, from_dict(Blip3oConfig, values)
     except ValueError as error:
         raise CorruptModel(f"{place}: {error}") from None
 
@@ -335,7 +347,8 @@ def _own_model(
             model.drop_clip("its tower was not loaded")
             names = [name for name in names if not name.startswith("clip.")]
         own = model.state_dict()
-        _check_fit(files, names, own)
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        check_fit(place, shapes, {name: files.entries[name] for name in names})
         fill(model, files, {name: [name] for name in own}, one_dtype(files, names, dtype), device)
     return model.eval()
 
@@ -354,15 +367,3 @@ def _check_tokens(config: Blip3oConfig, processor: Processor, place: Path) -> No
         wrong.append(f"it has {words} words, the model {config.llm.vocab_size}")
     if wrong:
         raise CorruptModel(f"{place / TOKENIZER} does not fit {CONFIG}: {', '.join(wrong)}")
-
-
-def _check_fit(files: TensorFiles, names: Sequence[str], own: Mapping[str, Tensor]) -> None:
-    """Raise WrongTensors unless the files' tensors of those names are the model's."""
-    wrong = [
-        f"{name} has shape {list(files.entries[name].shape)}, expected {list(own[name].shape)}"
-        for name in names
-        if name in own and files.entries[name].shape != own[name].shape
-    ]
-    missing, unexpected = [name for name in own if name not in names], [name for name in names if name not in own]
-    if missing or unexpected or wrong:
-        raise WrongTensors(files.place, missing, unexpected, wrong)

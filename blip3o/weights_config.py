@@ -58,7 +58,10 @@ def is_released(values: Any) -> bool:
 
 
 def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path) -> Blip3oConfig:
-    """The configuration that an official config.json and the tensors' shapes, by their 4.51 names, stand for."""
+    """The configuration that an official config.json and the tensors' shapes, by their 4.51 names, stand for.
+
+    Raises CorruptModel, naming `place`, for an architecture or a value that is not known, or a shape that does not fit.
+    """
     where = place / "config.json"
     if values.get("model_type") not in ARCHITECTURES:
         raise CorruptModel(

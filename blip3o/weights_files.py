@@ -23,7 +23,6 @@ DTYPES = {  # that a model's weights may have, by safetensors' names
     "F16": torch.float16,
     "F64": torch.float64,
 }
-BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 USABLE = (torch.float32, torch.bfloat16, torch.float16)  # that networks run in
 
 
@@ -120,10 +119,10 @@ class TensorFiles:
         """The values of a tensor, into one of as many elements."""
         entry = self.entries[name]
         into, rows = into.view(entry.shape), (entry.shape or (1,))[0]
-        step = max(1, rows * MAPPED // max(1, into.numel() * BYTES[entry.dtype]))
+        step = max(1, rows * MAPPED // max(1, into.numel() * DTYPES[entry.dtype].itemsize))
         if step >= rows:
             into.copy_(self._file(entry.path).get_tensor(entry.name))
-            self._read += into.numel() * BYTES[entry.dtype]
+            self._read += into.numel() * DTYPES[entry.dtype].itemsize
             return
         for start in range(0, rows, step):  # a large one piece by piece
             piece = self._file(entry.path).get_slice(entry.name)[start : start + step]
@@ -190,6 +189,19 @@ def _lengths(path: Path) -> str:
     return f" (it has {size} bytes, its header says {expected})" if size != expected else ""
 
 
+def check_fit(place: Path, expected: Mapping[str, tuple[int, ...]], held: Mapping[str, Entry]) -> None:
+    """Raise WrongTensors unless the tensors `held` are those that are `expected`, by name and shape."""
+    missing = [name for name in expected if name not in held]
+    unexpected = [entry.name for name, entry in held.items() if name not in expected]
+    wrong = [
+        f"{held[name].name} has shape {list(held[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in held and held[name].shape != shape
+    ]
+    if missing or unexpected or wrong:
+        raise WrongTensors(place, missing, unexpected, wrong)
+
+
 def one_dtype(files: TensorFiles, names: Sequence[str], dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of the named tensors; `dtype` if given. Raises CorruptModel, which names tensors of another."""
     found = {name: files.entries[name].dtype for name in names}
@@ -253,7 +265,7 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def shards(tensors: Mapping[str, Tensor], limit: int = SHARD) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """File names and the tensors of each, at most `limit` bytes, but for a tensor that is larger."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -267,7 +279,7 @@ def shards(tensors: Mapping[str, Tensor], limit: int = SHARD) -> Iterator[tuple[
         yield (f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else WEIGHTS), group
 
 
-def write_shards(tensors: Mapping[str, Tensor], folder: Path, limit: int = SHARD) -> None:
+def write_shards(tensors: Mapping[str, Tensor], folder: Path, limit: int) -> None:
     """model.safetensors, or shards and their index. Raises OSError, which names the file."""
     places: dict[str, str] = {}
     for file, group in shards(tensors, limit):

@@ -1,9 +1,8 @@
 """Released checkpoints: tensors under the official names, made into a model and back."""
 
-import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +16,32 @@ from blip3o.weights_files import (
     CorruptModel,
     SkippedTensors,
     TensorFiles,
-    WrongTensors,
+    check_fit,
     fill,
     grouped,
     one_dtype,
 )
-from blip3o.weights_names import EMBEDDING, EVA, OUTPUT, TOWER, VAE, old_name, released_parts
-
-
-@dataclass(frozen=True)
-class Released:
-    """What was read, and the names of the tensors that were not."""
-
-    model: Blip3o
-    skipped: tuple[str, ...]
+from blip3o.weights_names import EMBEDDING, EVA, OUTPUT, TOWER, old_name, released_parts
 
 
 def read_released(
     place: Path,
+    values: Mapping[str, Any],
     *,
-    tower: bool | str | Path = True,
-    skip: tuple[str, ...] = (VAE,),
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-) -> Released:
-    """A released checkpoint's model, in eval mode, and the names that were skipped, which a warning tells as well.
+    tower: bool | str | Path,
+    skip: tuple[str, ...],
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+) -> Blip3o:
+    """A released checkpoint's model, in eval mode; a warning tells the names of tensors that were skipped.
 
+    values   config.json's content
     tower    use the CLIP tower's tensors; without them, or where there are none, the model cannot look through it.
              Or a safetensors file of the tower alone, to be used instead
     skip     prefixes of tensors that are no part of the model
     dtype    of the weights; None: as they are stored
     Raises CorruptModel, or its WrongTensors, which has every missing and unexpected name.
     """
-    values = _config(place)
     with TensorFiles(place) as files:
         if not isinstance(tower, bool):
             files.put(Path(tower), EVA)
@@ -63,7 +55,8 @@ def read_released(
         if config.llm.tie_embeddings and OUTPUT in actual:
             _check_tied(files, actual)
             skipped.append(actual[OUTPUT])
-        _check(place, {part.name: part.shape for some in parts.values() for part in some}, actual, shapes, skipped)
+        expected = {part.name: part.shape for some in parts.values() for part in some}
+        check_fit(place, expected, {name: files.entries[held] for name, held in actual.items() if held not in skipped})
         sources = {name: [actual[part.name] for part in some] for name, some in parts.items()}
         dtype = one_dtype(files, [name for some in sources.values() for name in some], dtype)
         with torch.device("meta"):
@@ -75,15 +68,7 @@ def read_released(
     model.feature_std = torch.ones(config.clip.width, dtype=dtype, device=device)
     if skipped:
         warnings.warn(f"{place}: skipped {', '.join(grouped(skipped))}", SkippedTensors, stacklevel=4)
-    return Released(model.eval(), tuple(skipped))
-
-
-def _config(place: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptModel(f"{place / 'config.json'} is not readable JSON: {error}") from None
-    return values
+    return model.eval()
 
 
 def _old_names(files: TensorFiles) -> dict[str, str]:
@@ -99,33 +84,18 @@ def _old_names(files: TensorFiles) -> dict[str, str]:
 
 def _check_tied(files: TensorFiles, actual: Mapping[str, str]) -> None:
     """An output layer that is stored although config.json ties it must be the embedding."""
-    entries = [files.entries[actual[name]] for name in (OUTPUT, EMBEDDING) if name in actual]
-    copies = [torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype)) for entry in entries]
-    for name, copy in zip((OUTPUT, EMBEDDING), copies, strict=False):
-        files.copy(actual[name], copy)
-    if len(copies) == 2 and not torch.equal(*copies):
+    if EMBEDDING not in actual:
+        return  # which is told as missing
+    names = [actual[OUTPUT], actual[EMBEDDING]]
+    one_dtype(files, names, torch.float32)  # refuses dtypes that no weights have
+    dtype = torch.promote_types(*(DTYPES[files.entries[name].dtype] for name in names))
+    copies = [torch.empty(files.entries[name].shape, dtype=dtype) for name in names]
+    for name, copy in zip(names, copies, strict=True):
+        files.copy(name, copy)
+    if not torch.equal(*copies):
         raise CorruptModel(
             f"{files.place}: {actual[OUTPUT]} is not {actual[EMBEDDING]}, but config.json has tie_word_embeddings true"
         )
-
-
-def _check(
-    place: Path,
-    expected: Mapping[str, tuple[int, ...]],
-    actual: Mapping[str, str],
-    shapes: Mapping[str, tuple[int, ...]],
-    skipped: list[str],
-) -> None:
-    left = set(skipped)
-    missing = [name for name in expected if name not in actual]
-    unexpected = [held for name, held in actual.items() if name not in expected and held not in left]
-    wrong = [
-        f"{actual[name]} has shape {list(shapes[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    if missing or unexpected or wrong:
-        raise WrongTensors(place, missing, unexpected, wrong)
 
 
 def released_files(model: Blip3o, place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -181,7 +181,7 @@ def pictures(world: World) -> Iterator[Row]:
         )[:, ids.shape[1] :]
         for side in ("left", "right"):
             padded = pad(rows, side)
-            tokens = torch.stack(list(answer_tokens(ours, *padded, patches, grids, limit=6)), dim=1)
+            tokens = torch.stack(list(answer_tokens(ours, *padded, patches, grids, max_new_tokens=6)), dim=1)
             yield row("cached decoding", "transformers generate", f"{title}, {side} padding", tokens, said, 0)
     plain = multimodal_positions(texts(), None, IMAGE, (2, 2))
     yield row("multimodal positions", "counting", "text", plain, torch.arange(11).expand(3, 3, 11), 0)

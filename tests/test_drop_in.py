@@ -85,6 +85,20 @@ def test_packed_sequences(name: str) -> None:
         close(model(**options, **packed).logits, alone)
 
 
+def test_packed_sequences_that_look_ahead() -> None:
+    """Gemma 3 in both directions: its window too, on either side. The longer sequence is longer than that."""
+    model = build("Gemma 3", use_bidirectional_attention=True, layer_types=["sliding_attention"] * 2)
+    assert model.config.sliding_window < 9
+    tokens, lengths = ids(1, 21), (12, 9)
+    ends = torch.tensor([0, 12, 21], dtype=torch.int32)
+    packed = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12}
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=x, use_cache=False).logits for x in tokens.split(lengths, 1)], 1)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    with patch(model, check=False), torch.no_grad():
+        close(model(input_ids=tokens, position_ids=positions, use_cache=False, **packed).logits, alone)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_generate(name: str, cache: str) -> None:
@@ -288,6 +302,18 @@ def test_a_norm_that_somebody_waits_for_is_called(name: str) -> None:
             norm.register_forward_hook(lambda module, *_: calls.append(module))
         close(run(model, inputs)["logits"], expected)
     assert set(calls) == set(norms)
+
+
+def test_a_norm_whose_gradient_somebody_waits_for_is_called() -> None:
+    model = build("Qwen3")
+    inputs, calls = small_inputs(model)[1], []
+    with patch(model, check=False):
+        layer = model.model.layers[0]
+        norms = [layer.self_attn.q_norm, layer.post_attention_layernorm]
+        for norm in norms:
+            norm.register_full_backward_pre_hook(lambda module, _: calls.append(module))
+        gradients(model, inputs)
+    assert len(calls) == 2 and set(calls) == set(norms)
 
 
 def attention_alone(name: str, **options: Any) -> tuple[Tensor, Tensor]:

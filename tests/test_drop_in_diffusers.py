@@ -93,12 +93,15 @@ def test_padding_of_the_prompt_is_not_seen(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in DIFFUSION if name != "Lumina-Next"])
 def test_gradient_checkpointing(name: str) -> None:
     model = build(name)
-    inputs = small_inputs(model)[1]
+    inputs, calls = small_inputs(model)[1], []
     with patch(model, check=False):
         model.train()
         expected = gradients(model, inputs)
+        network = model.layers[0].feed_forward if name == "Lumina 2" else model.transformer_blocks[0].ff
+        network.register_forward_pre_hook(lambda *_: calls.append(1))
         model.enable_gradient_checkpointing()
         found = gradients(model, inputs)
+        assert calls == [1, 1], "the block was not computed again"
     for key, gradient in expected.items():
         close(found[key], gradient)
 
@@ -129,6 +132,34 @@ def test_masks_of_attention() -> None:
             ValueError, match=r"attention_mask: expected shape \[2, T, S\] or \[2, S\], got \[4, 1, 7\]"
         ):
             attn(x, context, attention_mask=bias.repeat(2, 1, 1))
+
+
+@pytest.mark.parametrize("tables", ["none", "the queries' alone", "the keys' alone"])
+def test_norms_without_rotation(tables: str) -> None:
+    """Lumina-Next's attention as a module: it normalises whether it rotates or not."""
+    model = build("Lumina-Next")
+    attn = model.layers[0].attn1
+    x, mask = torch.randn(2, 5, attn.to_q.in_features), torch.ones(2, 5)
+    turns = torch.polar(torch.ones(1), torch.rand(1, 5, attn.to_q.out_features // attn.heads // 2))
+    name = {"the queries' alone": "query_rotary_emb", "the keys' alone": "key_rotary_emb"}.get(tables)
+    options = {} if name is None else {name: turns}
+    expected = attn(x, x, attention_mask=mask, **options)
+    with patch(model, check=False):
+        close(attn(x, x, attention_mask=mask, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["Flux", "Lumina 2"])
+def test_norms_that_have_been_replaced(name: str) -> None:
+    """By layer norms, when the model was patched already: they are called."""
+    model = build(name)
+    inputs = small_inputs(model)[1]
+    attn = (model.transformer_blocks if name == "Flux" else model.layers)[0].attn
+    before = run(model, inputs)["sample"]
+    with patch(model, check=False):
+        attn.norm_q, attn.norm_k = (torch.nn.LayerNorm(attn.norm_q.weight.shape) for _ in range(2))
+        found = run(model, inputs)["sample"]
+    close(found, run(model, inputs)["sample"])
+    assert (found - before).abs().max() > 1e-3
 
 
 def test_an_adapter() -> None:

@@ -179,6 +179,17 @@ def test_the_self_check_notices_another_eps(monkeypatch: pytest.MonkeyPatch, cha
         patch(model)
 
 
+def test_the_self_check_notices_an_output_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    model = build("Llama")
+    before = functions(model)
+    monkeypatch.setattr(heads.CausalLm, "output", lambda self, outputs, loss, _: CausalLMOutputWithPast(loss=loss))
+    with pytest.raises(PatchError, match=r"patched, expected the outputs \['logits', 'loss'\], got \['loss'\]"):
+        patch(model)
+    assert same(model, before)
+
+
 def test_training_mode_is_left_as_it_was() -> None:
     model = build("Llama").train()
     model.model.norm.eval()
@@ -193,8 +204,8 @@ class Other(nn.Module):
 
 
 def broken(what: str) -> nn.Module:
-    model = build("Llama") if what != "processor" else build("Flux")
-    layer = None if what == "processor" else model.model.layers[1]
+    model = build({"processor": "Flux", "two eps": "Qwen3", "two eps of Flux": "Flux"}.get(what, "Llama"))
+    layer = None if hasattr(model, "transformer_blocks") else model.model.layers[1]
     if what == "eps":
         layer.input_layernorm.variance_epsilon = "small"
     elif what == "weight":
@@ -211,6 +222,10 @@ def broken(what: str) -> nn.Module:
         patch(model)
     elif what == "processor":
         model.transformer_blocks[0].attn.processor = len
+    elif what == "two eps":
+        layer.self_attn.k_norm.variance_epsilon = 0.25
+    elif what == "two eps of Flux":
+        model.transformer_blocks[0].attn.norm_added_k.eps = 0.25
     elif what == "not finite":
         model.lm_head.weight.data[0, 0] = float("nan")
     return model
@@ -225,6 +240,8 @@ ERRORS = {
     "meta": r"model \(LlamaForCausalLM\): expected weights to check with, got the device meta",
     "patched": r"model \(LlamaForCausalLM\): expected one that is not patched already",
     "processor": r"transformer_blocks\.0\.attn \(FluxAttention\): expected a processor of FluxAttnProcessor, ",
+    "two eps": r"model\.layers\.1\.self_attn .*: expected one eps in q_norm and k_norm, got \S+ and 0\.25",
+    "two eps of Flux": r"\.0\.attn .*: expected one eps in norm_added_q and norm_added_k, got \S+ and 0\.25",
     "not finite": r"(loss|logits) of LlamaForCausalLM: expected finite numbers before it is patched",
 }
 
@@ -279,7 +296,7 @@ def test_another_attention_for_a_patched_model_is_refused() -> None:
         model(input_ids=torch.ones(1, 3, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["position_bias", "cache", "s_aux"])
+@pytest.mark.parametrize("name", interface._REFUSED)
 def test_attention_refuses_what_it_does_not_know(name: str) -> None:
     x = torch.randn(1, 2, 3, 8)
     with pytest.raises(ValueError, match=f"{name}: expected None"):

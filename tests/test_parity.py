@@ -23,8 +23,10 @@ def disturbed(world: World) -> Iterator[Row]:
     weight = world.ours.llm.blocks[1].mlp_norm.weight
     before = weight.clone()
     weight[3] *= 1.001
-    yield from parity.language_model(world)
-    weight.copy_(before)
+    try:
+        yield from parity.language_model(world)
+    finally:
+        weight.copy_(before)
 
 
 def test_a_difference_is_told(

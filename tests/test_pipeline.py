@@ -216,7 +216,7 @@ def test_features_need_no_decoder(pipeline: Pipeline) -> None:
     without = Pipeline(pipeline.model, pipeline.processor)
     found = without.generate_image(PROMPTS[:2], seeds=1, num_inference_steps=3, output_type="features")
     again = pipeline.generate_image(PROMPTS[:2], seeds=1, num_inference_steps=3, output_type="features")
-    assert found.shape == (2, 4, CLIP_WIDTH) and torch.equal(found[0], again[0])
+    assert found.shape == (2, 4, CLIP_WIDTH) and torch.equal(found, again)
     with pytest.raises(ValueError, match=r"this checkpoint has no visual decoder \(diffusion-decoder/\): give"):
         without.generate_image(PROMPTS[0])
 
@@ -226,9 +226,9 @@ def test_the_negative_is_drawn_once_from_its_own_seed(pipeline: Pipeline, monkey
     drawn: list[int] = []
     sample = generate.sample_features
 
-    def counting(model: Blip3o, hidden: Tensor, noise: Tensor, **options: Any) -> Tensor:
+    def counting(model: Blip3o, condition: Tensor, noise: Tensor, **options: Any) -> Tensor:
         drawn.append(len(noise))
-        return sample(model, hidden, noise, **options)
+        return sample(model, condition, noise, **options)
 
     monkeypatch.setattr(generate, "sample_features", counting)
     first = [fresh.generate_image(PROMPTS[0], seeds=1, output_type="pt", **FAST) for _ in range(2)]
@@ -357,10 +357,10 @@ def test_the_commands(
         ({"prompts": "x", "condition": torch.zeros(1, 5, 64)}, "either prompts or condition must be given"),
         ({"condition": torch.zeros(1, 5, 63)}, r"condition must be \[B, 5, 64\], got \[1, 5, 63\]"),
         ({"prompts": "x", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
-        ({"prompts": "x", "num_inference_steps": 0}, "steps must be at least 1, got 0"),
-        ({"prompts": "x", "decoder_steps": 0}, "num_inference_steps must be at least 1, got 0"),
-        ({"prompts": "x", "guidance_scale": math.nan}, "guidance must be finite, got nan"),
-        ({"prompts": "x", "decoder_guidance_scale": math.inf}, "of the decoder must be finite, got inf"),
+        ({"prompts": "x", "num_inference_steps": 0}, "^num_inference_steps must be at least 1, got 0"),
+        ({"prompts": "x", "decoder_steps": 0}, "^decoder_steps must be at least 1, got 0"),
+        ({"prompts": "x", "guidance_scale": math.nan}, "^guidance_scale must be finite, got nan"),
+        ({"prompts": "x", "decoder_guidance_scale": math.inf}, "^decoder_guidance_scale must be finite, got inf"),
         ({"prompts": "x", "seeds": [1, 2]}, "seeds must be one for each of 1 pictures, got 2"),
         ({"prompts": "x", "seeds": -1}, r"seeds must lie in 0\.\.2\^63 - 1, got \[-1\]"),
         ({"prompts": "x", "seeds": 1, "generator": torch.Generator()}, "seeds and generator must not both be given"),
@@ -380,6 +380,9 @@ def test_wrong_drawings_are_named(pipeline: Pipeline, options: dict[str, Any], m
     [
         ([], {}, "messages must be a list of turns, at least one"),
         ("hello", {}, "messages must be a list of turns"),
+        ({"role": "user", "content": "x"}, {}, "messages must be a list of turns"),
+        (["hi"], {}, "a message must have a role .*, got 'hi'"),
+        ([{"role": "user", "content": ["hi"]}], {}, "a part of a message must be .*, got 'hi'"),
         ([{"role": "robot", "content": "x"}], {}, r"a message must have a role \(system, user, assistant\)"),
         ([{"role": "user"}], {}, "a message must have a role .* and a content"),
         (
@@ -400,9 +403,18 @@ def test_wrong_conversations_are_named(
         pipeline.chat(messages, **options)
 
 
+def test_empty_prompts_are_counted(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"prompts must not be empty, got 3 .*: 1, 2$"):
+        pipeline.processor.pad([[1], [], []])
+
+
 def test_wrong_pictures_are_named(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"images must be a list of pictures, at least one, got 'x\.png'"):
         pipeline.reconstruct("x.png")
+    with pytest.raises(ValueError, match=r"images must be a list of pictures, at least one, got <PIL"):
+        pipeline.image_features(picture())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images must be a list of pictures, .*, got a tensor \[3, 8, 8\]"):
+        pipeline.image_features(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"crop must be one of .*, got 'fit'"):
         pipeline.image_features([picture()], crop="fit")  # type: ignore[arg-type]
 
@@ -426,6 +438,11 @@ def test_a_decoder_that_does_not_fit(folder: Path, pipeline: Pipeline, tmp_path:
         UnetDecoder.from_pretrained(tmp_path)
     unet, vae, scheduler = visual_decoder()
     decoder = UnetDecoder(unet, vae, scheduler)
+    for name, value in (("shift_factor", 0.5), ("latents_mean", [0.0] * 4), ("latents_std", [1.0] * 4)):
+        other = visual_decoder()[1]
+        other.register_to_config(**{name: value})
+        with pytest.raises(ValueError, match=rf"vae\.config\.{name} must be None, as SDXL's, got"):
+            UnetDecoder(unet, other, scheduler)
     features, noise = torch.zeros(2, 4, CLIP_WIDTH), torch.zeros(2, 4, 8, 8)
     for wrong, message in (
         ((features[..., 1:], features, noise), r"features must be \[B, F, 224\], got \[2, 4, 223\]"),

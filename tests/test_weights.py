@@ -205,7 +205,7 @@ def short_vocabulary(folder: Path) -> None:
             edit_tensors(lambda t: t.update(queries=t["queries"].double())),
             "queries has dtype torch.float64, expected torch.float32",
         ),
-        (edit_tensors(lambda t: t.update(queries=t["queries"].bfloat16())), "dtype torch.float32|torch.bfloat16"),
+        (edit_tensors(lambda t: t.update(queries=t["queries"].bfloat16())), r"dtype torch\.(float32|bfloat16)"),
         (edit_tensors(lambda t: t.clear()), r"missing .*dit\.blocks\.\{0-1\}\.mlp\.down\.weight.* queries"),
         (offer_pickle, "model.safetensors is not a readable safetensors file"),
         (lambda folder: cut(folder / WEIGHTS), "model.safetensors is not a readable safetensors file"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blip3o import cli, weights
 from blip3o.model import Blip3o
+from blip3o.pipeline import Pipeline
 from blip3o.presets import preset
 from blip3o.weights import CONFIG, MANIFEST, CorruptModel, local_folder
 from blip3o.weights_files import INDEX, SkippedTensors, WrongTensors, grouped
@@ -109,6 +110,15 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     other = tied.write(tmp_path / "other", change=lambda t: t.update({"lm_head.weight": t[embedding] + 1}))
     with pytest.raises(CorruptModel, match=r"lm_head\.weight is not model\.embed_tokens\.weight, but config\.json has"):
         Blip3o.from_pretrained(other)
+    wide = tied.write(tmp_path / "wide", change=lambda t: t.update({"lm_head.weight": t[embedding].double()}))
+    with pytest.warns(SkippedTensors, match=r"skipped lm_head\.weight"):
+        assert Blip3o.from_pretrained(wide).llm.out is None
+    whole = tied.write(tmp_path / "whole", change=lambda t: t.update({"lm_head.weight": t[embedding].long()}))
+    with pytest.raises(CorruptModel, match=r"dtypes must be in .*, got lm_head\.weight \(I64\)"):
+        Blip3o.from_pretrained(whole)
+    alone = tied.write(tmp_path / "alone", change=lambda t: t.update({"lm_head.weight": t.pop(embedding)}))
+    with pytest.raises(WrongTensors, match=r"missing model\.embed_tokens\.weight"):
+        Blip3o.from_pretrained(alone)
 
 
 def test_leftovers_are_skipped_and_named(tmp_path: Path) -> None:
@@ -223,8 +233,40 @@ def test_a_tower_of_its_own_file(checkpoint: Checkpoint, folder: Path, tmp_path:
         save_file(short, tower)
         Blip3o.from_pretrained(towerless, tower=tower)
     model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "model.safetensors").write_bytes(b"")  # which is not looked at before
     with pytest.raises(ValueError, match="tower must be True or False for a folder of our layout"):
         Blip3o.from_pretrained(tmp_path / "ours", tower=tower)
+
+
+@pytest.mark.parametrize("layout", ["blip3o", "released"])
+def test_a_folder_left_between_two_renames(folder: Path, tmp_path: Path, layout: Any) -> None:
+    """Its writer was killed: all there is lies at NAME.old, and is read from there as NAME, by whatever reads it."""
+    model = Blip3o.from_pretrained(folder)
+    place = tmp_path / "x"
+    model.save_pretrained(place, layout=layout, files=[folder / "tokenizer.json"])
+    place.rename(tmp_path / "x.old")
+    assert not place.exists() and weights.uses_pipeline(place)
+    assert same(Blip3o.from_pretrained(place).state_dict(), model.state_dict())
+    assert same(Pipeline.from_pretrained(str(place)).model.state_dict(), model.state_dict())
+    assert weights.convert(place, tmp_path / "y", layout="released") == []
+    assert same(stored(tmp_path / "y"), stored(folder)) and (tmp_path / "y" / "tokenizer.json").exists()
+
+
+def test_a_writer_that_ends_while_the_old_folder_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, old = tmp_path / "x", tmp_path / "x.old"
+    Blip3o.from_pretrained(folder).save_pretrained(place)
+    place.rename(old)
+    sum_of = weights.sha256
+
+    def ending(path: Path) -> str:
+        if old.exists():
+            old.rename(place)
+        return sum_of(path)
+
+    monkeypatch.setattr(weights, "sha256", ending)
+    assert weights.check_folder(local_folder(place)) == place
 
 
 def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

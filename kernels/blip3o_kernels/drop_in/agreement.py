@@ -56,9 +56,16 @@ def stock_outputs(model: nn.Module, paths: Sequence[str], inputs: Mapping[str, A
 
 
 def agreed(before: Before) -> dict[str, tuple[float, float]]:
-    """The largest difference of each output now and what is allowed. Raises PatchError if one is larger."""
+    """The largest difference of each output now and what is allowed. Raises PatchError if one is larger, or
+    where the outputs are others."""
+    outputs = run(before.inner, before.inputs)
+    if outputs.keys() != before.outputs.keys():
+        raise PatchError(
+            f"{type(before.inner).__name__}: patched, expected the outputs {sorted(before.outputs)}, got"
+            f" {sorted(outputs)}. The model is as it was"
+        )
     found, wrong = {}, []
-    for name, x in run(before.inner, before.inputs).items():
+    for name, x in outputs.items():
         y = before.outputs[name]
         most, typical = distance(x, y)
         last_place = float(y.abs().max()) * torch.finfo(y.dtype).eps

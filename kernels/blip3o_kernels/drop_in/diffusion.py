@@ -13,24 +13,9 @@ from torch import Tensor, nn
 
 from ..ops.gated_residual import gated_residual
 from ..ops.modulate import modulate
-from ..ops.rms_norm import rms_norm
 from ..ops.swiglu import swiglu
-from .processors import linear, processor, unfit
+from .processors import RmsNorm, processor, unfit, why_kept
 from .swap import Part, fusible
-
-
-class RmsNorm(nn.Module):
-    """Rounds before the weight, and gives the weight's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if weight is None or weight.dtype is x.dtype:
-            y = rms_norm(x, weight, self.eps)
-        elif weight.dtype is torch.float32:  # then nothing is rounded before the weight
-            y = rms_norm(x.float(), weight, self.eps)
-        else:
-            y = rms_norm(x, None, self.eps).to(weight.dtype) * weight
-        return y if self.bias is None else y + self.bias
 
 
 def layer_modulate(norm: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -63,6 +48,9 @@ def add_tanh_gated(residual: Tensor, gate: Tensor, norm: nn.Module, x: Tensor) -
 
 
 class AdaLayerNormZero(nn.Module):
+    """x [B, T, D] and emb [B, D], or timestep and class_labels [B] -> [B, T, D], and four modulations [B, D]: the gate,
+    and those of the MLP (shift, scale, gate)."""
+
     def forward(
         self,
         x: Tensor,
@@ -78,13 +66,16 @@ class AdaLayerNormZero(nn.Module):
 
 
 class AdaLayerNormZeroSingle(nn.Module):
+    """x [B, T, D] and emb [B, D] -> [B, T, D], and the gate [B, D]."""
+
     def forward(self, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, scale, gate = self.linear(self.silu(emb)).chunk(3, dim=1)
         return layer_modulate(self.norm, x, scale, shift), gate
 
 
 class AdaLayerNormZeroTwice(nn.Module):
-    """SD 3.5's: one norm, modulated for each of two attentions."""
+    """SD 3.5's: one norm, modulated for each of two attentions. hidden_states [B, T, D] and emb [B, D] -> two
+    [B, T, D], in the first and the sixth place, and five modulations [B, D]."""
 
     def forward(self, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
         chunks = self.linear(self.silu(emb)).chunk(9, dim=1)
@@ -95,6 +86,8 @@ class AdaLayerNormZeroTwice(nn.Module):
 
 
 class AdaLayerNormContinuous(nn.Module):
+    """x [B, T, D] and conditioning_embedding [B, E] -> [B, T, D]."""
+
     def forward(self, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
         scale, shift = self.linear(self.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
         return layer_modulate(self.norm, x, scale, shift)
@@ -114,6 +107,8 @@ class LuminaNormZero(nn.Module):
 
 
 class SanaModulatedNorm(nn.Module):
+    """hidden_states [B, T, D], temb [B, D], scale_shift_table [2, D] -> [B, T, D]."""
+
     def forward(self, hidden_states: Tensor, temb: Tensor, scale_shift_table: Tensor) -> Tensor:
         shift, scale = (scale_shift_table[None] + temb[:, None].to(scale_shift_table.device)).unbind(1)
         return layer_modulate(self.norm, hidden_states, scale, shift)
@@ -323,7 +318,7 @@ def _single(module: nn.Module) -> str:
 
 
 _MODELS = "diffusers.models."
-_ATTENTION = Part(processor, "attention", unfit, linear)
+_ATTENTION = Part(processor, "attention", unfit, why_kept)
 PARTS: dict[str, Part] = {
     f"{_MODELS}attention_processor.Attention": _ATTENTION,
     f"{_MODELS}transformers.transformer_flux.FluxAttention": _ATTENTION,

@@ -27,7 +27,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register(NAME, mask)
 
 
-def mask(*arguments: Any, **named: Any) -> Tensor | None:
+def mask(**named: Any) -> Tensor | None:
     """transformers' boolean mask [B, 1, T, S], or None where causality and the window say everything.
 
     That of its own SDPA, except that a sliding window alone needs no mask: `attend` gets window_size instead.
@@ -39,7 +39,7 @@ def mask(*arguments: Any, **named: Any) -> Tensor | None:
         first, tokens = named.get("q_offset", 0), named.get("q_length")
         if isinstance(first, int) and tokens and first + tokens == named.get("kv_offset", 0) + named["kv_length"]:
             named["local_size"] = None  # the last query stands at the last key, as the op takes it to
-    return sdpa_mask(*arguments, **named)
+    return sdpa_mask(**named)
 
 
 def attend(
@@ -70,17 +70,17 @@ def attend(
     causal = bool(module.is_causal) if is_causal is None and hasattr(module, "is_causal") else is_causal is not False
     tokens = query.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": grouped, "softcap": softcap or None}
-    window = (sliding_window - 1, -1) if sliding_window is not None and causal else None
+    window = None if sliding_window is None else (sliding_window - 1, -1 if causal else sliding_window - 1)
     if cu_seq_lens_q is not None:
         ends = cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k
         options |= {"cu_seqlens_q": cu_seq_lens_q.to(torch.int32), "cu_seqlens_k": ends.to(torch.int32)}
-        options |= {"is_causal": causal, "window_size": window}
         attention_mask = None
     elif attention_mask is None:
         causal = tokens > 1 and causal
         if causal and key.shape[2] > tokens:
             # No mask and more keys than queries: the first tokens in an empty cache of fixed length.
             key, value = key[:, :, :tokens], value[:, :, :tokens]
+    if attention_mask is None:
         options |= {"is_causal": causal, "window_size": window}
     y = attention(query, key, value, attention_mask, dropout, **options)
     return y.transpose(1, 2), None

@@ -219,6 +219,9 @@ def _attention(module: nn.Module) -> str:
     norms = [vars(module)["_modules"].get(name) for name in ("q_norm", "k_norm")]
     if norms != [None, None] and (type(norms[0]) is not type(norms[1]) or norms[0].weight.shape != (module.head_dim,)):
         return f"expected norms over {module.head_dim} dims in q_norm and k_norm"
+    eps = [None if norm is None else vars(norm).get("variance_epsilon", vars(norm).get("eps")) for norm in norms]
+    if eps[0] != eps[1]:
+        return f"expected one eps in q_norm and k_norm, got {eps[0]} and {eps[1]}"
     return ""
 
 

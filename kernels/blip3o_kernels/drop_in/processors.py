@@ -14,10 +14,32 @@ from torch import Tensor, nn
 from ..ops.attention import attention
 from ..ops.layer_norm import layer_norm
 from ..ops.qk_norm_rope import qk_norm_rope
+from ..ops.rms_norm import rms_norm
 from ..ops.rope import rope
 from .swap import fusible, qualified
 
 Rotation = tuple[Tensor, Tensor]
+
+
+class RmsNorm(nn.Module):
+    """Rounds before the weight, and gives the weight's dtype."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if weight is None or weight.dtype is x.dtype:
+            y = rms_norm(x, weight, self.eps)
+        elif weight.dtype is torch.float32:  # then nothing is rounded before the weight
+            y = rms_norm(x.float(), weight, self.eps)
+        else:
+            y = rms_norm(x, None, self.eps).to(weight.dtype) * weight
+        return y if self.bias is None else y + self.bias
+
+
+_RMS = (nn.RMSNorm, RmsNorm)  # that qk_norm_rope does the work of
 
 
 def heads(x: Tensor, head_dim: int) -> Tensor:
@@ -51,13 +73,12 @@ class Flux:
         image_rotary_emb: Rotation | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         tables = None if image_rotary_emb is None else tuple(x[:, ::2].float().contiguous() for x in image_rotary_emb)
-        added = encoder_hidden_states is not None and attn.added_kv_proj_dim is not None
-        words = encoder_hidden_states.shape[1] if encoder_hidden_states is not None and added else 0
+        words = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         qkv = attn.to_qkv(hidden_states).chunk(3, -1) if attn.fused_projections else None
         query, key, value = qkv or (attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states))
         query, key, value = (heads(x, attn.head_dim) for x in (query, key, value))
         query, key = self.turn(query, key, attn.norm_q, attn.norm_k, tables, words)
-        if added:
+        if encoder_hidden_states is not None:
             x = encoder_hidden_states
             qkv = attn.to_added_qkv(x).chunk(3, -1) if attn.fused_projections else None
             more = qkv or (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x))
@@ -77,7 +98,7 @@ class Flux:
         if tables is None:
             return norm_q(query), norm_k(key)
         cos, sin = (x[start : start + query.shape[2]] for x in tables)
-        if not fusible(nn.Module, norm_q, norm_k):
+        if not fusible(_RMS, norm_q, norm_k):
             query, key = norm_q(query), norm_k(key)
             return rope(query, cos, sin, interleaved=True), rope(key, cos, sin, interleaved=True)
         return qk_norm_rope(query, key, norm_q.weight, norm_k.weight, cos, sin, eps=norm_q.eps, interleaved=True)
@@ -123,6 +144,7 @@ class Cross:
     """AttnProcessor2_0 and SanaAttnProcessor2_0: PixArt's attentions, Sana's attention to the prompt."""
 
     ops = "attention"
+    whole = False  # whether norms are over all heads, before these are told apart
 
     def __call__(
         self,
@@ -134,11 +156,10 @@ class Cross:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
         head_dim = key.shape[-1] // attn.heads
-        whole = type(self) is CrossWhole  # norms over all heads come before these are told apart
-        if whole:
+        if self.whole:
             query, key = self.norm(attn, query, key)
         query, key, value = (x.unflatten(-1, (-1, head_dim)) for x in (query, key, value))
-        if not whole:
+        if not self.whole:
             query, key = self.norm(attn, query, key)
         mask = None if attention_mask is None else for_all_heads(attention_mask, query.shape[0])
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -161,6 +182,13 @@ def for_all_heads(mask: Tensor, batch: int) -> Tensor:
 
 class CrossWhole(Cross):
     """SanaAttnProcessor2_0's order."""
+
+    whole = True
+
+
+def key_mask(mask: Tensor | None) -> Tensor | None:
+    """[B, 1, 1, S] of a mask [B, S], True or 1 where a key is seen."""
+    return None if mask is None else mask.bool()[:, None, None]
 
 
 def complex_tables(turns: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,16 +220,16 @@ class LuminaNext:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         head_dim = query.shape[-1] // attn.heads
         norm_q, norm_k, both = attn.norm_q, attn.norm_k, key_rotary_emb is query_rotary_emb
-        if norm_q is not None and not fusible(nn.LayerNorm, norm_q, norm_k):
+        if norm_q is not None and (query_rotary_emb is None or not fusible(nn.LayerNorm, norm_q, norm_k)):
             query, key = norm_q(query), norm_k(key)
             norm_q = norm_k = None
         elif norm_k is not None and not both:
             key = layer_norm(key, norm_k.weight, norm_k.bias, norm_k.eps)
         query, key, value = (heads(x, head_dim) for x in (query, key, value))
-        if norm_q is None:
+        if norm_q is None or query_rotary_emb is None:
             query = turned(query, query_rotary_emb)
             key = turned(key, key_rotary_emb)
-        elif query_rotary_emb is not None:
+        else:
             # Keys of other tokens than the queries' are not rotated: then they were normalised above.
             turning = key if both else key[:, :0, :1].expand(-1, -1, query.shape[2], -1)
             weight, bias = (norm_k.weight, norm_k.bias) if both else (norm_k.weight[:0], norm_k.bias[:0])
@@ -211,8 +239,7 @@ class LuminaNext:
             )  # fmt: skip
             key = turning if both else turned(key, key_rotary_emb)
         scale = None if key_rotary_emb is None else proportional(attn, hidden_states.shape[1], base_sequence_length)
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
-        return attend(query, key, value, mask, scale)
+        return attend(query, key, value, key_mask(attention_mask), scale)
 
 
 def turned(x: Tensor, turns: Tensor | None) -> Tensor:
@@ -236,16 +263,15 @@ class Lumina2:
         query, key, value = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         query, key, value = (heads(x, query.shape[-1] // attn.heads) for x in (query, key, value))
         norm_q, norm_k = attn.norm_q, attn.norm_k
-        if image_rotary_emb is None or not fusible(nn.Module, norm_q, norm_k):
+        if image_rotary_emb is None or not fusible(_RMS, norm_q, norm_k):
             query, key = (turned(norm(x), image_rotary_emb) for norm, x in ((norm_q, query), (norm_k, key)))
         else:
             tables = complex_tables(image_rotary_emb)
             query, key = qk_norm_rope(
                 query, key, norm_q.weight, norm_k.weight, *tables, eps=norm_q.eps, interleaved=True
             )
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None]
         scale = proportional(attn, hidden_states.shape[1], base_sequence_length)
-        return project(attn, attend(query, key, value, mask, scale).flatten(2))
+        return project(attn, attend(query, key, value, key_mask(attention_mask), scale).flatten(2))
 
 
 _OLD = "diffusers.models.attention_processor."
@@ -271,13 +297,10 @@ def processor(attn: Any) -> Any:
     return PROCESSORS[qualified(type(attn.processor))]()
 
 
-def linear(attn: Any) -> str:
-    """Why an attention keeps its processor."""
-    return (
-        "SanaLinearAttnProcessor2_0 is linear attention: no op for it"
-        if qualified(type(attn.processor)) == LINEAR
-        else ""
-    )
+def why_kept(attn: Any) -> str:
+    """Why an attention keeps its processor; "" if it does not."""
+    is_linear = qualified(type(attn.processor)) == LINEAR
+    return "SanaLinearAttnProcessor2_0 is linear attention: no op for it" if is_linear else ""
 
 
 def unfit(attn: Any) -> str:
@@ -295,6 +318,11 @@ def unfit(attn: Any) -> str:
         for norm in norms:
             if norm is not None and (norm.weight is None or (kinds[0] == "LayerNorm" and norm.bias is None)):
                 return "expected norms with a weight (layer norms: and a bias) in norm_q and norm_k"
+        for words in (("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")):
+            pair = [vars(attn)["_modules"].get(word) for word in words]
+            eps = [None if norm is None else vars(norm).get("eps") for norm in pair]
+            if eps[0] != eps[1]:
+                return f"expected one eps in {words[0]} and {words[1]}, got {eps[0]} and {eps[1]}"
     if issubclass(ours, Cross):
         for word in ("spatial_norm", "group_norm", "norm_cross"):
             if vars(attn)["_modules"].get(word) is not None:

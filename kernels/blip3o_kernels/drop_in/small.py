@@ -159,8 +159,8 @@ def sana(draw: Draw) -> Inputs:
 def pixart(draw: Draw) -> Inputs:
     caption = draw.config.caption_channels or draw.config.cross_attention_dim
     sizes = {"resolution": draw.normal(ROWS, 2), "aspect_ratio": draw.normal(ROWS, 1)}
-    use = draw.config.sample_size == 128 if draw.config.use_additional_conditions is None else None
-    use = draw.config.use_additional_conditions if use is None else use
+    use = draw.config.use_additional_conditions
+    use = draw.config.sample_size == 128 if use is None else use
     return {
         "hidden_states": draw.latent(),
         "encoder_hidden_states": draw.prompt(caption),

@@ -55,15 +55,13 @@ class Record:
 
 def hooked(module: nn.Module) -> bool:
     """Whether somebody waits for the module to be called, so that it must not be fused with its neighbour."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    forwards, backwards = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forwards or backwards or module._backward_pre_hooks)
 
 
 def fusible(kind: type | tuple[type, ...], *modules: nn.Module | None) -> bool:
     """Whether a neighbour may do the modules' work: they are still of that kind, and nobody waits for their calls."""
-    for module in modules:
-        if module is None or not isinstance(module, kind) or hooked(module):
-            return False
-    return True
+    return all(module is not None and isinstance(module, kind) and not hooked(module) for module in modules)
 
 
 def qualified(kind: type) -> str:
