@@ -220,12 +220,13 @@ def test_a_retained_graph_gives_gradients_again() -> None:
         unkept[0].backward()
 
 
-def test_float32_gradients_in_own_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_in_own_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which so few logits as a test has would not take."""
-    monkeypatch.setattr(native, "MANY", 0)
-    assert native.late(torch.float32, 1, True, None) == (native.native.instruction_set() in ("avx512", "amx"))
+    monkeypatch.setattr(native, "MANY", dict.fromkeys(native.MANY, 0))
+    assert native.late(dtype, 1, True, None) == (native.native.instruction_set() in ("avx512", "amx"))
     op = contract.OP
-    for sample in op.samples(torch.float32, "cpu"):
+    for sample in op.samples(dtype, "cpu"):
         given = bound(op, sample)
         with use("native"):
             got = evaluate(op, op.function, given)

@@ -17,7 +17,8 @@ _PACK_FUSED = native.packer("linear_cross_entropy_fused")
 _CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
 SPLIT = {"cuda"}  # where dlogits of bfloat16 operands are the sum of two bfloat16 numbers
-MANY = 2**22  # logits from which on float32 gradients gain by a dweight that is written once
+# Logits from which on gradients gain by a dweight that is written once; of bfloat16, which torch's products would convert.
+MANY = {torch.float32: 2**22, torch.bfloat16: 2**20}
 KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
 LEAST_WIDTH, LEAST_WIDTH_TILES = 64, 1024  # from which on to compute logits again takes more time than memory
 
@@ -32,7 +33,7 @@ def late(dtype: torch.dtype, elements: int, wanted: bool, autocast: torch.dtype 
     faster; of more, computing them again is 4 products for 3."""
     if autocast is not None or dtype not in (torch.float32, torch.bfloat16):
         return False
-    if wanted and not _tiles(dtype) and not MANY <= elements <= KEPT:
+    if wanted and not _tiles(dtype) and not MANY[dtype] <= elements <= KEPT:
         return False
     return (instruction_set() or _BEST) >= INSTRUCTION_SETS["avx512"]
 
