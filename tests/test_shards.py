@@ -237,9 +237,12 @@ class Sick:
     def half(self) -> None:
         overwrite(self.shard, self.picture + self.size // 2, bytes(self.size - self.size // 2))
 
-    def bomb(self) -> None:
-        start = b"IHDR" + struct.pack(">II", 60_000, 60_000) + b"\x08\x02\0\0\0"
+    def bomb(self, width: int = 60_000, height: int = 60_000) -> None:  # above Pillow's limit, too
+        start = b"IHDR" + struct.pack(">II", width, height) + b"\x08\x02\0\0\0"
         overwrite(self.shard, self.picture + 12, start + struct.pack(">I", zlib.crc32(start)))
+
+    def large(self) -> None:
+        self.bomb(8001, 8000)
 
     def pixels_of_another_format(self) -> None:  # a BMP under the name of a PNG
         overwrite(self.shard, self.picture, b"BM" + bytes(self.size - 2))
@@ -305,8 +308,9 @@ class Sick:
 
 
 KINDS = {
-    Sick.noise: "picture", Sick.half: "picture", Sick.bomb: "pixels", Sick.pixels_of_another_format: "picture",
-    Sick.bad_json: "json", Sick.latin_text: "text", Sick.link: "link", Sick.hard_link: "link", Sick.pipe: "special",
+    Sick.noise: "picture", Sick.half: "picture", Sick.bomb: "pixels", Sick.large: "pixels",
+    Sick.pixels_of_another_format: "picture", Sick.bad_json: "json", Sick.latin_text: "text",
+    Sick.link: "link", Sick.hard_link: "link", Sick.pipe: "special",
     Sick.upward: "name", Sick.absolute: "name", Sick.repeated: "repeated", Sick.pickle: "pickle",
     Sick.damaged_header: "missing", Sick.zeroed_header: "missing", Sick.endless: "truncated",
     Sick.without_text: "missing",
@@ -314,7 +318,7 @@ KINDS = {
 
 
 def infect(clean: Path, folder: Path) -> dict[int, str]:
-    """A copy of the shards in which one sample has each illness (7 % of all): their numbers and the faults' kinds."""
+    """A copy of the shards in which one sample has each illness (8 % of all): their numbers and the faults' kinds."""
     folder.mkdir(parents=True)
     for shard in sorted(clean.glob("*.tar")):
         (folder / shard.name).write_bytes(shard.read_bytes())

@@ -24,7 +24,7 @@ from blip3o.data.tar import BLOCK, Fault
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = (64 << 20, 1 << 20, 1 << 20)  # of a picture's file, a text, a JSON
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 OPEN = 256  # shards kept open; others are opened for each read
 # What Pillow raises for data that is none of a picture.
 UNDECODABLE = (
