@@ -1,4 +1,4 @@
-"""The command line: blip3o demo | train | generate | ask | evaluate | convert | bench | doctor.
+"""The command line: blip3o demo | train | generate | ask | evaluate | convert | shards | bench | doctor.
 
 What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
 Anything else is a mistake of this program and keeps its traceback. torch is imported by the commands that need it.
@@ -141,6 +141,39 @@ def evaluate(arguments: argparse.Namespace) -> None:
         scores.write_metrics(arguments.json, metrics)
 
 
+def write_shards(arguments: argparse.Namespace) -> None:
+    from blip3o.data.shard_files import scene_samples, write_shards
+
+    samples = scene_samples(arguments.seed, arguments.samples, arguments.picture)
+    paths = write_shards(arguments.out, samples, arguments.per_shard)
+    print(f"{arguments.out}: {arguments.samples} samples in {len(paths)} shards")
+
+
+def verify_shards(arguments: argparse.Namespace) -> None:
+    from blip3o.data.shard_files import verify
+    from blip3o.data.shards import Shards
+
+    options = given(needs=arguments.needs, max_pixels=arguments.max_pixels)
+    faults = 0
+    with Shards(*arguments.places, cache=arguments.cache, **options) as shards:
+        for fault in verify(shards):
+            faults += 1
+            print(fault)
+        print(f"{len(shards)} samples in {len(shards.indices)} shards, {faults} faults")
+    if faults:
+        raise SystemExit(1)
+
+
+def summarise_shards(arguments: argparse.Namespace) -> None:
+    from blip3o.data.shard_files import summarise
+    from blip3o.data.shards import Shards
+
+    with Shards(*arguments.places, cache=arguments.cache) as shards:
+        found = summarise(shards)
+    lines = (f"{key:24} {value}" for key, value in found.items())
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
+
+
 def bench(arguments: argparse.Namespace) -> None:
     named = arguments.options[:1] if arguments.options[:1] and arguments.options[0] in BENCHES else []
     script = BENCHMARKS / f"{named[0] if named else BENCHES[0]}.py"
@@ -235,6 +268,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--skip", action="append", metavar="PREFIX", help="tensors to leave out (default: model.vae.)")
     command.set_defaults(run=convert)
 
+    command = commands.add_parser("shards", help="write, verify or summarise tar shards of samples")
+    add_shards(command.add_subparsers(dest="action", required=True, metavar="ACTION"))
+
     # No option starts with a NUL: all of them are for the program that is called.
     command = commands.add_parser(
         "bench",
@@ -249,6 +285,29 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=doctor)
     return top
+
+
+def add_shards(actions: Any) -> None:
+    command = actions.add_parser("write", help="shards of nano's world")
+    command.add_argument("out", metavar="OUT", type=Path, help="folder")
+    command.add_argument("--samples", type=int, default=1000, help="default: %(default)s")
+    command.add_argument("--per-shard", type=int, default=500, help="samples of a shard (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--picture", choices=("png", "jpg", "webp"), default="png", help="default: %(default)s")
+    command.set_defaults(run=write_shards)
+
+    places = Parser(add_help=False)
+    places.add_argument("places", nargs="+", metavar="PLACE", type=Path, help="tar files, or folders of *.tar")
+    places.add_argument("--cache", type=Path, help="folder for the indices (default: beside the shards)")
+
+    command = actions.add_parser("verify", help="name every fault; status 1 if there is one", parents=[places])
+    command.add_argument("--needs", nargs="+", choices=("picture", "text", "json"), help="default: picture text")
+    command.add_argument("--max-pixels", type=int, help="of a picture (default: 64 million)")
+    command.set_defaults(run=verify_shards)
+
+    command = actions.add_parser("summarise", help="samples, bytes, picture sizes, caption lengths", parents=[places])
+    command.add_argument("--json", action="store_true")
+    command.set_defaults(run=summarise_shards)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

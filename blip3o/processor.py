@@ -7,13 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from blip3o.data.shards import MAX_PIXELS, on_white
 from blip3o.data.words import EOS, SPECIAL, TOKEN, spaced
-
-MAX_PIXELS = 64_000_000  # larger files are refused before they are decoded
 
 # What people write -> what the world says. Whole words, applied in this order after lower-casing.
 ALIASES: Mapping[str, str] = {
@@ -157,17 +156,14 @@ def open_image(source: str | Path | Image.Image | Tensor) -> Image.Image:
     if isinstance(source, Tensor):
         return to_pil(source)
     if isinstance(source, Image.Image):
-        upright = ImageOps.exif_transpose(source).convert("RGBA")
-    else:
-        try:
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
-                upright = ImageOps.exif_transpose(image).convert("RGBA")
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {str(source)!r}: {error}") from error
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright).convert("RGB")
+        return on_white(source)
+    try:
+        with Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are read")
+            return on_white(image)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {str(source)!r}: {error}") from error
 
 
 def to_tensor(picture: Image.Image) -> Tensor:
