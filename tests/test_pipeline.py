@@ -285,7 +285,8 @@ def test_half_precision(folder: Path, pipeline: Pipeline, dtype: torch.dtype) ->
     assert bool(half.reconstruct([picture()], seeds=1, num_inference_steps=2, output_type="pt").isfinite().all())
 
 
-def test_compiled_without_graph_breaks(folder: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=8)  # which compile raises, and which is restored
+def test_compiled_without_graph_breaks(folder: Path, pipeline: Pipeline) -> None:
     """fullgraph: a break is an error. Every call of the language model and the DiT goes through their graphs."""
     compiled = Pipeline.from_pretrained(folder)
     graphs: list[int] = []
@@ -294,7 +295,6 @@ def test_compiled_without_graph_breaks(folder: Path, pipeline: Pipeline, monkeyp
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # and restored
     torch._dynamo.reset()
     compiled.compile(backend=backend, fullgraph=True)
     options = {"seeds": 1, "output_type": "features", "num_inference_steps": 2}

@@ -17,7 +17,7 @@ _PACK_FUSED = native.packer("linear_cross_entropy_fused")
 _CPU_FUSED = native.function("cpu", "linear_cross_entropy_fused")
 _BEST = INSTRUCTION_SETS[native.instruction_set()]
 SPLIT = {"cuda"}  # where dlogits of bfloat16 operands are the sum of two bfloat16 numbers
-# Logits from which on gradients gain by a dweight that is written once; of bfloat16, which torch's products would convert.
+# Logits from which on gradients gain by a dweight that is written once; torch would convert bfloat16 for its products.
 MANY = {torch.float32: 2**22, torch.bfloat16: 2**20}
 KEPT = 2**25  # logits that are kept for the backward pass at most: 128 MiB
 LEAST_WIDTH, LEAST_WIDTH_TILES = 64, 1024  # from which on to compute logits again takes more time than memory
