@@ -1,6 +1,5 @@
 """Released checkpoints: tensors under the official names, made into a model and back."""
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -21,6 +20,7 @@ from blip3o.weights_files import (
     fill,
     grouped,
     one_dtype,
+    read_json,
 )
 from blip3o.weights_names import EMBEDDING, EVA, OUTPUT, TOWER, VAE, old_name, released_parts
 
@@ -49,7 +49,7 @@ def read_released(
     dtype    of the weights; None: as they are stored
     Raises CorruptModel, or its WrongTensors, which has every missing and unexpected name.
     """
-    values = _config(place)
+    values = read_json(place / "config.json")
     with TensorFiles(place) as files:
         if not isinstance(tower, bool):
             files.put(Path(tower), EVA)
@@ -78,14 +78,6 @@ def read_released(
     return Released(model.eval(), tuple(skipped))
 
 
-def _config(place: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptModel(f"{place / 'config.json'} is not readable JSON: {error}") from None
-    return values
-
-
 def _old_names(files: TensorFiles) -> dict[str, str]:
     """Names as transformers 4.51 writes them -> names in the files."""
     actual: dict[str, str] = {}
@@ -99,10 +91,11 @@ def _old_names(files: TensorFiles) -> dict[str, str]:
 
 def _check_tied(files: TensorFiles, actual: Mapping[str, str]) -> None:
     """An output layer that is stored although config.json ties it must be the embedding."""
-    entries = [files.entries[actual[name]] for name in (OUTPUT, EMBEDDING) if name in actual]
-    copies = [torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype)) for entry in entries]
-    for name, copy in zip((OUTPUT, EMBEDDING), copies, strict=False):
-        files.copy(actual[name], copy)
+    names = [actual[name] for name in (OUTPUT, EMBEDDING) if name in actual]
+    one_dtype(files, names, torch.float32)  # that their dtypes are known
+    copies = [torch.empty(files.entries[name].shape, dtype=DTYPES[files.entries[name].dtype]) for name in names]
+    for name, copy in zip(names, copies, strict=True):
+        files.copy(name, copy)
     if len(copies) == 2 and not torch.equal(*copies):
         raise CorruptModel(
             f"{files.place}: {actual[OUTPUT]} is not {actual[EMBEDDING]}, but config.json has tie_word_embeddings true"
@@ -117,7 +110,7 @@ def _check(
     skipped: list[str],
 ) -> None:
     left = set(skipped)
-    missing = [name for name in expected if name not in actual]
+    missing = [name for name in expected if name not in actual or actual[name] in left]
     unexpected = [held for name, held in actual.items() if name not in expected and held not in left]
     wrong = [
         f"{actual[name]} has shape {list(shapes[name])}, expected {list(shape)}"
