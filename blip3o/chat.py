@@ -52,8 +52,8 @@ def answer_tokens(
     The likeliest; with a temperature above 0, drawn by `generator` (of a CPU). Ends when every row has said the end
     token or the padding token, or after `max_new_tokens` steps; rows that have ended go on with padding.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be a whole number, at least 1, got {max_new_tokens!r}")
     if not temperature >= 0:
         raise ValueError(f"temperature must be 0 or above, got {temperature}")
     config, (batch, tokens) = model.config, ids.shape
@@ -65,10 +65,14 @@ def answer_tokens(
     done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
     for step in range(1, max_new_tokens + 1):
         logits = model.llm.logits(hidden)
+        most = logits.amax(-1, keepdim=True)
+        if not bool(most.isfinite().all()):
+            raise ValueError(f"the logits are not finite: the weights are not, or are too large for {logits.dtype}")
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            chances = (logits.float() / temperature).softmax(-1).cpu()
+            # From 0 down and not by less than float32 holds, so that no temperature makes infinities of both signs.
+            chances = ((logits - most).float() / max(temperature, 1e-30)).softmax(-1).cpu()
             token = torch.multinomial(chances, 1, generator=generator)[:, 0].to(ids.device)
         token = torch.where(done, config.pad_token, token)
         yield token

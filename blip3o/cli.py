@@ -48,10 +48,14 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
+    from PIL import Image
+
     from blip3o.processor import to_pil
 
     if arguments.scale is not None and arguments.scale < 1:
         raise ValueError(f"scale must be at least 1, got {arguments.scale}")
+    if arguments.out.suffix.lower() not in Image.registered_extensions():  # before what takes long
+        raise ValueError(f"out must end as a picture does, such as in .png, got {arguments.out}")
     pictures, scale = draw(arguments)
     gap = 2  # white pixels between pictures, before they are enlarged
     row = pictures.new_ones(3, pictures.shape[2], (pictures.shape[3] + gap) * len(pictures) - gap)
@@ -125,8 +129,10 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     from blip3o.evaluate import exam, scores
-    from blip3o.weights import from_pretrained
+    from blip3o.weights import from_pretrained, uses_pipeline
 
+    if uses_pipeline(arguments.model):
+        raise ValueError(f"model must know nano's world, which the exam is about; {arguments.model} is a released one")
     model, _ = from_pretrained(arguments.model)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -263,8 +269,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", type=Path)
     command.add_argument("--layout", choices=("blip3o", "released"), default="blip3o", help="default: %(default)s")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-    command.add_argument("--tower", type=Path, help="safetensors file of the CLIP tower, where IN has none")
-    command.add_argument("--without-tower", action="store_true", help="leave the CLIP tower out")
+    towers = command.add_mutually_exclusive_group()
+    towers.add_argument("--tower", type=Path, help="safetensors file of the CLIP tower, where IN has none")
+    towers.add_argument("--without-tower", action="store_true", help="leave the CLIP tower out")
     command.add_argument("--skip", action="append", metavar="PREFIX", help="tensors to leave out (default: model.vae.)")
     command.set_defaults(run=convert)
 

@@ -6,6 +6,7 @@ Words: width is the size of a token, depth the number of blocks, head_dim the si
 the feed-forward part, grid the tokens along one side of a square, eps the term that keeps a normalisation finite.
 """
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -16,11 +17,17 @@ from blip3o.flow import FlowConfig
 Config = TypeVar("Config")
 
 
+MOST_BLOCKS = 4096  # more is damage, and would fill the memory before it is found out by the weights
+
+
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be positive, got {value}")
+        if not 0 < value < math.inf:
+            kind = "finite" if value == math.inf else "positive"
+            raise ValueError(f"{type(config).__name__}.{name} must be {kind}, got {value}")
+        if name == "depth" and value > MOST_BLOCKS:
+            raise ValueError(f"{type(config).__name__}.depth must be at most {MOST_BLOCKS}, got {value}")
 
 
 def _require_multiple(config: object, name: str, value: int, of: int, of_name: str) -> None:
@@ -137,10 +144,11 @@ class LlmConfig:
         )
         _require_multiple(self, "num_heads", self.num_heads, self.num_kv_heads, "num_kv_heads")
         _require_multiple(self, "head_dim", self.head_dim, 2, "2")
-        if len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2:
+        section = self.mrope_section
+        if len(section) != 3 or min(section) < 0 or sum(section) != self.head_dim // 2:
             raise ValueError(
-                f"LlmConfig.mrope_section must be three numbers that sum to head_dim / 2 = {self.head_dim // 2}, "
-                f"got {self.mrope_section}"
+                f"LlmConfig.mrope_section must be three numbers, none below 0, that sum to head_dim / 2 = "
+                f"{self.head_dim // 2}, got {section}"
             )
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -113,7 +115,7 @@ class Pipeline:
         template   see `QwenProcessor.drawing_prompt`
         Raises ValueError for no prompts, an unknown template or padding_side, TypeError for a prompt that is no string.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        texts = list(prompts) if isinstance(prompts, Sequence) and not isinstance(prompts, str) else [prompts]
         rows = [self.processor.drawing_prompt(prompt, template) for prompt in texts]
         ids, mask = self.processor.pad(rows, padding_side)
         device = self.model.llm.output_weight.device
@@ -153,23 +155,17 @@ class Pipeline:
         _check_output_type(output_type)
         if (prompts is None) == (condition is None):
             raise ValueError("either prompts or condition must be given")
-        numbers = {
-            "num_images_per_prompt": num_images_per_prompt,
-            "num_inference_steps": num_inference_steps,
-            "decoder_steps": decoder_steps,
-        }
-        for name, number in numbers.items():
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        for name, scale in (("guidance_scale", guidance_scale), ("decoder_guidance_scale", decoder_guidance_scale)):
-            if not math.isfinite(scale):
-                raise ValueError(f"{name} must be finite, got {scale}")
+        counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": num_inference_steps}
+        _check_numbers(counts | {"decoder_steps": decoder_steps}, guidance_scale, decoder_guidance_scale)
+        alone = _generators(1, negative_seed, None, "negative_seed")
         decoder = self.decoder if output_type == "features" else self._decoder()
         if condition is None:
             assert prompts is not None
             condition = self.encode_prompt(prompts, template=template, padding_side=padding_side)
         expected = (self.model.config.num_queries, self.model.config.llm.width)
-        if condition.dim() != 3 or condition.shape[1:] != expected:
+        if not isinstance(condition, Tensor):
+            raise TypeError(f"condition must be a tensor, got {type(condition).__name__}")
+        if condition.dim() != 3 or condition.shape[1:] != expected or not len(condition):
             raise ValueError(f"condition must be [B, {expected[0]}, {expected[1]}], got {list(condition.shape)}")
         generators = _generators(len(condition) * num_images_per_prompt, seeds, generator)
         noise = self._noise(generators, decoder)
@@ -181,11 +177,17 @@ class Pipeline:
         features = self._features(condition, noise[0], callback, **options)
         if output_type == "features":
             return features
-        key = (negative_seed, guidance_scale, num_inference_steps, whole_times, features.dtype, features.device)
+        key = (
+            alone[0].initial_seed(),
+            guidance_scale,
+            num_inference_steps,
+            whole_times,
+            features.dtype,
+            features.device,
+        )
         if key not in self._negatives:
             blank = self.encode_prompt(" ", template="raw")
-            alone = self._noise(_generators(1, negative_seed, None), None)[0]
-            self._negatives[key] = self._features(blank, alone, None, **options)
+            self._negatives[key] = self._features(blank, self._noise(alone, None)[0], None, **options)
         return self._pictures(
             features, self._negatives[key], noise[1], decoder_guidance_scale, decoder_steps, output_type, callback
         )
@@ -216,10 +218,16 @@ class Pipeline:
             if callback is not None:
                 callback("features", step, level * TIMESTEPS, features)
 
-        return generate.sample_features(
+        features = generate.sample_features(
             self.model, condition.to(noise), noise, guidance=guidance_scale, steps=steps, whole_times=whole_times,
             after=after,
         )  # fmt: skip
+        if not bool(features.isfinite().all()):
+            raise ValueError(
+                f"the features drawn are not finite: the weights are not, or are too large for {features.dtype}, or "
+                f"guidance_scale {guidance_scale} is too large"
+            )
+        return features
 
     def _decoder(self) -> UnetDecoder:
         if self.decoder is None:
@@ -258,7 +266,7 @@ class Pipeline:
         """
         if crop not in get_args(Crop):
             raise ValueError(f"crop must be one of {get_args(Crop)}, got {crop!r}")
-        if isinstance(images, str | Path | Image.Image | Tensor) or not len(images):
+        if isinstance(images, str | Image.Image | Tensor) or not isinstance(images, Sequence) or not len(images):
             found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else repr(images)
             raise ValueError(f"images must be a list of pictures, at least one, got {found}")
         pictures = [_square(open_image(image), self.model.config.clip.image_size, crop) for image in images]
@@ -282,6 +290,7 @@ class Pipeline:
         See `image_features` and `generate_image`.
         """
         _check_output_type(output_type)
+        _check_numbers({"num_inference_steps": num_inference_steps}, guidance_scale)
         decoder = None if output_type == "features" else self._decoder()
         features = self.image_features(images, crop=crop)
         if decoder is None:
@@ -297,8 +306,21 @@ def _check_output_type(output_type: Output) -> None:
         raise ValueError(f"output_type must be one of {get_args(Output)}, got {output_type!r}")
 
 
+def _check_numbers(counts: Mapping[str, int], guidance: float, decoder_guidance: float = 1.0) -> None:
+    """Before anything is drawn, which takes long."""
+    for name, count in counts.items():
+        if not isinstance(count, Integral) or count < 1:
+            raise ValueError(f"{name} must be a whole number, at least 1, got {count!r}")
+    for name, scale in (("guidance_scale", guidance), ("decoder_guidance_scale", decoder_guidance)):
+        if not isinstance(scale, Real) or not math.isfinite(scale):
+            raise ValueError(f"{name} must be a finite number, got {scale!r}")
+
+
 def _generators(
-    count: int, seeds: Seeds | None, generator: torch.Generator | Sequence[torch.Generator] | None
+    count: int,
+    seeds: Seeds | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    name: str = "seeds",
 ) -> list[torch.Generator]:
     """One for each of `count` pictures; the same one for all where a single one is given."""
     if seeds is not None and generator is not None:
@@ -306,16 +328,24 @@ def _generators(
     if isinstance(generator, torch.Generator):
         return [generator] * count
     if generator is not None:
-        found = list(generator)
+        name, found = "generator", list(generator) if isinstance(generator, Sequence) else [generator]
+        for given in found:
+            if not isinstance(given, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator, or a list of them, got {given!r}")
     else:
         if seeds is None:
             seeds = int(torch.randint(2**62, ()))
-        numbers = [seeds + i for i in range(count)] if isinstance(seeds, int) else list(seeds)
+        try:
+            if isinstance(seeds, Sequence | Tensor):
+                numbers = [index(seed) for seed in seeds]
+            else:
+                numbers = [index(seeds) + i for i in range(count)]
+        except TypeError:
+            raise TypeError(f"{name} must be a whole number or a list of them, got {seeds!r}") from None
         if not all(0 <= number < 2**63 for number in numbers):
-            raise ValueError(f"seeds must lie in 0..2^63 - 1, got {numbers}")
-        found = [torch.Generator().manual_seed(number) for number in numbers]
+            raise ValueError(f"{name} must lie in 0..2^63 - 1, got {numbers}")
+        found = [torch.Generator().manual_seed(int(number)) for number in numbers]
     if len(found) != count:
-        name = "seeds" if generator is None else "generator"
         raise ValueError(f"{name} must be one for each of {count} pictures, got {len(found)}")
     return found
 

@@ -110,8 +110,7 @@ class Processor:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Raises TypeError when it is no string, ValueError when it is empty or holds unknown words."""
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        check_text(text)
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         if not encoding.ids or not any(character.isalnum() for character in text):
             raise ValueError(f"text must hold at least one word, got {text!r}")
@@ -148,15 +147,32 @@ class Processor:
         return to_tensor(picture.resize((side, side), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC))
 
 
+def check_text(text: str) -> None:
+    """Raise TypeError for what is no string, ValueError for one that is no text, as of bytes that are not UTF-8."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text must be Unicode: {error}") from None
+
+
 def open_image(source: str | Path | Image.Image | Tensor) -> Image.Image:
     """An image file, an image, or a tensor [3, H, W] in 0..1 as an RGB image: upright, transparency on white.
 
-    Raises ValueError, which names the path, for a file that is missing, no image, damaged or above MAX_PIXELS.
+    Raises ValueError, which names the path, for a file that is missing, no image, damaged or above MAX_PIXELS; and for
+    a tensor of another shape or with other values.
     """
     if isinstance(source, Tensor):
+        if not source.is_floating_point() or not source.numel() or not bool(((source >= 0) & (source <= 1)).all()):
+            raise ValueError(f"a picture's tensor must have values in 0..1, got {list(source.shape)} of {source.dtype}")
         return to_pil(source)
     if isinstance(source, Image.Image):
+        if not all(source.size):
+            raise ValueError(f"a picture must have pixels, got one of size {source.size}")
         return on_white(source)
+    if not isinstance(source, str | Path) and not hasattr(source, "read"):
+        raise TypeError(f"a picture must be a path, a PIL image or a tensor [3, H, W], got {type(source).__name__}")
     try:
         with Image.open(source) as image:
             if image.width * image.height > MAX_PIXELS:

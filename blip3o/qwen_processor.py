@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from blip3o.config import Blip3oConfig
-from blip3o.processor import open_image
+from blip3o.processor import check_text, open_image
+from blip3o.weights_files import CorruptModel, read_json
 
 Template = Literal["released", "training", "raw"]
 Side = Literal["left", "right"]
@@ -32,7 +33,7 @@ FILES = (  # of a folder, that belong to its tokenizer and image processor
 class QwenProcessor:
     """Texts to ids, pictures to patches, for the model of `config`; transformers' tokenizer and image processor do it.
 
-    ValueError if the tokenizer's special words are not the configuration's.
+    ValueError if the tokenizer's special words, or the sizes of patches, are not the configuration's.
     """
 
     def __init__(self, tokenizer: Any, images: Any, config: Blip3oConfig, files: Sequence[Path] = ()) -> None:
@@ -41,6 +42,10 @@ class QwenProcessor:
         found = {word: tokenizer.convert_tokens_to_ids(word) for word in expected}
         if found != expected:
             raise ValueError(f"the tokenizer's special tokens must be {expected}, got {found}")
+        for name in ("patch_size", "temporal_patch_size", "merge_size") if config.vision else ():
+            size = getattr(config.vision, name)
+            if getattr(images, name) != size:
+                raise ValueError(f"{IMAGES}: {name} must be the model's, {size}, got {getattr(images, name)!r}")
 
     @classmethod
     def from_pretrained(cls, folder: Path, config: Blip3oConfig) -> QwenProcessor:
@@ -58,6 +63,10 @@ class QwenProcessor:
             processor = _image_processor()
         except ImportError as error:
             raise ValueError(f"texts need transformers, pip install 'blip3o[transformers]': {error}") from None
+        for name in FILES:  # transformers does not say which of them it cannot read
+            if name.endswith(".json") and (folder / name).exists() and name != "vocab.json":
+                if not isinstance(read_json(folder / name), Mapping):
+                    raise CorruptModel(f"{folder / name} must be a table")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         if (folder / IMAGES).exists():
             images = processor.from_pretrained(folder, local_files_only=True)
@@ -66,9 +75,8 @@ class QwenProcessor:
         return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()])
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, whose special words count. Raises TypeError when it is no string."""
-        if not isinstance(text, str):
-            raise TypeError(f"text must be a string, got {type(text).__name__}")
+        """Ids of a text, whose special words count. Raises TypeError when it is no string, ValueError for no text."""
+        check_text(text)
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -128,7 +136,12 @@ class QwenProcessor:
         if self.tokenizer.chat_template is None:
             text = default_template(turns)
         else:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            from jinja2 import TemplateError
+
+            try:
+                text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            except TemplateError as error:
+                raise ValueError(f"the checkpoint's chat_template cannot write these messages: {error}") from None
         pieces = text.split(PAD)
         if len(pieces) != len(pictures) + 1:
             raise ValueError(f"messages must hold as many pictures as {PAD}, got {len(pictures)} for {len(pieces) - 1}")
@@ -155,10 +168,12 @@ def _turns(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]],
     """The messages with {"type": "image"} for each picture, and the pictures."""
     turns: list[dict[str, Any]] = []
     pictures: list[Image.Image] = []
-    if isinstance(messages, str | Mapping) or not messages:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ValueError(f"messages must be a list of turns, at least one, got {messages!r}")
     for message in messages:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if not isinstance(message, Mapping):
+            raise ValueError(f"a message must be a table with a role and a content, got {message!r}")
+        role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant") or not isinstance(content, str | Sequence):
             raise ValueError(f"a message must have a role (system, user, assistant) and a content, got {message!r}")
         parts: list[dict[str, str]] = []

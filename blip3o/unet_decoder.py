@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip3o.weights_files import CorruptModel, TensorFiles, one_dtype
+
 DECODER_GUIDANCE, DECODER_STEPS = 3.0, 50  # as released
 PARTS = ("unet", "vae", "scheduler")
 Callback = Callable[[int, float, Tensor], object]
@@ -33,6 +35,21 @@ class UnetDecoder:
     """
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any) -> None:
+        sizes = (
+            ("unet", "cross_attention_dim"),
+            ("unet", "sample_size"),
+            ("unet", "in_channels"),
+            ("vae", "scaling_factor"),
+        )
+        for part, name in sizes:
+            value = {"unet": unet, "vae": vae}[part].config[name]
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{part}.config.{name} must be a number above 0, got {value!r}")
+        if vae.config.latent_channels != unet.config.in_channels:
+            raise ValueError(
+                f"vae.config.latent_channels must be unet.config.in_channels, {unet.config.in_channels}, "
+                f"got {vae.config.latent_channels}"
+            )
         if unet.config.addition_embed_type != "text_time":
             raise ValueError(f"unet must add text and time (text_time), got {unet.config.addition_embed_type!r}")
         expected = unet.config.cross_attention_dim + 6 * unet.config.addition_time_embed_dim
@@ -53,7 +70,8 @@ class UnetDecoder:
     ) -> UnetDecoder:
         """Of a folder with unet/, vae/ and scheduler/, as a checkpoint's diffusion-decoder/; safetensors alone.
 
-        Raises FileNotFoundError, which names the missing part, and ValueError for pickles or without diffusers.
+        Raises FileNotFoundError, which names the missing part, and ValueError for pickles, for weights that are missing
+        or whole numbers, or without diffusers.
         """
         folder = Path(folder)
         for part in PARTS:
@@ -73,8 +91,16 @@ class UnetDecoder:
         # Without accelerate diffusers cannot but make random weights first.
         sparing = importlib.util.find_spec("accelerate") is not None
         options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": sparing}
-        unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", **options)
-        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", **options)
+        networks = []
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            network, found = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **options)
+            if found["missing_keys"]:  # which diffusers draws at random
+                raise CorruptModel(f"{folder / part} lacks {', '.join(sorted(found['missing_keys']))}")
+            networks.append(network)
+        for path in sorted(path for part in PARTS[:2] for path in (folder / part).glob("*.safetensors")):
+            with TensorFiles(path) as files:  # diffusers makes numbers of whatever is there
+                one_dtype(files, list(files.entries), torch.float32)
+        unet, vae = networks
         scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         decoder = cls(unet, vae, scheduler)
         return decoder.to(device, dtype or unet.dtype)
@@ -85,9 +111,10 @@ class UnetDecoder:
             getattr(self, part).save_pretrained(Path(folder) / part)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> UnetDecoder:
-        self.unet.to(device, dtype)
+        # torch's own: diffusers' warns of modules to be kept in float32 where there are none.
+        torch.nn.Module.to(self.unet, device, dtype)
         upcast = dtype == torch.float16 and self.vae.config.force_upcast
-        self.vae.to(device, torch.float32 if upcast else dtype)
+        torch.nn.Module.to(self.vae, device, torch.float32 if upcast else dtype)
         return self
 
     @property
@@ -157,4 +184,10 @@ class UnetDecoder:
         # Pictures one by one: the VAE's tensors are the largest there are.
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         pictures = [self.vae.decode(row).sample for row in latents.split(1)]
-        return (torch.cat(pictures).float() / 2 + 0.5).clamp(0, 1)
+        drawn = torch.cat(pictures).float()
+        if not bool(drawn.isfinite().all()):
+            raise ValueError(
+                f"the pictures drawn are not finite: the features or the visual decoder's weights are not, or are too "
+                f"large for {unet.dtype}"
+            )
+        return (drawn / 2 + 0.5).clamp(0, 1)

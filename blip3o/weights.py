@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -34,6 +34,7 @@ from blip3o.weights_files import (
     check_fit,
     fill,
     one_dtype,
+    read_json,
     write_shards,
     write_tensors,
 )
@@ -143,11 +144,13 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return text, CorruptModel(f"{path} is not readable JSON")
     if not isinstance(sums, dict):
         return text, CorruptModel(f"{path} must map file names to SHA-256 sums")
     for name in sorted({*sums, *needed}):
+        if Path(name).name != name or name in ("", "..") or "\0" in name:
+            return text, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
         file = folder / name
         if name not in sums:
             return text, CorruptModel(f"{file} has no sum in {MANIFEST}")
@@ -218,15 +221,18 @@ def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", 
         raise ValueError(f"layout must be one of {get_args(Layout)}, got {layout!r}")
     folder = Path(folder)
     staged = staging(folder)
-    for file in files:
-        shutil.copyfile(file, staged / file.name)
-    if layout == "blip3o":
-        _write_model(model, staged)
-    else:
-        values, tensors = released_files(model, staged)
-        (staged / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-        write_shards(tensors, staged, SHARD)
-    commit_folder(staged, folder)
+    try:
+        for file in files:
+            shutil.copyfile(file, staged / file.name)
+        if layout == "blip3o":
+            _write_model(model, staged)
+        else:
+            values, tensors = released_files(model, staged)
+            (staged / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+            write_shards(tensors, staged, SHARD)
+        commit_folder(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)  # what is left of a failure may be many GB
 
 
 def load_model(
@@ -243,11 +249,13 @@ def load_model(
     FileNotFoundError for a missing folder, CorruptModel for files that are not what was written, that this version does
     not know or that are pickles; its WrongTensors holds every missing and unexpected name.
     """
+    if isinstance(skip, str):
+        raise ValueError(f"skip must be a list of prefixes, got {skip!r}")
     folder = local_folder(place)
     held = (folder / CONFIG).exists()
     if folder.is_dir() and not held and not (folder / MANIFEST).exists():
         raise CorruptModel(f"{folder} is no model folder: it has neither {CONFIG} nor {MANIFEST}")
-    if not held or not is_released(_json(folder / CONFIG)):
+    if not held or not is_released(read_json(folder / CONFIG)):
         if held and not isinstance(tower, bool):
             raise ValueError(f"tower must be True or False for a folder of our layout, got {str(tower)!r}")
         checked, config = _checked(folder)
@@ -255,7 +263,7 @@ def load_model(
     if (folder / MANIFEST).exists():
         folder = check_folder(folder, CONFIG, *_weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
-    values = _json(folder / CONFIG)  # again: of the files that were checked
+    values = read_json(folder / CONFIG)  # again: of the files that were checked
     return read_released(folder, values, tower=tower, skip=given, dtype=dtype, device=device)
 
 
@@ -270,9 +278,12 @@ def convert(
 ) -> list[str]:
     """Write the model at `place` to `folder` in another layout or dtype, with the tokenizer's files.
 
-    Returns the names in `place` that were left behind: files of other kinds, and folders.
+    Returns the names in `place` that were left behind: files of other kinds, and folders. Raises ValueError where both
+    are one folder, which would lose those.
     """
     source = local_folder(place)
+    if source.exists() and Path(folder).exists() and source.samefile(folder):
+        raise ValueError(f"folder must be another than {source}, which is read")
     model = load_model(source, tower=tower, skip=skip, dtype=dtype)
     ours = (CONFIG, MANIFEST, INDEX)
     others = sorted(path for path in source.iterdir() if path.name not in ours and path.suffix != ".safetensors")
@@ -286,7 +297,7 @@ def uses_pipeline(folder: Path) -> bool:
     folder = local_folder(folder)
     if not (folder / CONFIG).exists():
         return False
-    values = _json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     return is_released(values) or (isinstance(values, dict) and values.get("vision") is not None)
 
 
@@ -305,13 +316,6 @@ def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
     return _own_model(place, config, True, (), None, torch.device("cpu")), processor
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptModel(f"{path.parent}: {error}") from None
-
-
 def _weight_files(folder: Path) -> list[str]:
     """Names of the files that the manifest must have sums of: the weights', which may be shards and their index."""
     if (folder / INDEX).exists():
@@ -322,11 +326,11 @@ def _weight_files(folder: Path) -> list[str]:
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
     place = check_folder(folder, CONFIG, *needed, *_weight_files(_standing(folder)))
-    values = _json(place / CONFIG)
+    values = read_json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")
     try:
-        return place, from_dict(Blip3oConfig, values)
+        return place, from_dict(Blip3oConfig, values)  # which checks them
     except ValueError as error:
         raise CorruptModel(f"{place}: {error}") from None
 

@@ -63,19 +63,22 @@ def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     Raises CorruptModel, naming `place`, for an architecture or a value that is not known, or a shape that does not fit.
     """
     where = place / "config.json"
-    if values.get("model_type") not in ARCHITECTURES:
+    if values.get("model_type") not in list(ARCHITECTURES):  # which may be anything, a list too
         raise CorruptModel(
             f"{where}: model_type must be one of {sorted(ARCHITECTURES)}, got {values.get('model_type')!r}: "
             f"an unknown architecture"
         )
-    text = {**values, **values["text_config"]} if isinstance(values.get("text_config"), Mapping) else values
     try:
-        llm, vision = _llm(text), _vision(values.get("vision_config", {}))
+        text = {**values, **_table(values, "text_config")}
+        llm, vision = _llm(text), _vision(_table(values, "vision_config"))
         clip = _clip(values, shapes)
+        read = {"n_query": _shape(shapes, QUERIES, 3)[1]} if QUERIES in shapes and "n_query" not in values else {}
+        queries = _whole({"n_query": 64, **read, **values}, "n_query")
         pooled = re.fullmatch(r"early_pool2d_(\d+)", str(values.get("gen_pooling", "early_pool2d_4")))
         if pooled is None:
             raise ValueError(f"gen_pooling must be early_pool2d_ and a number, got {values['gen_pooling']!r}")
-        grid, rest = divmod(clip.grid, int(pooled[1]))
+        side = int(pooled[1])
+        grid, rest = divmod(clip.grid, side) if side else (0, 1)
         if rest:
             raise ValueError(f"gen_pooling {pooled[0]!r} must divide the CLIP tower's {clip.grid} patches a side")
         config = Blip3oConfig(
@@ -85,7 +88,7 @@ def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             llm=llm,
             dit=_dit(shapes, grid, place),
             decoder=None,
-            num_queries=int(values.get("n_query", shapes.get(QUERIES, (1, 64))[1])),
+            num_queries=queries,
             feature_grid=grid,
             flow=RELEASED_FLOW,
             **_tokens(place, text),
@@ -98,25 +101,64 @@ def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     return replace(config, name=names[0]) if names else config
 
 
+def _whole(values: Mapping[str, Any], name: str, least: int = 1) -> int:
+    value = values[name]
+    if type(value) is not int or not least <= value < 1 << 31:
+        raise ValueError(f"{name} must be a whole number, at least {least} and below 2^31, got {value!r}")
+    return value
+
+
+def _real(values: Mapping[str, Any], name: str) -> float:
+    value = values[name]
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def _list(values: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = values.get(name)
+    if not isinstance(value, list) or any(type(item) is not int for item in value):
+        raise ValueError(f"{name} must be a list of whole numbers, got {value!r}")
+    return tuple(value)
+
+
+def _table(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = values.get(name, {})
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a table, got {value!r}")
+    return value
+
+
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str, dims: int) -> tuple[int, ...]:
+    """Of a tensor that sizes are read off."""
+    shape = shapes[name]
+    if len(shape) != dims or not all(shape):
+        raise ValueError(f"{name} must have {dims} dimensions, none of them 0, got {list(shape)}")
+    return shape
+
+
 def _llm(values: Mapping[str, Any]) -> LlmConfig:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    v = TEXT | {key: value for key, value in values.items() if value is not None}
-    head_dim = int(v.get("head_dim", v["hidden_size"] // v["num_attention_heads"]))
-    section = rope.get("mrope_section")
-    if section is None:
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = _table({name: values.get(name) or {}}, name)
+    v = TEXT | {"rope_theta": 1e6, "tie_word_embeddings": False}
+    v |= {key: value for key, value in values.items() if value is not None}
+    if "mrope_section" not in rope:
         raise ValueError("rope_scaling (or rope_parameters) must hold mrope_section")
+    if type(v["tie_word_embeddings"]) is not bool:
+        raise ValueError(f"tie_word_embeddings must be true or false, got {v['tie_word_embeddings']!r}")
+    width, heads = _whole(v, "hidden_size"), _whole(v, "num_attention_heads")
     return LlmConfig(
-        vocab_size=v["vocab_size"],
-        width=v["hidden_size"],
-        depth=v["num_hidden_layers"],
-        num_heads=v["num_attention_heads"],
-        num_kv_heads=v["num_key_value_heads"],
-        head_dim=head_dim,
-        mlp_width=v["intermediate_size"],
-        rope_theta=float(rope.get("rope_theta", v.get("rope_theta", 1e6))),
-        mrope_section=tuple(section),
-        eps=float(v["rms_norm_eps"]),
-        tie_embeddings=bool(v.get("tie_word_embeddings", False)),
+        vocab_size=_whole(v, "vocab_size"),
+        width=width,
+        depth=_whole(v, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_whole(v, "num_key_value_heads"),
+        head_dim=_whole({"head_dim": width // heads, **v}, "head_dim"),
+        mlp_width=_whole(v, "intermediate_size"),
+        rope_theta=_real({**v, **rope}, "rope_theta"),
+        mrope_section=_list(rope, "mrope_section"),  # type: ignore[arg-type]  # LlmConfig counts them
+        eps=_real(v, "rms_norm_eps"),
+        tie_embeddings=v["tie_word_embeddings"],
         qkv_bias=True,
     )
 
@@ -124,16 +166,16 @@ def _llm(values: Mapping[str, Any]) -> LlmConfig:
 def _vision(values: Mapping[str, Any]) -> VisionConfig:
     v = VISION | dict(values)
     return VisionConfig(
-        width=v["hidden_size"],
-        depth=v["depth"],
-        num_heads=v["num_heads"],
-        mlp_width=v["intermediate_size"],
-        patch_size=v["patch_size"],
-        temporal_patch_size=v["temporal_patch_size"],
-        merge_size=v["spatial_merge_size"],
-        window_size=v["window_size"],
-        full_attention_blocks=tuple(v["fullatt_block_indexes"]),
-        out_width=v["out_hidden_size"],
+        width=_whole(v, "hidden_size"),
+        depth=_whole(v, "depth"),
+        num_heads=_whole(v, "num_heads"),
+        mlp_width=_whole(v, "intermediate_size"),
+        patch_size=_whole(v, "patch_size"),
+        temporal_patch_size=_whole(v, "temporal_patch_size"),
+        merge_size=_whole(v, "spatial_merge_size"),
+        window_size=_whole(v, "window_size"),
+        full_attention_blocks=_list(v, "fullatt_block_indexes"),
+        out_width=_whole(v, "out_hidden_size"),
         eps=1e-6,
         rope_theta=1e4,
     )
@@ -144,12 +186,12 @@ def _clip(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> C
     name = values.get("gen_vision_tower", TOWER_NAME)
     if name != TOWER_NAME:
         raise ValueError(f"gen_vision_tower must be {TOWER_NAME!r}, got {name!r}: an unknown architecture")
-    width = int(values.get("gen_hidden_size", EVA_CLIP.width))
+    width = _whole({"gen_hidden_size": EVA_CLIP.width, **values}, "gen_hidden_size")
     clip = replace(EVA_CLIP, width=width, num_heads=max(1, width // HEAD_WIDTH))
-    kernel, positions = shapes.get(f"{EVA}patch_embed.proj.weight"), shapes.get(f"{EVA}pos_embed")
-    up = shapes.get(f"{EVA}blocks.0.mlp.fc1.weight")
-    if kernel is None or positions is None or up is None:
+    names = {f"{EVA}patch_embed.proj.weight": 4, f"{EVA}pos_embed": 3, f"{EVA}blocks.0.mlp.fc1.weight": 2}
+    if not names.keys() <= shapes.keys():
         return clip
+    kernel, positions, up = (_shape(shapes, name, dims) for name, dims in names.items())
     patch, grid = kernel[-1], math.isqrt(positions[1] - 1)
     return replace(
         clip, patch_size=patch, image_size=patch * grid, mlp_width=up[0], depth=_depth(shapes, f"{EVA}blocks.")
@@ -168,7 +210,7 @@ def _dit(shapes: Mapping[str, tuple[int, ...]], grid: int, place: Path) -> DitCo
     missing = [name for name in names.values() if name not in shapes]
     if missing:
         raise WrongTensors(place, missing, [], ["(the diffusion transformer's sizes are read off these)"])
-    found = {word: shapes[name] for word, name in names.items()}
+    found = {word: _shape(shapes, name, 1 if word == "gate" else 2) for word, name in names.items()}
     width, heads = found["patch"][0], found["gate"][0]
     return DitConfig(
         in_channels=found["patch"][1],
@@ -186,7 +228,9 @@ def _dit(shapes: Mapping[str, tuple[int, ...]], grid: int, place: Path) -> DitCo
 
 
 def _depth(shapes: Mapping[str, Any], prefix: str) -> int:
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
+    numbers = [name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)]
+    # Others, and more blocks than there are tensors, are no blocks: their names are unexpected.
+    return 1 + max((int(n) for n in numbers if re.fullmatch(r"[0-9]{1,9}", n) and int(n) < len(shapes)), default=0)
 
 
 def _tokens(place: Path, values: Mapping[str, Any]) -> dict[str, int]:
@@ -196,15 +240,21 @@ def _tokens(place: Path, values: Mapping[str, Any]) -> dict[str, int]:
     if path.exists():
         try:
             added = json.loads(path.read_text(encoding="utf-8"))["added_tokens"]
-            known = {entry["content"]: entry["id"] for entry in added}
-        except (ValueError, KeyError, TypeError) as error:
+            known = {entry["content"]: _whole(entry, "id", 0) for entry in added}
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptModel(f"{path} is not a tokenizer.json: {error}") from None
         lacking = [word for word, _ in WORDS.values() if word not in known]
         if lacking:
             raise CorruptModel(f"{path} lacks the special tokens {lacking}")
     words = {"pad_token": "pad_token_id", "end_token": "eos_token_id", "image_token": "image_token_id"}
-    chosen = {field: int(values[word]) for field, word in words.items() if values.get(word) is not None}
-    return {field: known.get(word, chosen.get(field, official)) for field, (word, official) in WORDS.items()}
+    chosen: dict[str, int] = {}
+    for field, (word, official) in WORDS.items():
+        if word in known:
+            chosen[field] = known[word]
+        else:
+            said = values.get(words.get(field, ""))
+            chosen[field] = official if said is None else _whole(values, words[field], 0)
+    return chosen
 
 
 def write_config(config: Blip3oConfig, dtype: torch.dtype, tower: bool) -> dict[str, Any]:

@@ -58,6 +58,14 @@ class Entry:
     dtype: str  # safetensors' word
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises CorruptModel, which names the file, for what is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CorruptModel(f"{path} is not readable JSON: {error}") from None
+
+
 class TensorFiles:
     """Names, shapes and dtypes of a folder's tensors, from the files' headers; their values when they are asked for.
 
@@ -145,12 +153,12 @@ def _files(place: Path) -> dict[Path, set[str] | None]:
         return {place / WEIGHTS: None}
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CorruptModel(f"{index} must be JSON with a table weight_map of tensor names and file names") from None
     files: dict[Path, set[str] | None] = {}
     names: dict[str, set[str]] = {}
     for name, file in found:
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise CorruptModel(f"{index} must name files of its own folder, got {file!r} for {name}")
         names.setdefault(file, set()).add(name)
     for file, held in sorted(names.items()):
@@ -203,7 +211,12 @@ def check_fit(place: Path, expected: Mapping[str, tuple[int, ...]], held: Mappin
 
 
 def one_dtype(files: TensorFiles, names: Sequence[str], dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the named tensors; `dtype` if given. Raises CorruptModel, which names tensors of another."""
+    """The dtype of the named tensors; `dtype` if given. Raises CorruptModel, which names tensors of another.
+
+    ValueError for a `dtype` that networks do not run in.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
     found = {name: files.entries[name].dtype for name in names}
     unknown = [f"{name} ({word})" for name, word in found.items() if word not in DTYPES]
     if unknown:

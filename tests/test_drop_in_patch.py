@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import subprocess
+import threading
 from typing import Any
 
 import pytest
@@ -106,6 +107,19 @@ def test_a_class_made_of_a_patched_one_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "Flux"])
+def test_a_part_of_a_patched_model_is_refused(name: str) -> None:
+    model = build(name)
+    before = functions(model)
+    patch(model)
+    patched = functions(model)
+    with pytest.raises(PatchError, match="expected a module that is not patched already, with another model"):
+        patch(model.model if name == "Llama" else model.transformer_blocks)
+    assert same(model, patched)
+    unpatch(model)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Flux"])
 def test_signatures_stay(name: str) -> None:
     """Trainer looks at them for the columns of a data set."""
     model = build(name)
@@ -195,6 +209,45 @@ def test_training_mode_is_left_as_it_was() -> None:
     model.model.norm.eval()
     patch(model)
     assert model.training and not model.model.norm.training
+
+
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_a_model_that_is_compiled_in_place(what: str) -> None:
+    """Compiled code does not see hooks that come later: the check runs without it, and leaves it where it was."""
+    model = build("Llama")
+    ids = torch.arange(12).view(2, 6)
+    for module in [model] if what == "model" else model.model.layers:
+        module.compile(backend="eager")
+    expected = model(input_ids=ids).logits
+    with patch(model):
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_one_thread_patches_at_a_time() -> None:
+    model, refused = build("Llama"), []
+
+    def run() -> None:
+        try:
+            patch(model)
+        except PatchError as error:
+            refused.append(str(error))
+
+    before = functions(model)
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 3 and all("expected one that is not patched already" in error for error in refused)
+    unpatch(model)
+    assert same(model, before)
+
+
+def test_labels_of_another_length_are_named() -> None:
+    model, ids = build("Llama").train(), torch.arange(12).view(2, 6)
+    with patch(model), pytest.raises(ValueError, match=r"labels: expected shape \[2, 6\], got \[2, 5\]"):
+        model(input_ids=ids, labels=ids[:, 1:])
 
 
 class Other(nn.Module):

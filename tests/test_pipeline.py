@@ -2,13 +2,17 @@
 
 import json
 import math
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import blip3o
@@ -336,6 +340,7 @@ def test_the_commands(
     torch.testing.assert_close(found, generate_tensor(drawn[1]), atol=2 / 255, rtol=0)
     pipeline.model.save_pretrained(tmp_path / "ours", files=pipeline.processor.files)
     command[3] = str(tmp_path / "ours")
+    assert cli.main([*command[:-1], "out.xyz"]) == 2 and "out must end as a picture does" in capsys.readouterr().err
     assert cli.main(command) == 2 and "has no visual decoder (diffusion-decoder/)" in capsys.readouterr().err
     out.unlink()
     assert cli.main([*command, "--decoder", str(folder / DECODER)]) == 0 and out.exists()
@@ -343,6 +348,8 @@ def test_the_commands(
     picture().save(shown)
     assert cli.main(["ask", str(shown), "what?", "--model", str(folder)]) == 0
     assert capsys.readouterr().out == pipeline.chat(question("what?", shown)) + "\n"
+    assert cli.main(["evaluate", "--model", str(folder)]) == 2
+    assert "model must know nano's world" in capsys.readouterr().err
 
 
 # what is refused
@@ -356,11 +363,26 @@ def test_the_commands(
         ({}, "either prompts or condition must be given"),
         ({"prompts": "x", "condition": torch.zeros(1, 5, 64)}, "either prompts or condition must be given"),
         ({"condition": torch.zeros(1, 5, 63)}, r"condition must be \[B, 5, 64\], got \[1, 5, 63\]"),
-        ({"prompts": "x", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
-        ({"prompts": "x", "num_inference_steps": 0}, "^num_inference_steps must be at least 1, got 0"),
-        ({"prompts": "x", "decoder_steps": 0}, "^decoder_steps must be at least 1, got 0"),
-        ({"prompts": "x", "guidance_scale": math.nan}, "^guidance_scale must be finite, got nan"),
-        ({"prompts": "x", "decoder_guidance_scale": math.inf}, "^decoder_guidance_scale must be finite, got inf"),
+        ({"prompts": 3}, "prompts must be strings, got int"),
+        ({"condition": torch.zeros(0, 5, 64)}, r"condition must be \[B, 5, 64\], got \[0, 5, 64\]"),
+        ({"condition": [1]}, "condition must be a tensor, got list"),
+        (
+            {"prompts": "x", "num_images_per_prompt": 0},
+            "num_images_per_prompt must be a whole number, at least 1, got 0",
+        ),
+        ({"prompts": "x", "num_images_per_prompt": 1.5}, r"num_images_per_prompt must be a whole number, .*, got 1\.5"),
+        ({"prompts": "x", "num_inference_steps": 0}, "num_inference_steps must be a whole number, at least 1, got 0"),
+        ({"prompts": "x", "decoder_steps": 0}, "decoder_steps must be a whole number, at least 1, got 0"),
+        ({"prompts": "x", "guidance_scale": math.nan}, "guidance_scale must be a finite number, got nan"),
+        (
+            {"prompts": "x", "decoder_guidance_scale": math.inf},
+            "decoder_guidance_scale must be a finite number, got inf",
+        ),
+        ({"prompts": "x", "seeds": 1.5}, r"seeds must be a whole number or a list of them, got 1\.5"),
+        ({"prompts": "x", "seeds": "a"}, "seeds must be a whole number or a list of them, got 'a'"),
+        ({"prompts": "x", "generator": 3}, "generator must be a torch.Generator, or a list of them, got 3"),
+        ({"prompts": "x", "negative_seed": -1}, r"negative_seed must lie in 0\.\.2\^63 - 1, got \[-1\]"),
+        ({"prompts": "x", "negative_seed": [1, 2]}, "negative_seed must be one for each of 1 pictures, got 2"),
         ({"prompts": "x", "seeds": [1, 2]}, "seeds must be one for each of 1 pictures, got 2"),
         ({"prompts": "x", "seeds": -1}, r"seeds must lie in 0\.\.2\^63 - 1, got \[-1\]"),
         ({"prompts": "x", "seeds": 1, "generator": torch.Generator()}, "seeds and generator must not both be given"),
@@ -381,8 +403,17 @@ def test_wrong_drawings_are_named(pipeline: Pipeline, options: dict[str, Any], m
         ([], {}, "messages must be a list of turns, at least one"),
         ("hello", {}, "messages must be a list of turns"),
         ({"role": "user", "content": "x"}, {}, "messages must be a list of turns"),
-        (["hi"], {}, "a message must have a role .*, got 'hi'"),
-        ([{"role": "user", "content": ["hi"]}], {}, "a part of a message must be .*, got 'hi'"),
+        (None, {}, "messages must be a list of turns"),
+        (["hello"], {}, "a message must be a table with a role and a content, got 'hello'"),
+        ([{"role": "user", "content": ["hello"]}], {}, "a part of a message must be .*, got 'hello'"),
+        (question("?", Image.new("RGB", (0, 0))), {}, r"a picture must have pixels, got one of size \(0, 0\)"),
+        (
+            question("?", torch.full((3, 9, 9), 200.0)),
+            {},
+            r"tensor must have values in 0\.\.1, got \[3, 9, 9\] of torch\.f",
+        ),
+        (question("?", torch.full((3, 9, 9), math.nan)), {}, r"a picture's tensor must have values in 0\.\.1"),
+        (question("?", torch.ones(3, 9, 9, dtype=torch.uint8)), {}, r"in 0\.\.1, got \[3, 9, 9\] of torch\.uint8"),
         ([{"role": "robot", "content": "x"}], {}, r"a message must have a role \(system, user, assistant\)"),
         ([{"role": "user"}], {}, "a message must have a role .* and a content"),
         (
@@ -392,7 +423,9 @@ def test_wrong_drawings_are_named(pipeline: Pipeline, options: dict[str, Any], m
         ),
         (question("?", "nowhere.png"), {}, r"cannot read the image 'nowhere\.png'"),
         (question("<|image_pad|>", picture()), {}, r"as many pictures as <\|image_pad\|>, got 1 for 2"),
-        (question("?"), {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        (question("\ud800"), {}, r"text must be Unicode: .*surrogates not allowed"),
+        (question("?"), {"max_new_tokens": 0}, "max_new_tokens must be a whole number, at least 1, got 0"),
+        (question("?"), {"max_new_tokens": 1.5}, r"max_new_tokens must be a whole number, at least 1, got 1\.5"),
         (question("?"), {"temperature": -1.0}, r"temperature must be 0 or above, got -1\.0"),
     ],
 )
@@ -417,6 +450,78 @@ def test_wrong_pictures_are_named(pipeline: Pipeline) -> None:
         pipeline.image_features(torch.zeros(3, 8, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"crop must be one of .*, got 'fit'"):
         pipeline.image_features([picture()], crop="fit")  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match="images must be a list of pictures, at least one, got <PIL"):
+        pipeline.reconstruct(picture())  # type: ignore[arg-type]
+
+
+def test_a_picture_of_another_kind(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"a picture must be a path, a PIL image or a tensor \[3, H, W\], got ndarray"):
+        pipeline.chat(question("?", np.zeros((9, 9, 3))))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_decoder_with_weights_that_are_none(folder: Path, tmp_path: Path, part: str) -> None:
+    """diffusers draws what is missing at random, and makes fractions of whole numbers."""
+    place = shutil.copytree(folder / DECODER, tmp_path / "decoder") / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(place)
+    lost = max(tensors)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, place)
+    with pytest.raises(ValueError, match=f"{part} lacks {re.escape(lost)}"):
+        UnetDecoder.from_pretrained(tmp_path / "decoder")
+    save_file({**tensors, lost: tensors[lost].to(torch.int8)}, place)
+    with pytest.raises(ValueError, match=rf"{place.name}: dtypes must be in .*, got {re.escape(lost)} \(I8\)"):
+        UnetDecoder.from_pretrained(tmp_path / "decoder")
+
+
+def test_a_decoder_without_a_size() -> None:
+    unet, vae, scheduler = visual_decoder()
+    unet.register_to_config(sample_size=None)
+    with pytest.raises(ValueError, match=r"unet\.config\.sample_size must be a number above 0, got None"):
+        UnetDecoder(unet, vae, scheduler)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not readable JSON"), ("[]", "must be a table")])
+def test_a_file_that_transformers_cannot_read(
+    folder: Path, pipeline: Pipeline, tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name} {message}"):
+        QwenProcessor.from_pretrained(tmp_path, pipeline.model.config)
+
+
+def test_weights_that_are_not_finite_are_told(folder: Path) -> None:
+    broken = Pipeline.from_pretrained(folder)
+    broken.model.llm.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the features drawn are not finite: the weights are not"):
+        broken.generate_image("x", **FAST)
+    with pytest.raises(ValueError, match="the logits are not finite"):
+        broken.chat(question("?"))
+    broken = Pipeline.from_pretrained(folder)
+    broken._decoder().unet.conv_in.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="the pictures drawn are not finite"):
+        broken.generate_image("x", **FAST)
+
+
+def test_the_smallest_temperature_is_the_likeliest_word(pipeline: Pipeline) -> None:
+    said = [pipeline.chat(question("?"), max_new_tokens=4, temperature=temperature) for temperature in (0.0, 1e-300)]
+    assert said[0] == said[1]
+
+
+def test_a_chat_template_that_fails(folder: Path, pipeline: Pipeline) -> None:
+    processor = QwenProcessor.from_pretrained(folder, pipeline.model.config)
+    processor.tokenizer.chat_template = "{{ raise_exception('no pictures') }}"
+    with pytest.raises(ValueError, match="the checkpoint's chat_template cannot write these messages: no pictures"):
+        processor.conversation(question("?"))
+
+
+def test_patches_of_another_size(folder: Path, pipeline: Pipeline) -> None:
+    known = QwenProcessor.from_pretrained(folder, pipeline.model.config)
+    known.images.merge_size = 1
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json: merge_size must be the model's, 2, got 1"):
+        QwenProcessor(known.tokenizer, known.images, pipeline.model.config)
 
 
 def test_a_tokenizer_that_does_not_fit(folder: Path, pipeline: Pipeline, tmp_path: Path) -> None:

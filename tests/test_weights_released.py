@@ -1,6 +1,7 @@
 """Released checkpoints: read, written and converted bit for bit; whatever does not fit is named."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from blip3o import cli, weights
 from blip3o.model import Blip3o
 from blip3o.pipeline import Pipeline
 from blip3o.presets import preset
-from blip3o.weights import CONFIG, MANIFEST, CorruptModel, local_folder
+from blip3o.weights import CONFIG, MANIFEST, CorruptModel, convert, local_folder
 from blip3o.weights_files import INDEX, SkippedTensors, WrongTensors, grouped
 from blip3o.weights_names import released_parts
 
@@ -319,7 +320,7 @@ def put(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tens
     return lambda tensors: tensors.update({name: make(tensors[name])})
 
 
-NORM = "model.norm.weight"
+NORM, POSITIONS = "model.norm.weight", "model.gen_vision_tower.vision_tower.model.pos_embed"
 
 
 @pytest.mark.parametrize(
@@ -332,6 +333,11 @@ NORM = "model.norm.weight"
         (put(NORM, lambda t: t.bfloat16()), r"norm\.weight has dtype torch\.bfloat16, .*or a dtype to be given"),
         (put(NORM, lambda t: t.long()), r"dtypes must be in .*, got model\.norm\.weight \(I64\)"),
         (lambda t: t.update({"model.language_model.norm.weight": t[NORM]}), "one tensor under two names, model.norm"),
+        (put("model.dit.model.layers.0.gate", lambda t: t[0]), r"layers\.0\.gate must have 1 dimensions, .*, got \[\]"),
+        (put(POSITIONS, lambda t: t[0, 0]), r"pos_embed must have 3 dimensions, none of them 0, got \[224\]"),
+        (put("model.latent_queries", lambda t: t[0]), r"latent_queries has shape \[5, 64\], expected \[1, 5, 64\]"),
+        (lambda t: t.update({"model.dit.model.layers.99999999.gate": t[NORM]}), r"unexpected .*layers\.99999999\.gate"),
+        (lambda t: t.update({"model.dit.model.layers.x.gate": t[NORM]}), r"unexpected .*layers\.x\.gate"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(
@@ -347,6 +353,43 @@ def test_a_mixed_checkpoint_is_read_with_a_dtype(checkpoint: Checkpoint, tmp_pat
     folder = checkpoint.write(tmp_path / "x", change=put(NORM, lambda t: t.double()))
     model = Blip3o.from_pretrained(folder, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+
+
+def test_a_tied_output_layer_of_whole_numbers(tmp_path: Path) -> None:
+    """Its dtype is named before it is compared with the embedding."""
+    folder = Checkpoint(tie=True).write(
+        tmp_path / "x", change=lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].to(torch.int8)})
+    )
+    with pytest.raises(CorruptModel, match=r"dtypes must be in .*, got lm_head\.weight \(I8\)"):
+        Blip3o.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype must be one of torch\.float32, .*, got 'bfloat16'"),
+        ({"dtype": torch.int8}, r"dtype must be one of .*, got torch\.int8"),
+        ({"skip": "model.vae."}, r"skip must be a list of prefixes, got 'model\.vae\.'"),
+        ({"skip": ("model.norm",)}, r"missing model\.norm\.weight"),
+    ],
+)
+def test_wrong_arguments_are_named(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Blip3o.from_pretrained(folder, **options)
+
+
+def test_nothing_is_left_of_a_failed_write(folder: Path, tmp_path: Path) -> None:
+    """Nor is a folder converted into itself, which would lose what is not copied."""
+    model = Blip3o.from_pretrained(folder)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        model.save_pretrained(tmp_path / "new", files=[folder / "tokenizer.json", tmp_path / "nowhere"])
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "diffusion-decoder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"folder must be another than .*ours, which is read"):
+        convert(tmp_path / "ours", tmp_path / "released" / ".." / "ours", layout="blip3o")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not list(tmp_path.glob("*.new"))
 
 
 def truncate(folder: Path) -> None:
@@ -395,13 +438,27 @@ def exchange(folder: Path) -> None:
         (lambda folder: edit_config(folder, gen_pooling="max"), "gen_pooling must be early_pool2d_ and a number, got"),
         (lambda folder: edit_config(folder, gen_pooling="early_pool2d_3"), "must divide the CLIP tower's 8 patches"),
         (lambda folder: edit_config(folder, rope_scaling=None), "must hold mrope_section"),
-        (lambda folder: edit_config(folder, hidden_size="64"), "config.json: "),
+        (lambda folder: edit_config(folder, hidden_size="64"), r"hidden_size must be a whole number, .*, got '64'"),
+        (lambda folder: edit_config(folder, num_attention_heads=0), "num_attention_heads must be a whole .* got 0"),
+        (lambda folder: edit_config(folder, num_hidden_layers=10**8), "depth must be at most 4096, got 10{8}"),
+        (lambda folder: edit_config(folder, rms_norm_eps=math.nan), "rms_norm_eps must be a finite number .* got nan"),
+        (lambda folder: edit_config(folder, rope_theta=math.inf), "rope_theta must be a finite number .* got inf"),
+        (lambda folder: edit_config(folder, rope_scaling=["x"]), r"rope_scaling must be a table, got \['x'\]"),
+        (lambda folder: edit_config(folder, rope_scaling={"mrope_section": [-2, 5, 5]}), "three numbers, none below 0"),
+        (lambda folder: edit_config(folder, vision_config=[]), r"vision_config must be a table, got \[\]"),
+        (lambda folder: edit_config(folder, text_config=3), "text_config must be a table, got 3"),
+        (lambda folder: edit_config(folder, tie_word_embeddings="false"), "tie_word_embeddings must be true or false"),
+        (lambda folder: edit_config(folder, n_query=math.inf), "n_query must be a whole number, .* got inf"),
+        (lambda folder: edit_config(folder, gen_pooling="early_pool2d_0"), "'early_pool2d_0' must divide the CLIP"),
+        (lambda folder: edit_config(folder, model_type=["x"]), r"model_type must be .* got \['x'\]: an unknown arch"),
         (lambda folder: edit_config(folder, hidden_size=128, num_attention_heads=8), "condition_width must equal llm"),
         (lambda folder: edit_config(folder, gen_hidden_size=336), "dit.in_channels must equal clip.width"),
         (lambda folder: edit_config(folder, n_query=6), r"latent_queries has shape \[1, 5, 64\], expected \[1, 6"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is not a tokenizer.json"),
         (lambda folder: (folder / "tokenizer.json").write_text('{"added_tokens": []}'), r"lacks the special .*\[IMG\]"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "released: Expecting property name"),
+        (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "config.json is not readable JSON"),
+        (lambda folder: (folder / INDEX).write_text("[" * 100_000), f"{INDEX} must be JSON with a table weight_map"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "config.json is not readable JSON: Expecting"),
         (lambda folder: (folder / CONFIG).unlink(), r"is no model folder: it has neither config\.json nor manifest"),
     ],
 )  # fmt: skip

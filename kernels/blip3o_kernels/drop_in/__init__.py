@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import nn
 
 from .interface import register_attention
 from .swap import RECORD, Part, PatchError, Record, fit, qualified, restore, swap
+
+LOCK = RLock()  # one thread at a time changes classes of modules, which models may share
 
 __all__ = ["PatchError", "patch", "register_attention", "unpatch"]
 
@@ -37,6 +40,11 @@ def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | N
     PatchError with the numbers, and the model is as it was. inputs: that input, for a model whose own are not known.
     Raises PatchError, naming the module and what was expected, for a model or a module that cannot be patched.
     """
+    with LOCK:
+        return _patch(model, check, inputs)
+
+
+def _patch(model: nn.Module, check: bool, inputs: Mapping[str, Any] | None) -> Patched:
     from .agreement import agreed, stock_outputs
 
     parts = _parts(model)
@@ -67,12 +75,13 @@ def patch(model: nn.Module, *, check: bool = True, inputs: Mapping[str, Any] | N
 
 def unpatch(model: nn.Module) -> None:
     """Give a patched model its own functions back. Raises PatchError if it is not patched."""
-    record = _record(model)
-    if record is None:
-        raise PatchError(f"model ({type(model).__name__}): expected a patched model")
-    restore(model, record)
-    for module in model.modules():
-        vars(module).pop(RECORD, None)
+    with LOCK:
+        record = _record(model)
+        if record is None:
+            raise PatchError(f"model ({type(model).__name__}): expected a patched model")
+        restore(model, record)
+        for module in model.modules():
+            vars(module).pop(RECORD, None)
 
 
 class Patched:

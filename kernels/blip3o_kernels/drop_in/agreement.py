@@ -8,8 +8,9 @@ likewise. A forgotten mask, another eps or a wrong sign are far outside.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +83,15 @@ def agreed(before: Before) -> dict[str, tuple[float, float]]:
 
 
 def run(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The floating-point tensors in the model's output, by name, without what belongs to padding."""
+    """The floating-point tensors in the model's output, by name, without what belongs to padding.
+
+    What is compiled runs eagerly: compiled code does not look at hooks that come later, which `noise` needs.
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+        with torch.no_grad(), eager:
             outputs = model(**inputs)
     finally:
         for module in training:

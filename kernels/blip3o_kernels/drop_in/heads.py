@@ -68,6 +68,8 @@ class CausalLm(nn.Module):
         outputs = self.hidden(labels, **named)
         x, softcap = outputs[0], self.softcap()
         target = F.pad(labels, (0, 1), value=ignored)[..., 1:] if shifted is None else shifted
+        if target.numel() != x.shape[:-1].numel():
+            raise ValueError(f"labels: expected shape {list(x.shape[:-1])}, got {list(labels.shape)}")
         target = target.to(x.device).view(x.shape[:-1])
         with rounding(x, head.weight):
             loss = linear_cross_entropy(x.to(head.weight.dtype), head.weight, target, ignored, softcap=softcap)

@@ -84,9 +84,15 @@ def subclass(mixin: Any, stock: Any) -> type:
     return type(stock.__name__, (mixin, stock), {**names, "forward": _signed(mixin.forward, stock.forward)})
 
 
+def swapped(module: nn.Module) -> bool:
+    return STOCK in vars(type(module)) or hasattr(vars(module).get("processor"), STOCK)
+
+
 def fit(path: str, module: nn.Module, part: Part) -> str:
     """Why a module stays as it is, or "" for one that is served. Raises PatchError if it is not as expected."""
     name = type(module).__name__
+    if swapped(module):
+        raise PatchError(f"{path} ({name}): expected a module that is not patched already, with another model")
     if "forward" in vars(module):
         raise PatchError(
             f"{path} ({name}): expected its class's forward, but the module has one of its own"
