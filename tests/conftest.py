@@ -10,10 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is loaded, and for the programs that tests start
@@ -130,7 +132,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-PROGRAMS: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
+Result = subprocess.CompletedProcess[str]
+PROGRAMS: dict[str, Future[Result]] = {}
+WAITING: deque[tuple[str, list[str], dict[str, str]]] = deque()
+
+
+def _run_programs(take: Callable[[], tuple[str, list[str], dict[str, str]]]) -> None:
+    """One after the other, as long as there are any."""
+    while WAITING:
+        try:
+            test, command, environment = take()
+        except IndexError:  # the other thread was faster
+            return
+        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        PROGRAMS[test].set_result(run)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -151,18 +166,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     gc.collect()
     gc.freeze()  # thousands of tests and torch's modules stay to the end: collections need not look through them
-    pool = ThreadPoolExecutor(max_workers=1)
     for item in session.items:
         marker = item.get_closest_marker("program")
         if marker is not None:
-            command, environment = [sys.executable, *marker.args], {**os.environ, **marker.kwargs}
-            PROGRAMS[item.nodeid] = pool.submit(
-                subprocess.run, command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
-            )
-    pool.shutdown(wait=False)
+            WAITING.append((item.nodeid, [sys.executable, *marker.args], {**os.environ, **marker.kwargs}))
+            PROGRAMS[item.nodeid] = Future()
+    Thread(target=_run_programs, args=[WAITING.popleft]).start()
+
+
+def pytest_sessionfinish() -> None:
+    WAITING.clear()  # after a failure with -x nobody wants the others
+
+
+@pytest.fixture(scope="session")
+def helper() -> None:
+    """A second thread for programs, from the last on, once there is nothing to do but to wait for them."""
+    Thread(target=_run_programs, args=[WAITING.pop]).start()
 
 
 @pytest.fixture
-def program(request: pytest.FixtureRequest) -> subprocess.CompletedProcess[str]:
+def program(request: pytest.FixtureRequest, helper: None) -> Result:
     """What the test's program printed, once it has ended."""
     return PROGRAMS[request.node.nodeid].result()
