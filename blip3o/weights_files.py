@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,9 +175,10 @@ def _refuse_pickles(paths: list[Path]) -> None:
     if pickles:
         raise CorruptModel(
             f"{', '.join(map(str, pickles))}: a pickle, which may run any code when it is read, so it is not read. "
-            f"Where you trust it, convert it: python -c 'import torch, safetensors.torch as s; "
-            f's.save_file({{k: v.clone() for k, v in torch.load("{pickles[0]}", weights_only=True).items()}}, '
-            f'"{WEIGHTS}")\''
+            f"Where you trust it, convert it: python -c 'import sys, torch, safetensors.torch as s; "
+            f"s.save_file({{k: v.clone() for k, v in torch.load(sys.argv[1], weights_only=True).items()}}, "
+            f"sys.argv[2])' "
+            f"{shlex.quote(str(pickles[0]))} {WEIGHTS}"
         )
 
 

@@ -120,7 +120,7 @@ def model_folder(lively: Blip3o, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def world() -> "World":
     """Other people's networks, and blip3o's with the same weights; to be left as they are."""
     for library in ("transformers", "diffusers"):
-        pytest.importorskip(library, reason=f"{library} is not installed")
+        pytest.importorskip(library, reason=f"needs {library}: pip install {library}")
     from parity import World
 
     return World()
@@ -144,8 +144,12 @@ def _run_programs(take: Callable[[], tuple[str, list[str], dict[str, str]]]) -> 
             test, command, environment = take()
         except IndexError:  # the other thread was faster
             return
-        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-        PROGRAMS[test].set_result(run)
+        try:
+            run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError as error:  # or the test would wait for ever
+            PROGRAMS[test].set_exception(error)
+        else:
+            PROGRAMS[test].set_result(run)
 
 
 def pytest_configure(config: pytest.Config) -> None:

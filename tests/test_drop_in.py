@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
 
 from drop_in_bounds import bound, bound_gradients, close
 
@@ -175,7 +175,7 @@ def test_compiled_training() -> None:
 
 @pytest.mark.parametrize("order", ["patched first", "wrapped first"])
 def test_peft(order: str) -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     model = build("Qwen3")
     inputs = small_inputs(model)[1]
     lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "up_proj"], modules_to_save=["norm"])

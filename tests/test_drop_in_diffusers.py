@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 
 from drop_in_bounds import bound, bound_gradients, close
 
@@ -163,7 +163,7 @@ def test_norms_that_have_been_replaced(name: str) -> None:
 
 
 def test_an_adapter() -> None:
-    peft = pytest.importorskip("peft", reason="peft is not installed")
+    peft = pytest.importorskip("peft", reason="needs peft: pip install peft")
     model = build("Flux")
     inputs = small_inputs(model)[1]
     model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v", "proj_out"], init_lora_weights=False))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-pytest.importorskip("transformers")
-pytest.importorskip("diffusers")
+pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 
 from blip3o_kernels import PatchError, patch, register_attention, unpatch
 from blip3o_kernels.drop_in import __main__ as table

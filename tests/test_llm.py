@@ -223,7 +223,9 @@ def test_wrong_arguments_are_named() -> None:
 @pytest.mark.parametrize("name", ["4b", "8b"])
 def test_released_sizes(name: str) -> None:
     """As many parameters as transformers' model of the same shape has."""
-    module = pytest.importorskip("transformers.models.qwen2_5_vl", reason="transformers is not installed")
+    module = pytest.importorskip(
+        "transformers.models.qwen2_5_vl", reason="needs transformers: pip install transformers"
+    )
     config = preset(name).llm
     text = module.Qwen2_5_VLTextConfig(
         vocab_size=config.vocab_size,

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 import parity
 from parity import PARTS, Row, World, row
 

@@ -22,8 +22,8 @@ from blip3o.pipeline import DECODER, Pipeline
 from blip3o.qwen_processor import QwenProcessor, default_template
 from blip3o.unet_decoder import UnetDecoder
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 from released_checkpoint import CLIP_WIDTH, ID, QUERIES, WIDTH, Checkpoint, visual_decoder
 
 PROMPTS = ("a cat", "a very long story of two dogs and a small red house", "x")

@@ -27,7 +27,7 @@ TINY = VisionConfig(
 
 def qwen_vision(config: VisionConfig) -> torch.nn.Module:
     module = pytest.importorskip(
-        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", reason="transformers is not installed"
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", reason="needs transformers: pip install transformers"
     )
     settings = module.Qwen2_5_VLVisionConfig(
         depth=config.depth,

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from blip3o.model import Blip3o
 from blip3o.pipeline import Pipeline
 from blip3o.presets import preset
 from blip3o.weights import CONFIG, MANIFEST, CorruptModel, convert, local_folder
-from blip3o.weights_files import INDEX, SkippedTensors, WrongTensors, grouped
+from blip3o.weights_files import INDEX, SkippedTensors, TensorFiles, WrongTensors, grouped
 from blip3o.weights_names import released_parts
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("diffusers", reason="diffusers is not installed")
+pytest.importorskip("transformers", reason="needs transformers: pip install transformers")
+pytest.importorskip("diffusers", reason="needs diffusers: pip install diffusers")
 from released_checkpoint import CLIP_WIDTH, Checkpoint, write_shards
 
 FIRST = "model-00001-of-00003.safetensors"
@@ -540,3 +541,16 @@ def test_loading_needs_little_more_than_the_weights(folder: Path, tmp_path: Path
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = [line.split() for line in done.stdout.splitlines()]
     assert len(measured) == 2 and all(int(size) > 300e6 and float(ratio) <= 1.1 for size, ratio in measured), measured
+
+
+def test_what_converts_a_pickle_is_a_command_that_works(tmp_path: Path) -> None:
+    """Also for a file whose name a shell would take for more than a name."""
+    folder = tmp_path / "it's $(false) here"
+    folder.mkdir()
+    tensors = {"a": torch.randn(2, 3)}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with pytest.raises(CorruptModel) as refusal, TensorFiles(folder):
+        pass
+    command = str(refusal.value).partition("convert it: ")[2].replace("python", shlex.quote(sys.executable), 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], tensors["a"])
