@@ -14,11 +14,11 @@ and `both` adds that as a second column for the large rows, 8b's memory-bound on
 from __future__ import annotations
 
 import argparse
-import inspect
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,110 +27,16 @@ import limits
 import measure
 import rows
 import torch
+from contest import Contest
 from measure import Row, progress
 from peers import Peer, peers
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o_kernels import OPS, keep_freed_memory, use
 from blip3o_kernels.dispatch import Op, choose, refusal
-from blip3o_kernels.samples import Draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Largest difference from the reference, relative to the largest value: a few roundings of the dtype. Gradients may be
-# five times as far off: torch's own layer_norm adds the rows of a bfloat16 weight's gradient up to 7 % off.
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-def copied(x: object) -> object:
-    if not isinstance(x, Tensor):
-        return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
-
-
-def listed(result: object) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else list(result)  # type: ignore[call-overload]
-
-
-def distance(x: Tensor, y: Tensor) -> float:
-    """The largest difference, relative to the largest value of y; in parts, since a gradient may be gigabytes."""
-    parts = list(zip(x.reshape(-1).split(2**22), y.reshape(-1).split(2**22), strict=True))
-    off = torch.stack([(a.double() - b.double()).abs().max() for a, b in parts]).max()
-    return (off / torch.stack([b.abs().max().double() for _, b in parts]).max()).item()
-
-
-class Contest:
-    """One row of the table: the inputs in several copies, and what a contestant does with one of them."""
-
-    def __init__(self, op: Op, case: rows.Case, dtype: torch.dtype, device: str, training: bool) -> None:
-        self.training, self.tolerance = training, TOLERANCES[dtype]
-        args, kwargs = case.make(Draw(dtype, device))
-        arguments = dict(inspect.signature(op.function).bind(*args, **kwargs).arguments)
-        total = sum(rows.size(x) for x in arguments.values() if isinstance(x, Tensor))
-        copies = 1 if total < limits.CACHED else min(64, -(-limits.ROTATED // total))
-        self.inputs = [(args, kwargs)]
-        for _ in range(copies - 1):
-            self.inputs.append((tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}))
-        self.leaves = [self._leaves(op, *each) for each in self.inputs]
-        results = listed(op.reference(*args, **kwargs))
-        self.upstream = [Draw(y.dtype, device, seed=1)(*y.shape) for y in results]
-        self.work = rows.work(case, arguments, results, op.differentiable)["training" if training else "forward"]
-        self.expected = self.run(op.reference, 0)
-        self.intensity = (self.work.flops or self._operations(op)) / self.work.bytes or None
-
-    def _operations(self, op: Op) -> int:
-        """By the FLOP formulas of the registered ops, which a body of ours must run for."""
-        x = next(x for x in self.inputs[0][0] if isinstance(x, Tensor))
-        try:
-            with FlopCounterMode(display=False) as counter, use(choose(op, x)):
-                self.run(op.function, 0)
-        except measure.FAILURES:  # which is told where the body's result is checked
-            return 0
-        return counter.get_total_flops()
-
-    def _leaves(self, op: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
-        if not self.training:
-            return []
-        arguments = inspect.signature(op.function).bind(*args, **kwargs).arguments
-        return [
-            arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), Tensor)
-        ]
-
-    def run(self, function: Callable[..., object], index: int) -> list[Tensor]:
-        """The results, in training the gradients too."""
-        args, kwargs = self.inputs[index % len(self.inputs)]
-        results = listed(function(*args, **kwargs))
-        if not self.training:
-            return results
-        return [*results, *torch.autograd.grad(results, self.leaves[index % len(self.inputs)], self.upstream)]
-
-    def timed(self, function: Callable[..., object]) -> measure.Call:
-        """The same with as little as possible of our own around it."""
-        if self.training:
-            return lambda index: self.run(function, index)
-        inputs, copies = self.inputs, len(self.inputs)
-
-        def call(index: int) -> None:
-            args, kwargs = inputs[index % copies]
-            function(*args, **kwargs)
-
-        return call
-
-    def wrong(self, function: Callable[..., object], random: bool) -> str:
-        """What is wrong with a contestant's results; "" if nothing is."""
-        found = self.run(function, 0)
-        if len(found) != len(self.expected):
-            return f"{len(found)} results, expected {len(self.expected)}"
-        for i, (x, y) in enumerate(zip(found, self.expected, strict=True)):
-            if x.shape != y.shape:
-                return f"result {i} has shape {list(x.shape)}, expected {list(y.shape)}"
-            if random or not y.numel():
-                continue
-            allowed = self.tolerance * (5 if i >= len(self.upstream) else 1)
-            off = distance(x.detach(), y.detach())
-            if not off <= allowed:
-                return f"result {i} is off by {off:.1g} of the largest value, allowed is {allowed:g}"
-        return ""
+PARTS = 2  # processes that compile
 
 
 def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list[str]) -> Iterator[Peer]:
@@ -155,6 +61,44 @@ def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list
         yield peer
 
 
+def compile_ahead() -> None:
+    """What Inductor compiles, in PARTS processes, which leave it in its cache on disk: two thirds of a first run is
+    compiling, on one core. Not max-autotune, which measures while it compiles."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--part"]
+    parts = [subprocess.Popen([*command, str(part)], stdout=subprocess.DEVNULL) for part in range(PARTS)]
+    statuses = [part.wait() for part in parts]
+    if any(statuses):
+        raise SystemExit("compiling ahead failed")
+
+
+def compile_part(options: argparse.Namespace) -> None:
+    for number, (op, case, dtype, training) in enumerate(runs(options)):
+        if number // 2 % PARTS != options.part:  # forward and training are neighbours
+            continue
+        torch._dynamo.reset()
+        with torch.set_grad_enabled(training):
+            contest = Contest(op, case, dtype, options.device, training)
+            for peer in contestants(op, case, contest.leading, training, options.peers):
+                if peer.name == "compile" and peer.function is not None:
+                    with suppress(*measure.FAILURES):  # which is told when its turn comes
+                        contest.run(peer.function, 0)
+
+
+def runs(options: argparse.Namespace) -> Iterator[tuple[Op, rows.Case, torch.dtype, bool]]:
+    """What is measured: an op, its inputs, their dtype, and whether with the backward pass."""
+    phases = list(rows.PHASES) if options.shapes == "all" else [options.shapes]
+    anchored = options.shapes == "anchor"
+    for case in (
+        anchors.cases(options.op) if anchored else rows.cases(options.op, options.presets, phases, options.device)
+    ):
+        op = next(op for op in OPS if op.name == case.op)
+        dtypes = [DTYPES[name] for name in options.dtype]
+        for dtype in dtypes[:1] if case.op == "flow_timesteps" else dtypes:  # which has no float among its inputs
+            for training in (False, True):
+                if ("training" if training else "forward") in options.directions and (case.trained or not training):
+                    yield op, case, dtype, training
+
+
 def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, options: argparse.Namespace) -> list[Row]:
     device = options.device
     contest = Contest(op, case, dtype, device, training)
@@ -164,8 +108,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
     )  # fmt: skip
     found: dict[str, Row] = {}
     calls: dict[str, measure.Call] = {}
-    leading = next(x for x in contest.inputs[0][0] if isinstance(x, Tensor))
-    for peer in contestants(op, case, leading, training, options.peers):
+    for peer in contestants(op, case, contest.leading, training, options.peers):
         row = replace(head, provider=peer.name, reason=peer.reason)
         if peer.function is not None:
             function = peer.function
@@ -238,6 +181,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", type=Path, metavar="DIR")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)  # of compile_ahead
     parser.add_argument("--compare", type=Path, metavar="OLD", help="a JSON file of an earlier run")
     options = parser.parse_args()
     known = sorted({peer.name for op in options.op for peer in peers(op, options.device, drawn=False)})
@@ -257,27 +201,23 @@ def main() -> None:
         raise SystemExit("--memory reused: this C library cannot keep freed memory")
     if options.shapes == "anchor" and options.device == "cpu":
         raise SystemExit("--shapes anchor: sizes of a data-centre GPU, expected --device cuda")
-    phases = list(rows.PHASES) if options.shapes == "all" else [options.shapes]
-    dtypes = [DTYPES[name] for name in options.dtype]
-    found, bound = limits.rows(options.device, dtypes, 5 * options.seconds), set()
-    anchored = options.shapes == "anchor"
-    for case in (
-        anchors.cases(options.op) if anchored else rows.cases(options.op, options.presets, phases, options.device)
-    ):
-        op = next(op for op in OPS if op.name == case.op)
+    if options.part is not None:
+        return compile_part(options)
+    if options.device == "cpu" and "compile" in (options.peers or ["compile"]):
+        compile_ahead()
+    found = limits.rows(options.device, [DTYPES[name] for name in options.dtype], 5 * options.seconds)
+    bound = set()
+    for op, case, dtype, training in runs(options):
         if case.memory_bound:
             bound.add((case.op, case.shape))
-        for dtype in dtypes[:1] if case.op == "flow_timesteps" else dtypes:  # which has no float among its inputs
-            for training in (False, True):
-                if ("training" if training else "forward") in options.directions and (case.trained or not training):
-                    torch._dynamo.reset()
-                    if options.device == "cuda":
-                        torch.cuda.empty_cache()
-                    with torch.set_grad_enabled(training):
-                        found += measure_case(op, case, dtype, training, options)
-                    progress(measure.line([row for row in found if row.key == found[-1].key]))
-                    if options.json:
-                        measure.write(options.json, found)
+        torch._dynamo.reset()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        with torch.set_grad_enabled(training):
+            found += measure_case(op, case, dtype, training, options)
+        progress(measure.line([row for row in found if row.key == found[-1].key]))
+        if options.json:
+            measure.write(options.json, found)
     if both:
         found += again_reused(options, bound)
         if options.json:

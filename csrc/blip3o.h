@@ -18,7 +18,7 @@ extern "C" {
 #define BLIP3O_API __attribute__((visibility("default")))
 
 /* Raised whenever a declaration below changes its meaning; Python refuses a library of another version. */
-#define BLIP3O_VERSION 7
+#define BLIP3O_VERSION 8
 
 enum blip3o_status {
   BLIP3O_OK = 0,
@@ -30,13 +30,22 @@ enum blip3o_status {
 
 enum blip3o_dtype { BLIP3O_FLOAT32 = 0, BLIP3O_BFLOAT16 = 1, BLIP3O_FLOAT16 = 2 };
 
-enum blip3o_instruction_set { BLIP3O_BEST = 0, BLIP3O_PORTABLE = 1, BLIP3O_AVX2 = 2, BLIP3O_AVX512 = 3, BLIP3O_AMX = 4 };
+enum blip3o_instruction_set {
+  BLIP3O_BEST = 0,
+  BLIP3O_PORTABLE = 1,
+  BLIP3O_AVX2 = 2,
+  BLIP3O_AVX512 = 3,
+  BLIP3O_AVX512_BF16 = 4, /* products of bfloat16 pairs beside that */
+  BLIP3O_AMX = 5          /* and in tiles */
+};
 
 BLIP3O_API int blip3o_cpu_version(void);
 /* The best instruction set that this build and this chip have. */
 BLIP3O_API int blip3o_cpu_best(void);
 /* 1 if the library runs on several threads. */
 BLIP3O_API int blip3o_cpu_threaded(void);
+/* Whether Intel made the chip: MKL, which torch multiplies with, is faster there than on others of the same instructions. */
+BLIP3O_API int blip3o_cpu_intel(void);
 
 /* Memory for a large result, as a DLPack tensor (DLManagedTensor) whose deleter keeps the memory for a result of about the
  * same size; null if there is none to be had. description: DLPack's type code, bits of an element, number of dimensions, the
@@ -419,7 +428,7 @@ typedef struct {
 BLIP3O_API int blip3o_cpu_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 BLIP3O_API int blip3o_cuda_linear_cross_entropy(const blip3o_linear_cross_entropy_arguments* arguments);
 
-/* All of it, products included, in float32, or of bfloat16 (in tiles where the chip has AMX). Forward: *loss and `sums`, three numbers of
+/* All of it, products included, in float32, or of bfloat16 (by its own products where the chip has them). Forward: *loss and `sums`, three numbers of
  * each row that the backward pass wants, and with `logits` those, in an order of their own. Backward: dx and dweight, contiguous,
  * times dloss; without `logits` they are computed again. */
 typedef struct {

@@ -92,14 +92,15 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 
 # What a body is measured by in place of its reference: one that rounds where the fastest algorithm has to, as torch's
-# fused kernels do. Of the native ones those on a GPU do so, and the body for AMX, which takes bfloat16. "native:cuda"
-# are the CUDA kernels wherever they run.
+# fused kernels do. Of the native ones those on a GPU do so, and those that multiply bfloat16 as such.
+# "native:cuda" are the CUDA kernels wherever they run.
 FUSED: dict[str, Callable[..., object]] = {"attention": fused_attention}
 PRODUCTS = ("attention", "linear_cross_entropy")  # whose references have matrix products
 
 
 def rounds_as_fused(backend: str, arguments: dict[str, object]) -> bool:
-    tiled = backend == "native:amx" or (backend == "native" and native.instruction_set() == "amx")
+    chosen = native.instruction_set() if backend == "native" else backend.removeprefix("native:")
+    tiled = chosen in ("avx512_bf16", "amx")
     first = next(iter(tensors_of(arguments).values()))
     on_gpu = backend == "native:cuda" or (backend == "native" and first.is_cuda)
     return backend == "triton" or on_gpu or (tiled and first.dtype is torch.bfloat16)

@@ -1,7 +1,7 @@
 """Generated faults: every additive term of every backward pass is dropped once, and the conformance bound must notice.
 
     python tests/faults.py native            the C++ of csrc/cpu, with what calls it
-    python tests/faults.py native:amx        the same for the instruction set amx, where attention has a body of its own
+    python tests/faults.py native:amx        the same in bfloat16, for the bodies in tiles; or native:avx512_bf16
     python tests/faults.py triton            the Triton kernels, in Triton's interpreter, with what calls them
 
 A copy of the package is made in which each operand of a `+`, `-`, `+=` or `-=` passes through a switch: in C++ as
@@ -251,7 +251,7 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
     assert Path(blip3o_kernels.__file__).is_relative_to(folder)
     torch.set_num_threads(1)
     library = native._CPU if backend != "triton" else None
-    kind, dtype = backend.partition(":")[0], torch.bfloat16 if backend == "native:amx" else torch.float32
+    kind, dtype = backend.partition(":")[0], torch.bfloat16 if ":" in backend else torch.float32
     if library is not None:
         reached = (ctypes.c_ubyte * MOST).in_dll(library, "blip3o_reached")
 
@@ -314,7 +314,7 @@ def search(backend: str, folder: Path, sites: Sites, only: str, log: Callable[[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("backend", choices=("native", "native:amx", "triton"))
+    parser.add_argument("backend", choices=("native", "native:avx512_bf16", "native:amx", "triton"))
     parser.add_argument("--op", default="", help="only this op")
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

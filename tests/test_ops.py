@@ -93,7 +93,9 @@ def runs() -> Iterator[object]:
             for dtype in body.dtypes:
                 backends = [body.backend]
                 if (body.backend, body.device) == ("native", "cpu"):
-                    backends += [f"native:{name}" for name in ("portable", "avx2", "avx512") if runs_here(name)]
+                    backends += [
+                        f"native:{name}" for name in ("portable", "avx2", "avx512", "avx512_bf16") if runs_here(name)
+                    ]
                 for backend in backends:
                     yield pytest.param(op, backend, body.device, dtype, id=f"{op.name}-{backend}-{body.device}-{dtype}")
 

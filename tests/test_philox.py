@@ -19,9 +19,10 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from blip3o_kernels import flow_interpolate, flow_timesteps, native, philox, triton_ops, use
+from blip3o_kernels.dispatch import INSTRUCTION_SETS
 
 ROOT = Path(__file__).parents[1]
-SETS = ("portable", "avx2", "avx512", "amx")
+SETS = tuple(name for name in INSTRUCTION_SETS if name)
 BACKENDS = ["reference", *(f"native:{name}" for name in SETS[: SETS.index(native.instruction_set() or "portable") + 1])]
 if not triton_ops.CPU_MISSING:
     BACKENDS.append("triton")

@@ -35,7 +35,7 @@ static inline const T* at(const void* data, int64_t b, int64_t batch, int64_t h,
 
 template <class T>
 static bool tiled(int instruction_set) {
-  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) == BLIP3O_AMX;
+  return LANES == 16 && std::is_same<T, bfloat16>::value && blip3o_instruction_set(instruction_set) >= BLIP3O_AVX512_BF16;
 }
 
 template <Kind KIND>

@@ -69,7 +69,8 @@ class InTiles {
  public:
   static constexpr int64_t UNIT = TERMS;
 
-  InTiles(const blip3o_attention_arguments& arguments, const bfloat16* query, Space& space) : a(arguments) {
+  InTiles(const blip3o_attention_arguments& arguments, const bfloat16* query, Space& space)
+      : registers(arguments.instruction_set), a(arguments) {
     const int64_t key_floats = padded(a.head_dim, TERMS) / 2, part = padded(smaller(KEYS, a.keys), TERMS);
     queries = space.take(TERMS * key_floats);
     laid = space.take(TERMS * key_floats);
@@ -87,7 +88,7 @@ class InTiles {
         left = rows_factor(laid, a.head_dim);
       }
       alignas(64) float block[2 * TILE];
-      multiply_tiles<false, false>(Sums::tiles(block, SIDE), left, right, 2, 1, right.step / TILE);
+      multiply_tiles<false, false>(registers, Sums::tiles(block, SIDE), left, right, 2, 1, right.step / TILE);
       for (int64_t half = 0; half < 2; ++half) {
         Floats v[LANES];
         for (int64_t i = 0; i < LANES; ++i) v[i] = load(block + half * TILE + i * SIDE);
@@ -112,11 +113,12 @@ class InTiles {
   void mix(float* mixed, const float*, const bfloat16* value, int64_t count) {
     lay_tiles<true, false>(pairs, value, a.value_token, count, a.value_dim);
     const int64_t wide = padded(a.value_dim, SIDE);
-    multiply_tiles<true, false>(Sums::matrix(mixed, wide), Factor{weights, 0, TILE}, pairs_factor(pairs, a.value_dim), 1,
+    multiply_tiles<true, false>(registers, Sums::matrix(mixed, wide), Factor{weights, 0, TILE}, pairs_factor(pairs, a.value_dim), 1,
                                 wide / SIDE, padded(count, TERMS) / TERMS);
   }
 
  private:
+  const TileRegisters registers;
   const blip3o_attention_arguments& a;
   float *queries, *laid, *weights, *pairs;
 };
@@ -220,10 +222,8 @@ static void look(const blip3o_attention_arguments& a, int64_t b, int64_t h, int6
   Found& to_find = *reinterpret_cast<Found*>(found);
 #if BLIP3O_LANES == 16
   if constexpr (std::is_same<T, bfloat16>::value)
-    if (tiled<T>(a.instruction_set) && a.keys >= TILED_KEYS) {
-      const TileRegisters registers;
+    if (blip3o_instruction_set(a.instruction_set) == BLIP3O_AMX && a.keys >= TILED_KEYS)
       return look<T, KIND, InTiles>(a, b, g, h, from, to, to_find, space);
-    }
 #endif
   look<T, KIND, InVectors<T>>(a, b, g, h, from, to, to_find, space);
 }

@@ -96,7 +96,7 @@ struct Pair {
 
 template <Kind KIND>
 static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_t g, Space space) {
-  const TileRegisters registers;
+  const TileRegisters registers(a.instruction_set);
   const int64_t sharing = a.heads / a.groups, part = padded(smaller(KEYS, a.keys), TERMS);
   const int64_t key_floats = padded(a.head_dim, TERMS) / 2, value_rows = padded(a.value_dim, SIDE);
   if (space.upcoming) space.upcoming->plan(sharing * padded(a.tokens, QUERIES) / SIDE * 4);
@@ -135,7 +135,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
           const Pair pair(block, v);
           if (pair.from >= pair.to) continue;
           float* columns = products + v * SIDE;
-          multiply_tiles<false, true>(Sums::matrix(columns + pair.from * QUERIES, QUERIES), keys.from(pair.from / SIDE), right.from(v),
+          multiply_tiles<false, true>(registers, Sums::matrix(columns + pair.from * QUERIES, QUERIES), keys.from(pair.from / SIDE), right.from(v),
                                 padded(smaller(pair.to, block.keys) - pair.from, SIDE) / SIDE, pair.columns,
                                 right.step / TILE);
           for (int64_t i = 0; i < pair.columns; ++i, space.ask()) {
@@ -148,7 +148,7 @@ static void tiled_forward(const blip3o_attention_arguments& a, int64_t b, int64_
               for (int64_t k = 0; k < value_rows; ++k) store(sums + k * QUERIES, load(sums + k * QUERIES) * kept);
           }
           const Factor weighing = Factor{weights, TILE, WIDE * TILE};
-          multiply_tiles<true, true>(Sums::matrix(mixed + v * SIDE, QUERIES), values.along(pair.from / TERMS),
+          multiply_tiles<true, true>(registers, Sums::matrix(mixed + v * SIDE, QUERIES), values.along(pair.from / TERMS),
                                weighing.from(v).along(pair.from / TERMS), value_rows / SIDE, pair.columns,
                                (pair.to - pair.from) / TERMS);
           space.ask();
@@ -230,7 +230,7 @@ static void lay_gradients(int64_t v, int64_t from, int64_t to, const float* prod
 
 template <Kind KIND>
 static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t b, int64_t g, Space space) {
-  const TileRegisters registers;
+  const TileRegisters registers(a.instruction_set);
   const int64_t sharing = a.heads / a.groups, keys = padded(a.keys, TERMS), part = smaller(KEYS, keys);
   const int64_t key_floats = padded(a.head_dim, TERMS) / 2, key_wide = padded(a.head_dim, SIDE);
   if (space.upcoming) space.upcoming->plan(sharing * padded(a.tokens, QUERIES) / QUERIES * 24);
@@ -281,10 +281,10 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
         if (KIND != PLAIN) lay_mask(block, added, a, b * a.mask_batch + h * a.mask_head);
         const Factor scoring = rows_factor(key_rows, a.head_dim).from(from / SIDE);
         const Factor valuing = rows_factor(value_rows, a.value_dim).from(from / SIDE);
-        multiply_tiles<false, false>(Sums::matrix(products, QUERIES), scoring, rows_factor(query_columns, a.head_dim), rows, 2 * pairs,
+        multiply_tiles<false, false>(registers, Sums::matrix(products, QUERIES), scoring, rows_factor(query_columns, a.head_dim), rows, 2 * pairs,
                               scoring.step / TILE);
         space.ask(), space.ask();
-        multiply_tiles<false, false>(Sums::matrix(dweights, QUERIES), valuing, rows_factor(dy_columns, a.value_dim), rows, 2 * pairs,
+        multiply_tiles<false, false>(registers, Sums::matrix(dweights, QUERIES), valuing, rows_factor(dy_columns, a.value_dim), rows, 2 * pairs,
                               valuing.step / TILE);
         space.ask(), space.ask();
         for (int64_t v = 0; v < block.vectors; ++v)
@@ -295,13 +295,13 @@ static void tiled_backward(const blip3o_attention_backward_arguments& a, int64_t
                               dright),
               space.ask(), space.ask();
         const Factor weights{left, WIDE / 2 * TILE, TILE}, dscores{dleft, WIDE / 2 * TILE, TILE};
-        multiply_tiles<true, false>(Sums::tiles(dvalue + from * value_wide, value_wide), weights, pairs_factor(dy_pairs, a.value_dim), rows,
+        multiply_tiles<true, false>(registers, Sums::tiles(dvalue + from * value_wide, value_wide), weights, pairs_factor(dy_pairs, a.value_dim), rows,
                              value_wide / SIDE, pairs);
         space.ask(), space.ask();
-        multiply_tiles<true, false>(Sums::tiles(dkey + from * key_wide, key_wide), dscores, pairs_factor(query_pairs, a.head_dim), rows,
+        multiply_tiles<true, false>(registers, Sums::tiles(dkey + from * key_wide, key_wide), dscores, pairs_factor(query_pairs, a.head_dim), rows,
                              key_wide / SIDE, pairs);
         space.ask(), space.ask();
-        multiply_tiles<true, true>(Sums::matrix(dquery, QUERIES), pairs_factor(key_pairs, a.head_dim).along(from / TERMS),
+        multiply_tiles<true, true>(registers, Sums::matrix(dquery, QUERIES), pairs_factor(key_pairs, a.head_dim).along(from / TERMS),
                              Factor{dright, TILE, WIDE * TILE}, key_wide / SIDE, block.vectors, to / TERMS);
         space.ask(), space.ask();
       }

@@ -26,11 +26,9 @@ struct Sizes {
   int64_t own() const { return larger(PART * PART / 2, STEP * width); }  // floats that each thread needs
   int64_t floats(const Arguments& a) const {
     const int64_t runs = (a.vocab + RUN - 1) / RUN;
-    return 3 * rows * width + larger(3 * runs * rows, 2 * words * rows + 8 * rows + SMALL) + (a.threads < 1 ? 1 : a.threads) * own();
+    return 3 * rows * width + larger(3 * runs * rows, words * rows + 8 * rows + SMALL) + (a.threads < 1 ? 1 : a.threads) * own();
   }
 };
-
-#include "logits.h"
 
 // e^v for v <= 0, and for a little more than 0 by rounding, to about two units in the last place.
 static inline Floats fraction(Floats v) {
@@ -46,6 +44,52 @@ static inline Floats fraction(Floats v) {
   return exponential(v);
 #endif
 }
+
+static int64_t kept_rows(const Arguments& a) {
+  int64_t kept = 0;
+  for (int64_t row = 0; row < a.rows; ++row) kept += a.target[row] != a.ignore_index;
+  return kept;
+}
+
+// What the gradient of each row's logits is made of:
+// d loss / d logit[v] = probability[v] (1 + 2 z_loss log_sum) - smoothing / vocab - (1 - smoothing) [v = target]
+struct Slopes {
+  float *maximum, *scale, *less, *own, *rest;  // rest: of `own`, what rounding it to bfloat16 takes
+  int32_t *target, *keep;                      // keep: all bits set, or none in rows that are ignored
+
+  Slopes(float* at, int64_t rows)
+      : maximum(at), scale(at + rows), less(at + 2 * rows), own(at + 3 * rows), rest(at + 4 * rows),
+        target(reinterpret_cast<int32_t*>(at + 5 * rows)), keep(reinterpret_cast<int32_t*>(at + 6 * rows)) {}
+
+  void find(const Arguments& a, int64_t rows) const {
+    const double share = static_cast<double>(a.dloss) / static_cast<double>(larger(kept_rows(a), 1));
+    const double smoothing = static_cast<double>(a.label_smoothing), spread = share * smoothing / static_cast<double>(a.vocab);
+    for (int64_t row = 0; row < rows; row += LANES) {
+      const Floats highest = load(a.sums + row), total = load(a.sums + rows + row), raw = load(a.sums + 2 * rows + row);
+      const Floats tanh = a.softcap > 0.0f ? hyperbolic_tangent(raw / a.softcap) : Floats{};
+      const Floats chosen = a.softcap > 0.0f ? a.softcap * tanh : raw;
+      const Doubles log_sum = __builtin_convertvector(highest, Doubles) + __builtin_convertvector(logarithm(total), Doubles);
+      const Doubles slope = share * (1.0 + 2.0 * static_cast<double>(a.z_loss) * log_sum) / __builtin_convertvector(total, Doubles);
+      const Doubles likely = __builtin_convertvector(fraction(chosen - highest), Doubles);
+      const Floats mine = __builtin_convertvector(likely * slope - spread - share * (1.0 - smoothing), Floats);
+      store(maximum + row, highest);
+      store(scale + row, __builtin_convertvector(slope, Floats));
+      store(less + row, all(static_cast<float>(spread)));
+      const Floats slope_of_target = mine * (1.0f - tanh * tanh);
+      bfloat16 rounded[LANES];
+      store(rounded, slope_of_target);
+      store(own + row, slope_of_target);
+      store(rest + row, slope_of_target - load(rounded));
+      for (int64_t i = row; i < row + LANES; ++i) {
+        const bool kept = i < a.rows && a.target[i] != a.ignore_index;
+        target[i] = kept ? static_cast<int32_t>(a.target[i]) : -1, keep[i] = kept ? -1 : 0;
+        if (!kept) rest[i] = 0.0f;
+      }
+    }
+  }
+};
+
+#include "logits.h"
 
 // Of BLOCK rows: the largest logit, the sum of exponentials less that, the plain sum.
 struct Partial {
@@ -100,7 +144,7 @@ static void forward_task(const Arguments& a, const Sizes& s, float* right, float
   }
   for (int64_t r = 0; r < BLOCK; ++r) p.maximum[r] = -__FLT_MAX__, p.total[r] = p.spread[r] = 0.0f;
   for (int64_t row = first; runs == 1 && row < first + rows; row += STEP) lay_right<T>(right, a, s, row, 0, a.rows);
-  const Logits<T> product(right + first * RIGHT<T>(a, s), height, own, columns, a.width);
+  const Logits<T> product(a, right + first * RIGHT<T>(a, s), height, own, columns);
   float* raw = a.sums + 2 * s.rows;
   for (int64_t word = run * RUN; word < end; word += STEP) {
     const int64_t words = smaller(STEP, end - word);
@@ -141,12 +185,6 @@ static void row_losses(const Arguments& a, const Sizes& s, const float* partials
   for (int64_t i = 0; i < smaller(LANES, a.rows - row); ++i) losses[row + i] = a.target[row + i] == a.ignore_index ? 0.0 : loss[i];
 }
 
-static int64_t kept_rows(const Arguments& a) {
-  int64_t kept = 0;
-  for (int64_t row = 0; row < a.rows; ++row) kept += a.target[row] != a.ignore_index;
-  return kept;
-}
-
 template <class T, bool CAPPED>
 static void forward(const Arguments& a) {
   const Sizes s(a);
@@ -172,39 +210,6 @@ static void forward(const Arguments& a) {
   for (int64_t row = 0; row < a.rows; ++row) total += losses[row];
   *a.loss = static_cast<float>(total / static_cast<double>(larger(kept_rows(a), 1)));
 }
-
-// What the gradient of each row's logits is made of:
-// d loss / d logit[v] = probability[v] (1 + 2 z_loss log_sum) - smoothing / vocab - (1 - smoothing) [v = target]
-struct Slopes {
-  float *maximum, *scale, *less, *own;
-  int32_t *target, *keep;  // keep: all bits set, or none in rows that are ignored
-
-  Slopes(float* at, int64_t rows)
-      : maximum(at), scale(at + rows), less(at + 2 * rows), own(at + 3 * rows),
-        target(reinterpret_cast<int32_t*>(at + 4 * rows)), keep(reinterpret_cast<int32_t*>(at + 5 * rows)) {}
-
-  void find(const Arguments& a, int64_t rows) const {
-    const double share = static_cast<double>(a.dloss) / static_cast<double>(larger(kept_rows(a), 1));
-    const double smoothing = static_cast<double>(a.label_smoothing), spread = share * smoothing / static_cast<double>(a.vocab);
-    for (int64_t row = 0; row < rows; row += LANES) {
-      const Floats highest = load(a.sums + row), total = load(a.sums + rows + row), raw = load(a.sums + 2 * rows + row);
-      const Floats tanh = a.softcap > 0.0f ? hyperbolic_tangent(raw / a.softcap) : Floats{};
-      const Floats chosen = a.softcap > 0.0f ? a.softcap * tanh : raw;
-      const Doubles log_sum = __builtin_convertvector(highest, Doubles) + __builtin_convertvector(logarithm(total), Doubles);
-      const Doubles slope = share * (1.0 + 2.0 * static_cast<double>(a.z_loss) * log_sum) / __builtin_convertvector(total, Doubles);
-      const Doubles likely = __builtin_convertvector(fraction(chosen - highest), Doubles);
-      const Floats mine = __builtin_convertvector(likely * slope - spread - share * (1.0 - smoothing), Floats);
-      store(maximum + row, highest);
-      store(scale + row, __builtin_convertvector(slope, Floats));
-      store(less + row, all(static_cast<float>(spread)));
-      store(own + row, mine * (1.0f - tanh * tanh));
-      for (int64_t i = row; i < row + LANES; ++i) {
-        const bool kept = i < a.rows && a.target[i] != a.ignore_index;
-        target[i] = kept ? static_cast<int32_t>(a.target[i]) : -1, keep[i] = kept ? -1 : 0;
-      }
-    }
-  }
-};
 
 // The gradient of `words` logits from `word` on, of the rows from `first` on.
 template <bool CAPPED>
@@ -239,8 +244,8 @@ static void backward(const Arguments& a) {
   float *right = a.workspace, *terms = right + s.rows * s.width, *sums = terms + s.rows * s.width;
   float* dlogits = sums + s.rows * s.width;
   float* space = a.workspace + a.workspace_floats - (a.threads < 1 ? 1 : a.threads) * s.own();
-  const Slopes slopes(dlogits + 2 * s.words * s.rows, s.rows);
-  float* total = dlogits + 2 * s.words * s.rows + 8 * s.rows;
+  const Slopes slopes(dlogits + s.words * s.rows, s.rows);
+  float* total = dlogits + s.words * s.rows + 8 * s.rows;
   slopes.find(a, s.rows);
   const int threads = blip3o_threads(a.threads, a.rows * a.vocab * (8 + a.width / 32));
   const int64_t column_parts = (a.width + PART - 1) / PART, rounds = (a.vocab + s.words - 1) / s.words;
@@ -250,7 +255,7 @@ static void backward(const Arguments& a) {
     for (int64_t round = 0; round < (a.rows + s.round - 1) / s.round * rounds; ++round) {
       const int64_t top = round / rounds * s.round, end = smaller(a.rows, top + s.round), start = round % rounds * s.words;
       const int64_t words = smaller(s.words, a.vocab - start), steps = (words + STEP - 1) / STEP;
-      const Gradients<T> gradients{a, s, dlogits, terms, sums, total, own, start, words, top, end};
+      const Gradients<T> gradients{a, s, slopes, dlogits, terms, sums, total, own, start, words, top, end};
       if (!a.logits && start == 0) {
 #pragma omp for schedule(static)
         for (int64_t row = top; row < end; row += STEP) lay_right<T>(right, a, s, row, top, end);
@@ -266,7 +271,7 @@ static void backward(const Arguments& a) {
         if (a.logits) {
           from = a.logits + first * a.vocab + (start + word) * height;
         } else {
-          const Logits<T> product(right + (first - top) * RIGHT<T>(a, s), height, own, columns, a.width);
+          const Logits<T> product(a, right + (first - top) * RIGHT<T>(a, s), height, own, columns);
           product(to, weight + (start + word) * a.weight_stride, a.weight_stride, some);
         }
         gradient_of_logits<CAPPED>(to, from, slopes, a.softcap, start + word, some, first, columns, height);
@@ -303,7 +308,7 @@ static int linear_cross_entropy_fused(const Arguments& a) {
     if (a.target[row] != a.ignore_index && (a.target[row] < 0 || a.target[row] >= a.vocab)) return BLIP3O_BAD_ARGUMENT;
   if (a.dtype == BLIP3O_FLOAT32) return fused_run<float>(a);
 #if BLIP3O_LANES == 16
-  if (a.dtype == BLIP3O_BFLOAT16 && blip3o_instruction_set(a.instruction_set) == BLIP3O_AMX) return fused_run<bfloat16>(a);
+  if (a.dtype == BLIP3O_BFLOAT16 && blip3o_instruction_set(a.instruction_set) >= BLIP3O_AVX512_BF16) return fused_run<bfloat16>(a);
 #endif
   if (a.dtype == BLIP3O_BFLOAT16) return fused_run<Widened>(a);
   return BLIP3O_BAD_DTYPE;

@@ -24,7 +24,7 @@ static int best() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return tiles() ? BLIP3O_AMX : BLIP3O_AVX512;
+    return tiles() ? BLIP3O_AMX : __builtin_cpu_supports("avx512bf16") ? BLIP3O_AVX512_BF16 : BLIP3O_AVX512;
   if (avx2) return BLIP3O_AVX2;
 #endif
   return BLIP3O_PORTABLE;
@@ -50,6 +50,14 @@ int blip3o_instruction_set(int asked) {
 extern "C" int blip3o_cpu_version(void) { return BLIP3O_VERSION; }
 
 extern "C" int blip3o_cpu_best(void) { return BEST; }
+
+extern "C" int blip3o_cpu_intel(void) {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel") != 0;
+#else
+  return 0;
+#endif
+}
 
 extern "C" int blip3o_cpu_threaded(void) {
 #if defined(_OPENMP)

@@ -30,7 +30,8 @@ struct float16 {
 extern const int blip3o_lacks_bfloat16;  // whether the chip lacks AVX-512's rounding to bfloat16: 0 or 1
 int blip3o_instruction_set(int asked);  // resolves BLIP3O_BEST; 0 if the chip or the build lacks it
 
-// BLIP3O_AMX has no namespace: it is AVX-512, and where a body asks for it, tiles beside that (tiles.h).
+// BLIP3O_AVX512_BF16 and BLIP3O_AMX have no namespace: they are AVX-512 and, where a body asks for them, products of bfloat16
+// beside that (tiles.h).
 
 // Threads worth starting for `elements` of work: a fork and join costs about 3 us, the time of some 16384 elements.
 static inline int blip3o_threads(int threads, int64_t elements) {
@@ -88,6 +89,7 @@ namespace avx512 {
 #define BLIP3O_RUN(asked, call)                     \
   switch (blip3o_instruction_set(asked)) {          \
     case BLIP3O_AMX:                                \
+    case BLIP3O_AVX512_BF16:                        \
     case BLIP3O_AVX512:                             \
       return avx512::call;                          \
     case BLIP3O_AVX2:                               \

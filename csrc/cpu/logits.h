@@ -5,7 +5,7 @@
 //   Logits                  the logits of up to STEP words and BLOCK rows
 //   Gradients               dlogits laid out, and its two products: STEP rows of dweight, complete, or a round's share of dx
 //
-// In the vectors of product.h, whatever x and weight are stored as; bfloat16 on a chip with AMX in logits_tiles.h.
+// In the vectors of product.h, whatever x and weight are stored as; bfloat16 in logits_tiles.h where the chip multiplies it.
 
 struct Widened : bfloat16 {};  // bfloat16 where it is multiplied in float32
 
@@ -73,8 +73,8 @@ struct Logits {
   const int64_t height, columns, width;
   float* own;
 
-  Logits(const float* laid, int64_t high, float* space, int64_t wide, int64_t deep)
-      : right(laid), height(high), columns(wide), width(deep), own(space) {}
+  Logits(const Arguments& a, const float* laid, int64_t high, float* space, int64_t wide)
+      : right(laid), height(high), columns(wide), width(a.width), own(space) {}
 
   void operator()(float* to, const T* stored, int64_t step, int64_t words) const {
     const float* weight = rows_of<false>(stored, step, words, width, own, false);
@@ -95,6 +95,7 @@ template <class T>
 struct Gradients {
   const Arguments& a;
   const Sizes& s;
+  const Slopes& slopes;
   float* dlogits;  // block by block of rows [words, rows]
   const float* terms;
   float* sums;  // panel by panel of columns [rows, PANEL]

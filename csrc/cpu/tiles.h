@@ -1,7 +1,7 @@
-// Matrix products of bfloat16 with sums in float32, in the tile registers of AMX.
+// Matrix products of bfloat16 with sums in float32, in the tile registers of AMX or, where the chip has none, in vectors.
 // Included by an op's body for AVX-512 alone, after product.h: no include guard, no includes.
 //
-//   TileRegisters     holds them configured while it lives
+//   TileRegisters     which of the two it is; holds the registers configured while it lives
 //   lay_tiles         lays a matrix out for them, with zeros where it ends
 //   multiply_tiles    c = a b or c += a b
 //   packed, paired    two vectors rounded to bfloat16, one behind the other or in pairs
@@ -14,12 +14,17 @@ static constexpr int64_t SIDE = 16, TERMS = 32, TILE = SIDE * SIDE;  // of a til
 
 class TileRegisters {
  public:
-  TileRegisters() {
+  const bool amx;
+
+  explicit TileRegisters(int instruction_set) : amx(blip3o_instruction_set(instruction_set) == BLIP3O_AMX) {
+    if (!amx) return;
     alignas(64) uint8_t shapes[64] = {1};  // the only palette there is; then columns in bytes, 16 bit each, and rows
     for (int i = 0; i < 8; ++i) shapes[16 + 2 * i] = 64, shapes[48 + i] = SIDE;
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
-  ~TileRegisters() { asm volatile("tilerelease"); }
+  ~TileRegisters() {
+    if (amx) asm volatile("tilerelease");
+  }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 };
@@ -61,9 +66,8 @@ struct Sums {
 };
 
 // M x N tiles of a product, the terms of `depth` tiles. Registers: 0 to 3 the product, 4 and 5 left, 6 and 7 right.
-// SPLIT: the left factor is a sum of two, the second `rest` floats behind the first.
-template <int M, int N, bool ADD, bool SPLIT = false>
-static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth, int64_t rest = 0) {
+template <int M, int N, bool ADD>
+static inline void amx_block(Sums c, Factor a, Factor b, int64_t depth) {
   const int64_t bytes = c.row_bytes;
   float *beside = c.at + c.column_step, *below = c.at + c.step, *across = below + c.column_step;
   if (ADD) {
@@ -80,16 +84,13 @@ static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth, int64_t
   for (; depth > 0; --depth, a.at += a.term_step, b.at += b.term_step) {
     load_tile<6>(b.at, b.row_bytes);
     if (N > 1) load_tile<7>(b.at + b.step, b.row_bytes);
-    const float* left = a.at;
-    for (int part = 0; part < 1 + SPLIT; ++part, left += rest) {
-      load_tile<4>(left, a.row_bytes);
-      multiply_tile<0, 4, 6>();
-      if (N > 1) multiply_tile<1, 4, 7>();
-      if (M > 1) {
-        load_tile<5>(left + a.step, a.row_bytes);
-        multiply_tile<2, 5, 6>();
-        if (N > 1) multiply_tile<3, 5, 7>();
-      }
+    load_tile<4>(a.at, a.row_bytes);
+    multiply_tile<0, 4, 6>();
+    if (N > 1) multiply_tile<1, 4, 7>();
+    if (M > 1) {
+      load_tile<5>(a.at + a.step, a.row_bytes);
+      multiply_tile<2, 5, 6>();
+      if (N > 1) multiply_tile<3, 5, 7>();
     }
   }
   store_tile<0>(c.at, bytes);
@@ -98,18 +99,55 @@ static inline void tile_block(Sums c, Factor a, Factor b, int64_t depth, int64_t
   if (M > 1 && N > 1) store_tile<3>(across, bytes);
 }
 
+// sums + a pair of bfloat16 times a pair, lane by lane; what is subnormal counts as 0, as in AMX.
+static inline Floats dot(Floats sums, Floats left, Floats right) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(left), "v"(right));
+  return sums;
+}
+
+// The same in vectors. So many rows at once keep the sums of N tiles in registers, and enough of them in flight.
+template <int M, int N, bool ADD>
+static inline void dot_block(Sums c, Factor a, Factor b, int64_t depth) {
+  constexpr int64_t TOGETHER = 8;
+  const int64_t a_row = a.row_bytes / 4, b_row = b.row_bytes / 4, c_row = c.row_bytes / 4;
+  for (int64_t i = 0; i < M * SIDE; i += TOGETHER) {
+    const float *left = a.at + i / SIDE * a.step + i % SIDE * a_row, *right = b.at;
+    float* to = c.at + i / SIDE * c.step + i % SIDE * c_row;
+    Floats sums[TOGETHER][N];
+    for (int64_t r = 0; r < TOGETHER; ++r)
+      for (int64_t n = 0; n < N; ++n) sums[r][n] = ADD ? load(to + r * c_row + n * c.column_step) : Floats{};
+    for (int64_t k = 0; k < depth; ++k, left += a.term_step, right += b.term_step)
+      for (int64_t pair = 0; pair < SIDE; ++pair) {
+        Floats factors[N];
+        for (int64_t n = 0; n < N; ++n) factors[n] = load(right + n * b.step + pair * b_row);
+        for (int64_t r = 0; r < TOGETHER; ++r) {
+          const Floats own = all(left[r * a_row + pair]);
+          for (int64_t n = 0; n < N; ++n) sums[r][n] = dot(sums[r][n], own, factors[n]);
+        }
+      }
+    for (int64_t r = 0; r < TOGETHER; ++r)
+      for (int64_t n = 0; n < N; ++n) store(to + r * c_row + n * c.column_step, sums[r][n]);
+  }
+}
+
+template <int M, int N, bool ADD>
+static inline void tile_block(const TileRegisters& registers, Sums c, Factor a, Factor b, int64_t depth) {
+  registers.amx ? amx_block<M, N, ADD>(c, a, b, depth) : dot_block<M, N, ADD>(c, a, b, depth);
+}
+
 // c [rows, columns] = a b, or c += a b if ADD; all counts are of tiles. Rows are the inner loop if ROWS_INSIDE: the larger
 // matrix is to be gone through once.
 template <bool ADD, bool ROWS_INSIDE>
-static void multiply_tiles(Sums c, Factor a, Factor b, int64_t rows, int64_t columns, int64_t depth) {
+static void multiply_tiles(const TileRegisters& registers, Sums c, Factor a, Factor b, int64_t rows, int64_t columns,
+                           int64_t depth) {
   const auto block = [&](int64_t i, int64_t j) {
     const Sums to{c.at + i * c.step + j * c.column_step, c.step, c.column_step, c.row_bytes};
     const Factor left = a.from(i), right = b.from(j);
     const bool tall = i + 1 < rows, broad = j + 1 < columns;
-    if (tall && broad) return tile_block<2, 2, ADD>(to, left, right, depth);
-    if (tall) return tile_block<2, 1, ADD>(to, left, right, depth);
-    if (broad) return tile_block<1, 2, ADD>(to, left, right, depth);
-    tile_block<1, 1, ADD>(to, left, right, depth);
+    if (tall && broad) return tile_block<2, 2, ADD>(registers, to, left, right, depth);
+    if (tall) return tile_block<2, 1, ADD>(registers, to, left, right, depth);
+    if (broad) return tile_block<1, 2, ADD>(registers, to, left, right, depth);
+    tile_block<1, 1, ADD>(registers, to, left, right, depth);
   };
   if (ROWS_INSIDE) {
     for (int64_t j = 0; j < columns; j += 2)

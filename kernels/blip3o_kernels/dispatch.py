@@ -37,7 +37,8 @@ INSTRUCTION_SETS = {
     "portable": 1,
     "avx2": 2,
     "avx512": 3,
-    "amx": 4,
+    "avx512_bf16": 4,
+    "amx": 5,
 }  # the codes of csrc/blip3o.h; "" is the chip's best
 
 

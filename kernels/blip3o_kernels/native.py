@@ -22,7 +22,7 @@ import torch
 from .dispatch import INSTRUCTION_SETS, BackendError
 from .dispatch import instruction_set as forced_instruction_set
 
-VERSION = 7  # BLIP3O_VERSION
+VERSION = 8  # BLIP3O_VERSION
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum blip3o_dtype
 CHUNK = 1024  # BLIP3O_CHUNK
 
@@ -171,8 +171,13 @@ def on_gpu(x: torch.Tensor) -> bool:
     return not x.is_cpu
 
 
+def intel() -> bool:
+    """Whether Intel made the chip; False without the CPU library."""
+    return _CPU is not None and bool(_CPU.blip3o_cpu_intel())
+
+
 def instruction_set() -> str:
-    """What the CPU library uses here: "avx512", "avx2" or "portable"; "" without the library."""
+    """What the CPU library uses here: a name of INSTRUCTION_SETS; "" without the library."""
     return "" if _CPU is None else _INSTRUCTION_SET_NAMES[_CPU.blip3o_cpu_best()]
 
 
