@@ -23,19 +23,22 @@ static inline void groups(int64_t rows, F f) {
   for (; row < rows; ++row) f(row, Number<1>{});
 }
 
-// Sums over a group's rows in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share.
+// Sums over a group's rows in runs of 32 vectors: one chain over a wide row would lose a digit that all its elements share. Where
+// lanes are few there are so many runs that they are added up in double.
+typedef std::conditional<BLIP3O_LANES == 4, Doubles, Floats>::type Runs;
 template <int R>
 struct RowSums {
-  Floats whole[R], run[R];
+  Runs whole[R];
+  Floats run[R];
   RowSums() {  // member by member: GCC would clear the whole array in memory, and leave it there
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) whole[r] = run[r] = Floats{};
+    for (int r = 0; r < R; ++r) whole[r] = Runs{}, run[r] = Floats{};
   }
   void add(int r, int64_t i, Floats v) {
     run[r] += v;
-    if ((i / BLIP3O_LANES & 31) == 31) whole[r] += run[r], run[r] = Floats{};
+    if ((i / BLIP3O_LANES & 31) == 31) whole[r] += __builtin_convertvector(run[r], Runs), run[r] = Floats{};
   }
-  float value(int r) const { return sum(whole[r] + run[r]); }
+  float value(int r) const { return static_cast<float>(sum(whole[r] + __builtin_convertvector(run[r], Runs))); }
 };
 
 static inline float reciprocal_rms(float squares, int64_t width, float eps) {

@@ -141,6 +141,9 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("strided last", last, {"weight": draw(400)[::2]})
     yield Sample("no samples", (draw(0, 3, 8), draw(0, 3, 8), draw(0, 8)), {"weight": draw(8)})
     yield Sample("no tokens", (draw(2, 0, 8), draw(2, 0, 8), draw(2, 8)), {"weight": draw(8)})
+    for width in (8000, 16400):  # whole vectors, for each way in which a GPU's threads share a wide row
+        shape = (1, 2, width)
+        yield Sample(f"wide {width}", (draw(*shape), draw(*shape), draw(1, width)), {"weight": draw(width)})
 
 
 OP = Op(

@@ -153,6 +153,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     wide = torch.promote_types(dtype, torch.float32)
     yield Sample("float32 weight", (draw(5, 48), draw(48, dtype=wide), draw(48, dtype=wide)))
     yield Sample("no rows", (draw(0, 8), draw(8), draw(8)))
+    for width in (4000, 8000, 16400):  # whole vectors, for each way in which a GPU's threads share a wide row
+        yield Sample(f"wide {width}", (draw(2, width), draw(width), draw(width)))
 
 
 OP = Op(

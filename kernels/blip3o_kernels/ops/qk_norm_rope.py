@@ -236,6 +236,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("heads first, per sample, float32 weights", (*heads_first, *weights[:2], *table))
     yield Sample("heads first across width", (*heads_first, *weights[2:], *table), {"across": "width"})
     yield Sample("strided last", (draw(2, 3, 5, 32)[..., ::2], draw(2, 2, 5, 16), *weights[:2], *table))
+    for heads in (24, 32, 48):  # for each number of threads that a GPU spreads a row over
+        yield sample("wide", (1, heads, 0, 5, 128), 128, True, norm="layer", across="width")
 
 
 OP = Op(

@@ -173,6 +173,8 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
     yield Sample("strided last", (draw(6, 40)[:, ::2], draw(20)))
     yield Sample("large values", (draw(4, 96, scale=1e3), draw(96)))
     yield Sample("no rows", (draw(0, 8), draw(8)))
+    for width in (4000, 8000, 16400):  # whole vectors, for each way in which a GPU's threads share a wide row
+        yield Sample(f"wide {width}", (draw(2, width), draw(width)))
 
 
 OP = Op(
