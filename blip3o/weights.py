@@ -168,7 +168,7 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
     if not folder.exists():
         return text, FileNotFoundError(f"model folder {folder} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
@@ -176,8 +176,6 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
         return text, CorruptModel(f"{path} is not readable JSON")
     if not isinstance(sums, dict):
         return text, CorruptModel(f"{path} must map file names to SHA-256 sums")
-    if text != _manifest(sums):
-        return text, CorruptModel(f"{path} is not as it was written")
     for number, name in enumerate(sorted({*sums, *needed})):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             return text, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
@@ -191,6 +189,8 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
             return text, CorruptModel(f"{file} is missing")
         except OSError as error:
             return text, CorruptModel(f"{file} cannot be read: {error}")
+    if text != _manifest(sums):  # bytes were added, or a name stands there twice
+        return text, CorruptModel(f"{path} is not as it was written")
     return text, None
 
 
