@@ -11,9 +11,9 @@ Tensors are named GROUP.NAME, as model.queries; a group is read as a whole.
 """
 
 import json
-import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,8 @@ class Checkpoint:
     def __init__(self, folder: Path, devices: Devices) -> None:
         self.folder, self.devices = folder, devices
         self._copies: dict[str, Tensor] = {}  # of the last snapshot: their memory serves the next one
-        self._writer: threading.Thread | None = None
-        self._failure: OSError | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def exists(self) -> bool:
         """Whether there is one to go on from; the same answer on every process. Leftovers of a killed writer go."""
@@ -115,28 +115,17 @@ class Checkpoint:
     def write_behind(self, snapshot: Snapshot) -> None:
         """`write` in a thread of its own. What it raises, the next `snapshot`, `write` or `wait` does."""
         self.wait()
-
-        def work() -> None:
-            try:
-                self._write(snapshot)
-            except OSError as error:
-                self._failure = error
-
-        self._writer = threading.Thread(target=work, name="checkpoint")
-        self._writer.start()
+        self._writing = self._thread.submit(self._write, snapshot)
 
     def wait(self) -> None:
         """Until nothing is being written."""
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
     def _write(self, snapshot: Snapshot) -> None:
         devices, staged = self.devices.background, self.folder.with_name(self.folder.name + ".new")
-        _on_rank_0(devices, lambda: _begin(self.folder, snapshot))
+        _on_rank_0(devices, lambda: _begin(self.folder, snapshot.state))
         writer = dcp.HuggingFaceStorageWriter(str(staged), save_distributed=True)
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):
@@ -145,28 +134,41 @@ class Checkpoint:
         except CheckpointException as error:
             reasons = ", ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
             raise OSError(f"{staged} cannot be written: {reasons}") from None
-        own = sorted(staged.glob(f"shard-{devices.rank + 1:05}-*"))  # none where this process had no piece
-        for path in own:
-            flush(path)
-        sums = [sum for found in devices.gather([[path.name, sha256(path)] for path in own]) for sum in found]
-        _on_rank_0(devices, lambda: commit_folder(staged, self.folder, dict(sums)))
+        own = staged.glob(f"shard-{devices.rank + 1:05}-*")  # none where this process had no piece
+        sums = {name: sum for found in _on_each(devices, lambda: _flushed(own)) for name, sum in found.items()}
+        _on_rank_0(devices, lambda: commit_folder(staged, self.folder, sums))
 
 
-def _begin(folder: Path, snapshot: Snapshot) -> None:
-    (staging(folder) / STATE).write_text(snapshot.state, encoding="utf-8")
+def _begin(folder: Path, state: str) -> None:
+    (staging(folder) / STATE).write_text(state, encoding="utf-8")
+
+
+def _flushed(paths: Iterable[Path]) -> dict[str, str]:
+    """Files' SHA-256 sums, once they are on the disk."""
+    sums = {}
+    for path in paths:
+        flush(path)
+        sums[path.name] = sha256(path)
+    return sums
+
+
+def _on_each(devices: Devices, act: Callable[[], Any]) -> list[Any]:
+    """What `act` returns on each process, on all of them. Raises OSError everywhere if it does anywhere."""
+    result, problem = None, None
+    try:
+        result = act()
+    except OSError as error:
+        problem = str(error)
+    found = devices.gather([result, problem])
+    for _, text in found:
+        if text is not None:
+            raise OSError(text)
+    return [value for value, _ in found]
 
 
 def _on_rank_0(devices: Devices, act: Callable[[], None]) -> None:
     """Do it there, while the others wait. Raises OSError on all of them if it fails."""
-    problem = None
-    if devices.rank == 0:
-        try:
-            act()
-        except OSError as error:
-            problem = str(error)
-    for text in devices.gather(problem):
-        if text is not None:
-            raise OSError(text)
+    _on_each(devices, act if devices.rank == 0 else lambda: None)
 
 
 def _copy(tensor: Tensor, old: Tensor | None) -> Tensor:
