@@ -380,6 +380,6 @@ def test_ctrl_c_elsewhere(
 
 def test_overrides_reach_the_recipe(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Recipe] = []
-    monkeypatch.setattr(loop, "train", lambda stage, **_: seen.append(stage.recipe))
+    monkeypatch.setattr(loop, "train", lambda stage, *_, **__: seen.append(stage.recipe))
     assert run("train", TINY, "clip.steps=7", "--stage", "clip", "--out", tmp_path, "seed=5") == 0
     assert seen == [replace(tiny["clip"], steps=7, seed=5)]
