@@ -309,7 +309,7 @@ def test_kill_9_leaves_a_run_that_goes_on(tiny: dict[str, Recipe], tmp_path: Pat
         check_folder(folder / "checkpoint", "training.json", SHARD)
         from_pretrained(folder / "model")
         step = Run(folder, "tiny").step
-        assert wanted - 1 <= step < 40 and step > saved
+        assert wanted - 2 <= step < 40 and step > saved  # one save may be under way, beside the next step
         saved = step
     train(folder, {"clip": chosen}, "clip")
     train(tmp_path / "uncut", {"clip": chosen}, "clip")

@@ -159,8 +159,8 @@ def train(
                 logged, logged_step, batches.waiting = now, step + 1, 0.0
             if step + 1 == recipe.steps:
                 stage.finish()
-            asked, due = stop_asked(), first and now - saved > save_every_seconds
-            stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, due)  # all after the same step
+            asked, late = stop_asked(), first and now - saved > save_every_seconds
+            stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, late)  # all after the same step
             if stops or due or step + 1 == recipe.steps:
                 save(optimizer, step + 1, stops > 0)
                 saved = time.perf_counter()
