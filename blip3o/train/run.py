@@ -190,15 +190,22 @@ class Run:
     def _sharded(self) -> bool:
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
+    def whole_model(self) -> Blip3o | None:
+        """The model in one piece, to be used outside of the loss: all processes must ask. None on the ranks above 0
+        where FSDP shares the weights out."""
+        if not self._sharded:
+            return self.model
+        tensors = self.devices.whole(self.model.state_dict())
+        if self.devices.rank > 0:
+            return None
+        with torch.device("meta"):
+            model = Blip3o(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(self.devices.device)
+
     def _fingerprint(self) -> str:
-        """`fingerprint` of the model, which may be sharded; the same on every process."""
-        model: Blip3o | None = self.model
-        if self._sharded:
-            tensors = self.devices.whole(self.model.state_dict())
-            model = None
-            if self.devices.rank == 0:
-                model = Blip3o(self.config)
-                model.load_state_dict(tensors, assign=True)
+        """`fingerprint` of the model; the same on every process."""
+        model = self.whole_model()
         found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
         return found
 
