@@ -57,7 +57,7 @@ def test_kill_9_of_one_process(tiny: dict[str, Recipe], tmp_path: Path, snapshot
     assert (run.stage, run.step > 2, run.step < STEPS) == ("generation", True, True)
     for place in (folder, uncut):
         Run(place, "tiny").run_stage("generation", chosen, lambda _: None)
-        assert {path.name for path in place.iterdir()} == {"checkpoint", "model", "log.jsonl"}
+        assert not [path for path in place.iterdir() if path.suffix in (".new", ".old")]
     losses, expected = ([row["loss"] for row in logged(place)] for place in (folder, uncut))
     assert len(losses) == STEPS
     assert losses == pytest.approx(expected, rel=1e-6)

@@ -1,6 +1,6 @@
 """`blip3o train` of the preset "tiny" of conftest.py, saving after every step: the program that torchrun starts.
 
-    torchrun --nproc-per-node 2 tests/train_tiny.py tests/tiny.toml --out RUN
+torchrun --nproc-per-node 2 tests/train_tiny.py tests/tiny.toml --out RUN
 """
 
 from __future__ import annotations
