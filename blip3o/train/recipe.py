@@ -6,7 +6,16 @@ from typing import Any, Literal
 
 # What may change when a run goes on: how a batch is cut into parts, and how its gradient is computed, changes neither
 # its samples nor, but for rounding, the gradient.
-CHANGEABLE = ("accumulate", "parallel", "frozen", "checkpointing", "compile", "max_bad_batches", "sample_every", "prompts")
+CHANGEABLE = (
+    "accumulate",
+    "parallel",
+    "frozen",
+    "checkpointing",
+    "compile",
+    "max_bad_batches",
+    "sample_every",
+    "prompts",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
