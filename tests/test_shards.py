@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import loading
 import pytest
 import torch
 
@@ -576,16 +577,18 @@ def run(*arguments: object) -> int:
 
 def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5) == 0
+    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5, "--side", 48, "--turns", 2) == 0
     assert "30 samples in 2 shards" in capsys.readouterr().out
     assert run("shards", "verify", out) == 0
     assert "30 samples in 2 shards, 0 faults" in capsys.readouterr().out
     assert run("shards", "summarise", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 30 and found["width"] == [32, 32, 32] and found["pictures"] == {"PNG": 30}
+    assert found["samples"] == 30 and found["width"] == [48, 48, 48] and found["pictures"] == {"PNG": 30}
     assert found["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     low, middle, high = found["caption words"]
     assert 1 < low <= middle <= high < 40
+    sample = Shards(out).read(0)
+    assert isinstance(sample, Sample) and sample.json is not None and len(sample.json["conversations"]) == 4
 
     Sick(out / "00001.tar", 3).noise()
     assert run("shards", "verify", out, "--cache", tmp_path / "cache") == 1
@@ -596,3 +599,9 @@ def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_loading() -> None:
+    head, _, *rows = loading.measure([32], [0, 2], seconds=0.02, batch=4)
+    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
+    assert all(float(row.split("|")[4]) > 0 for row in rows)
