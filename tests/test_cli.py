@@ -361,7 +361,7 @@ def test_ctrl_c_ends_training_in_status_130_and_the_same_command_goes_on(tmp_pat
         saved = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
         assert saved["step"] > stopped and f"after step {saved['step']};" in last
         stopped = saved["step"]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "model", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "model", "log.jsonl", "recipe.toml", "run.json"}
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(10, stopped + 1, 10))
 
@@ -380,6 +380,6 @@ def test_ctrl_c_elsewhere(
 
 def test_overrides_reach_the_recipe(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Recipe] = []
-    monkeypatch.setattr(loop, "train", lambda stage, **_: seen.append(stage.recipe))
+    monkeypatch.setattr(loop, "train", lambda stage, *_, **__: seen.append(stage.recipe))
     assert run("train", TINY, "clip.steps=7", "--stage", "clip", "--out", tmp_path, "seed=5") == 0
     assert seen == [replace(tiny["clip"], steps=7, seed=5)]

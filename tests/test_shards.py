@@ -595,6 +595,19 @@ def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[1].endswith("1 faults")
     assert printed[0].startswith(f"{out}/00001.tar at byte ") and "'00000023' picture: " in printed[0]
+    for options in (("--captions", "long"), ("--captions", "long", "--needs", "text"), ("--conversations",)):
+        assert run("shards", "verify", out / "00000.tar", *options) == 0
+    capsys.readouterr()
+    assert (
+        run("shards", "verify", out / "00000.tar", "--captions", "middling", "--conversations", "--needs", "text") == 1
+    )
+    assert capsys.readouterr().out.count("missing: no caption 'middling'") == 20
+    write_shards(tmp_path / "dumb", [("a", {"json": b"{}"}), ("b", {"txt": b"b"})], 2)
+    assert run("shards", "verify", tmp_path / "dumb", "--conversations") == 1
+    assert [line.split(": ")[-2].split()[-1] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "conversation",
+        "missing",
+    ]
     assert run("shards", "verify", tmp_path / "absent") == 2
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
