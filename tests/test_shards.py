@@ -348,7 +348,9 @@ def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
         Sick(folder / "00000.tar", 3 * i).noise()
     told: list[Fault] = []
     with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, prepare=key_of) as loader:
-        with pytest.raises(TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); the last one: .*byte"):
+        with pytest.raises(
+            TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); .* so far: picture 5; the last one: .*byte"
+        ):
             loader.samples(range(COUNT))
         assert len(told) == 5 and loader.faults == {"picture": 5}
     with warnings.catch_warnings(record=True) as seen:
