@@ -4,6 +4,7 @@ RUN/checkpoint/   everything that going on needs: weights, the optimiser's momen
 RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; written at every stop and stage end
 RUN/log.jsonl     one line every few steps
 RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a line; a run that goes on tells them again
+RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
 import fcntl
@@ -46,7 +47,7 @@ from blip3o.train.recipe import (
 )
 from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
-from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage
+from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage, same_data
 from blip3o.train.trackers import Tracker
 from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
@@ -252,9 +253,13 @@ class Run:
             case DecoderRecipe():
                 return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case ShardUnderstandingRecipe():
-                return ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                reading = ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, reading.loader.sources)
+                return reading
             case ShardGenerationRecipe():
-                return ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                drawing = ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, drawing.loader.sources)
+                return drawing
         raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
 
     def _report_fault(self, fault: Fault) -> None:
