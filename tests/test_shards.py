@@ -13,16 +13,17 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import loading
 import pytest
 import torch
 
 from blip3o import cli
 from blip3o.data import scenes, shard_files, shard_index, shards, tar
 from blip3o.data.loading import FaultySample, Loader, TooManyFaults
-from blip3o.data.order import Order, permuted
-from blip3o.data.shard_files import scene_samples, write_shards
+from blip3o.data.scene_shards import scene_samples
+from blip3o.data.shard_files import write_shards
 from blip3o.data.shard_index import JSON, PICTURE, TEXT, IndexRebuilt
-from blip3o.data.shards import Sample, ShardChanged, Shards
+from blip3o.data.shards import Sample, ShardChanged, Shards, Wrong
 from blip3o.data.tar import BLOCK, Fault
 
 COUNT, PER_SHARD = 240, 100
@@ -39,9 +40,12 @@ def key_of(sample: Sample) -> str:
     return sample.key
 
 
-def keys(sources: list[Shards], n: int, **options: object) -> list[str]:
-    with Loader(sources, seed=3, threads=0, transform=key_of, **options) as loader:  # type: ignore[arg-type]
-        return [next(loader) for _ in range(n)]
+def keys(
+    sources: list[Shards], n: int, position: int = 0, rank: int = 0, world: int = 1, threads: int = 0, **options: object
+) -> list[str]:
+    """Of the next n samples of one process of `world`, from a position on."""
+    with Loader(sources, seed=3, threads=threads, prepare=key_of, **options) as loader:  # type: ignore[arg-type]
+        return loader.samples(range(position + rank, position + rank + n * world, world))
 
 
 # --- what is written is what is read ----------------------------------------------------------------------------------
@@ -87,51 +91,6 @@ def test_writing_refuses(tmp_path: Path, clean: Path) -> None:
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def test_permutations() -> None:
-    for n in (1, 2, 3, 4, 5, 16, 17, 100, 1000):
-        for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-            assert sorted(permuted(i, n, seed, epoch) for i in range(n)) == list(range(n))
-    orders = {tuple(permuted(i, 100, seed, epoch) for i in range(100)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-    # Every place is as likely for every sample, and neighbours do not stay neighbours: chi-square, 99.99 % quantiles.
-    places = Counter((i, permuted(i, 7, 0, epoch)) for epoch in range(7000) for i in (0, 3))
-    assert sum((places[i, k] - 1000) ** 2 / 1000 for i in (0, 3) for k in range(7)) < 2 * 27.9
-    steps = Counter((permuted(1, 11, 0, epoch) - permuted(0, 11, 0, epoch)) % 11 for epoch in range(10_000))
-    assert sum((steps[k] - 1000) ** 2 / 1000 for k in range(1, 11)) < 33.7
-    with pytest.raises(ValueError, match=r"0\.\.6"):
-        permuted(7, 7, 0, 0)
-
-
-@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [3, 1, 2], [0.5, 0.125, 0.375]])
-def test_mixture_shares_are_exact(weights: list[float]) -> None:
-    sizes = [40, 15, 23]
-    order = Order(sizes, weights, seed=9)
-    blocks = 60
-    drawn = [order[p] for p in range(blocks * order.period)]
-    for k in range(blocks):
-        counts = Counter(source for source, _ in drawn[k * order.period : (k + 1) * order.period])
-        assert [counts[source] / order.period for source in range(3)] == pytest.approx(
-            [weight / sum(weights) for weight in weights], abs=1e-12
-        )
-    for source, share in enumerate(order.shares):
-        places = sorted(order.source(p)[1] for p in range(blocks * order.period) if drawn[p][0] == source)
-        assert places == list(range(blocks * share))
-        for epoch in range(blocks * share // sizes[source]):  # each sample once in each epoch of its source
-            numbers = {order.sample(source, epoch * sizes[source] + k) for k in range(sizes[source])}
-            assert numbers == set(range(sizes[source]))
-    assert len({tuple(s for s, _ in drawn[k * order.period : (k + 1) * order.period]) for k in range(blocks)}) > 1
-
-
-def test_mixture_refuses() -> None:
-    for weights in ([1], [1, 0], [1, -1], [1, float("nan")]):
-        with pytest.raises(ValueError, match="2 positive"):
-            Order([3, 4], weights, seed=0)
-    with pytest.raises(ValueError, match="round them"):
-        Order([3, 4], [0.123456789, 1], seed=0)
-    with pytest.raises(ValueError, match="with samples"):
-        Order([3, 0], [1, 1], seed=0)
-
-
 def test_order_is_the_same_for_any_processes_and_any_cut(clean: Path) -> None:
     sources = [Shards(clean / "00000.tar", clean / "00001.tar"), Shards(clean / "00002.tar")]
     whole = keys(sources, 300, weights=[3, 1])
@@ -146,36 +105,32 @@ def test_order_is_the_same_for_any_processes_and_any_cut(clean: Path) -> None:
             assert share == whole[cut + rank :: world][:2]
 
 
-def test_position_is_the_whole_state(clean: Path) -> None:
+def test_a_sample_is_a_function_of_its_position(clean: Path) -> None:
     source = Shards(clean)
-    with Loader([source], seed=3, threads=2, ahead=7, transform=key_of) as loader:
-        first = [next(loader) for _ in range(50)]
-        position = loader.position
-    assert position == 50
-    assert first + keys([source], 250, position=position) == keys([source], 300)
-    with Loader([source], seed=3, threads=3, ahead=7, transform=key_of, rank=1, world=2) as loader:
-        assert [next(loader) for _ in range(100)] == keys([source], 200)[1::2]
-        assert loader.position == 200
+    whole = keys([source], 300)
+    with Loader([source], seed=3, threads=3, prepare=key_of) as loader:
+        assert loader.samples(range(50, 90)) == whole[50:90]
+        assert loader.samples([7, 299, 7]) == [whole[7], whole[299], whole[7]]
+    assert keys([source], 100, rank=1, world=2, threads=3) == keys([source], 200)[1::2]
     assert sorted(keys([source], COUNT)) == [f"{i:08}" for i in range(COUNT)]  # an epoch is each once
 
 
-def test_decoding_overlaps_the_consumer(clean: Path) -> None:
+def test_threads_decode_at_once(clean: Path) -> None:
     def slow(sample: Sample) -> str:
         time.sleep(0.01)
         return sample.key
 
-    shares = {}
-    for threads in (0, 4):
-        with Loader([Shards(clean)], seed=3, threads=threads, transform=slow) as loader:
-            for _ in range(30):
-                next(loader)
-                time.sleep(0.01)
-            shares[threads] = loader.waiting
-            assert loader.waited >= (0.3 if threads == 0 else 0)
-    assert shares[0] > 0.3 and shares[4] < 0.6 * shares[0], shares
+    seconds = {}
+    for threads in (0, 8):
+        with Loader([Shards(clean)], seed=3, threads=threads, prepare=slow) as loader:
+            began = time.perf_counter()
+            loader.samples(range(32))
+            seconds[threads] = time.perf_counter() - began
+    assert seconds[8] < 0.6 * seconds[0], seconds
 
 
 def test_errors_of_reading_arrive_in_order(clean: Path) -> None:
+
     def failing(sample: Sample) -> str:
         if sample.key == bad:
             raise RuntimeError("no")
@@ -183,11 +138,25 @@ def test_errors_of_reading_arrive_in_order(clean: Path) -> None:
 
     order = keys([Shards(clean)], 10)
     bad = order[6]
-    with Loader([Shards(clean)], seed=3, transform=failing) as loader:
-        assert [next(loader) for _ in range(6)] == order[:6]
+    with Loader([Shards(clean)], seed=3, prepare=failing) as loader:
+        seen = loader.samples(range(6))
         with pytest.raises(RuntimeError, match="no"):
-            next(loader)
-        assert loader.position == 6
+            loader.samples(range(6, 10))
+    assert seen == order[:6]
+
+
+def test_what_cannot_be_prepared_is_a_fault(clean: Path) -> None:
+    def short(sample: Sample) -> str:
+        if sample.key in bad:
+            raise Wrong("text", "too long")
+        return sample.key
+
+    order = keys([Shards(clean)], 2 * COUNT)
+    bad = set(order[6:9])
+    told: list[Fault] = []
+    with Loader([Shards(clean)], seed=3, prepare=short, max_faults=0.1, report=told.append) as loader:
+        assert loader.samples(range(COUNT)) == order[:6] + [order[9]] * 3 + order[9:COUNT]
+    assert {(fault.kind, fault.name, fault.reason) for fault in told} == {("text", key, "too long") for key in bad}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -369,7 +338,7 @@ def test_every_fault_is_named_and_moves_nothing(clean: Path, tmp_path: Path) -> 
 def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
     infect(clean, tmp_path / "ill")
     with pytest.raises(TooManyFaults, match=r"of 240 samples of .*ill are faulty by their headers"):
-        Loader([Shards(tmp_path / "ill")], seed=3, max_faults=0.01, report=print)
+        Loader([Shards(tmp_path / "ill")], seed=3, prepare=key_of, max_faults=0.01, report=print)
     for i in range(12):
         folder = tmp_path / "noise"
         if not i:
@@ -378,15 +347,15 @@ def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
                 (folder / shard.name).write_bytes(shard.read_bytes())
         Sick(folder / "00000.tar", 3 * i).noise()
     told: list[Fault] = []
-    with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, transform=key_of) as loader:
-        with pytest.raises(TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); the last one: .*byte"):
-            for _ in range(COUNT):
-                next(loader)
+    with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, prepare=key_of) as loader:
+        with pytest.raises(
+            TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); .* so far: picture 5; the last one: .*byte"
+        ):
+            loader.samples(range(COUNT))
         assert len(told) == 5 and loader.faults == {"picture": 5}
-    with Loader([Shards(folder)], seed=3, max_faults=0.1) as loader, warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for _ in range(3 * COUNT):
-            next(loader)
+        keys([Shards(folder)], 3 * COUNT, max_faults=0.1)
     assert [warning.category for warning in seen] == [FaultySample] * 12  # once each, not once an epoch
 
 
@@ -513,6 +482,20 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert isinstance(result, Fault)
 
 
+def test_reading_does_not_grow(clean: Path, tmp_path: Path) -> None:
+    """8 % of the samples faulty, epoch after epoch."""
+    infect(clean, tmp_path / "ill")
+    with Loader([Shards(tmp_path / "ill")], seed=3, prepare=key_of, max_faults=0.2, report=lambda _: None) as loader:
+
+        def resident_after(epochs: range) -> int:
+            for epoch in epochs:
+                loader.samples(range(epoch * COUNT, (epoch + 1) * COUNT))
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        before = resident_after(range(4))
+        assert resident_after(range(4, 16)) - before < 1 << 20
+
+
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
@@ -596,23 +579,44 @@ def run(*arguments: object) -> int:
 
 def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5) == 0
+    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5, "--side", 48, "--turns", 2) == 0
     assert "30 samples in 2 shards" in capsys.readouterr().out
     assert run("shards", "verify", out) == 0
     assert "30 samples in 2 shards, 0 faults" in capsys.readouterr().out
     assert run("shards", "summarise", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 30 and found["width"] == [32, 32, 32] and found["pictures"] == {"PNG": 30}
+    assert found["samples"] == 30 and found["width"] == [48, 48, 48] and found["pictures"] == {"PNG": 30}
     assert found["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     low, middle, high = found["caption words"]
     assert 1 < low <= middle <= high < 40
+    sample = Shards(out).read(0)
+    assert isinstance(sample, Sample) and sample.json is not None and len(sample.json["conversations"]) == 4
 
     Sick(out / "00001.tar", 3).noise()
     assert run("shards", "verify", out, "--cache", tmp_path / "cache") == 1
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[1].endswith("1 faults")
     assert printed[0].startswith(f"{out}/00001.tar at byte ") and "'00000023' picture: " in printed[0]
+    for options in (("--captions", "long"), ("--captions", "long", "--needs", "text"), ("--conversations",)):
+        assert run("shards", "verify", out / "00000.tar", *options) == 0
+    capsys.readouterr()
+    assert (
+        run("shards", "verify", out / "00000.tar", "--captions", "middling", "--conversations", "--needs", "text") == 1
+    )
+    assert capsys.readouterr().out.count("missing: no caption 'middling'") == 20
+    write_shards(tmp_path / "dumb", [("a", {"json": b"{}"}), ("b", {"txt": b"b"})], 2)
+    assert run("shards", "verify", tmp_path / "dumb", "--conversations") == 1
+    assert [line.split(": ")[-2].split()[-1] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "conversation",
+        "missing",
+    ]
     assert run("shards", "verify", tmp_path / "absent") == 2
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_loading() -> None:
+    head, _, *rows = loading.measure([32], [0, 2], seconds=0.02, batch=4)
+    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
+    assert all(float(row.split("|")[4]) > 0 for row in rows)

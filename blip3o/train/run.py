@@ -3,6 +3,8 @@
 RUN/checkpoint/   everything that going on needs: weights, the optimiser's moments, stage and step; one commit
 RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; written at every stop and stage end
 RUN/log.jsonl     one line every few steps
+RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a line; a run that goes on tells them again
+RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
 import fcntl
@@ -10,37 +12,48 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from blip3o.config import to_dict
 from blip3o.data import scenes
+from blip3o.data.loading import warn
+from blip3o.data.tar import Fault
 from blip3o.evaluate.exam import answer_questions
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
-from blip3o.train.recipe import STAGES, Recipe
-from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
-from blip3o.weights import (
-    CorruptModel,
-    check_folder,
-    check_replaceable,
-    commit_folder,
-    read_tensors,
-    save_pretrained,
-    staging,
-    write_tensors,
+from blip3o.train.batch import Stage
+from blip3o.train.checkpoint import STATE, Checkpoint
+from blip3o.train.devices import Devices, alone
+from blip3o.train.optimizer import Training
+from blip3o.train.pictures import draw_prompts, save_picture
+from blip3o.train.provenance import write_provenance
+from blip3o.train.recipe import (
+    CHANGEABLE,
+    STAGES,
+    ClipRecipe,
+    DecoderRecipe,
+    GenerationRecipe,
+    Recipe,
+    UnderstandingRecipe,
 )
+from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
+from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
+from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage, same_data
+from blip3o.train.trackers import Tracker
+from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
 BANK_SEED = 7  # the pictures behind the feature bank; evaluation uses other seeds
 WEIGHT_SEED = 0
 FINGERPRINT_QUESTIONS = 40  # of each type
-STATE, TENSORS = "training.json", "state.safetensors"  # the files of a checkpoint
 NEEDED: dict[str, tuple[str, ...]] = {  # the stages that must be finished before
     "clip": (),
     "understanding": ("clip",),
@@ -65,18 +78,24 @@ def fingerprint(model: Blip3o) -> str:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Lock `folder`, making it if need be, until the block or the process ends. BlockingIOError if another holds it."""
+def only_writer(folder: Path, devices: Devices) -> Iterator[None]:
+    """Lock `folder`, making it if need be, until the block or the processes end. BlockingIOError if others hold it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{folder} is being trained in by another process") from None
+        if devices.any(devices.rank == 0 and not _locked(descriptor)):
+            raise BlockingIOError(f"{folder} is being trained in by another process")
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Run:
@@ -86,44 +105,45 @@ class Run:
     checkpoint, FileExistsError when it holds something else where the checkpoint or the model will be.
     """
 
-    def __init__(self, folder: Path, preset_name: str) -> None:
-        self.folder = folder
-        self.checkpoint = folder / "checkpoint"
+    def __init__(
+        self, folder: Path, preset_name: str, devices: Devices | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self.folder, self.trackers = folder, trackers
+        self.devices = devices or alone()
+        self.checkpoint = Checkpoint(folder / "checkpoint", self.devices)
         self.config = preset(preset_name)
-        for place in (self.checkpoint, folder / "model"):
+        for place in (self.checkpoint.folder, folder / "model"):
             check_replaceable(place)
         self.processor = Processor(image_size=self.config.clip.image_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(WEIGHT_SEED)
-            self.model = Blip3o(self.config)
+            self.model = Blip3o(self.config).to(self.devices.device)
         self.finished: dict[str, float] = {}  # seconds that each finished stage took
-        self.stage, self.step, self.seconds = "", 0, 0.0  # of the stage in progress
+        self.stage, self.step, self.seconds, self.bad_batches = "", 0, 0.0, 0  # of the stage in progress
         self.recipes: dict[str, dict[str, object]] = {}  # of the stages finished and in progress
         self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
         self._banks: dict[bool, FeatureBank] = {}
-        if self.checkpoint.exists() or self.checkpoint.with_name("checkpoint.old").exists():
+        if self.checkpoint.exists():
             self._load()
 
     def _load(self) -> None:
-        place = check_folder(self.checkpoint, STATE, TENSORS)
+        state = self.checkpoint.read_state()
         try:
-            state = json.loads((place / STATE).read_text(encoding="utf-8"))
             before, config = state["preset"], state["config"]
             self.finished, self.stage, self.understood = state["finished"], state["stage"], state["understood"]
             self.step, self.seconds, self.recipes = state["step"], state["seconds"], state["recipes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptModel(f"{place / STATE} is of another version: {error!r}") from None
+            self.bad_batches = state["bad_batches"]
+        except KeyError as error:
+            raise CorruptModel(f"{self.checkpoint.folder / STATE} is of another version: {error!r}") from None
         if before != self.config.name:
             raise ValueError(f"{self.folder} holds a run of preset {before!r}, not {self.config.name!r}")
         changes = differences(config, to_dict(self.config))
         if changes:
             raise ValueError(f"{self.folder} holds a run of another {before}: {', '.join(changes)}")
-        tensors = read_tensors(place / TENSORS)
-        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        own = self.model.state_dict()
-        if own.keys() != weights.keys():
-            raise CorruptModel(f"{place} holds tensors of another version: {sorted(own.keys() ^ weights.keys())[:5]}")
-        self.model.load_state_dict(weights)
+        self._read_model()
+
+    def _read_model(self) -> None:
+        self.checkpoint.read_tensors({f"model.{name}": tensor for name, tensor in self.model.state_dict().items()})
 
     def bank(self, pictures: int, unnamed: bool = False) -> FeatureBank:
         """The frozen features of pictures, or of those whose colours have no name: computed once a process."""
@@ -140,7 +160,8 @@ class Run:
         """
         if name not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
-        changes = differences(self.recipes.get(name, asdict(recipe)), asdict(recipe))
+        begun = {key: value for key, value in self.recipes.get(name, recipe.plain()).items() if key not in CHANGEABLE}
+        changes = differences(begun, recipe.fixed())
         if changes:
             raise ValueError(f"{self.folder} was begun with another recipe of stage {name}: {', '.join(changes)}")
         if name in self.finished:
@@ -151,65 +172,153 @@ class Run:
             raise ValueError(f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it")
         if self.stage and self.stage != name:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
+        if recipe.sample_every and (self.config.decoder is None or "decoder" not in self.finished):
+            raise ValueError(
+                f"sample_every must be 0 in stage {name}: pictures need a visual decoder that is trained before, in a "
+                "stage of its own"
+            )
         began = time.perf_counter() - (self.seconds if self.stage == name else 0.0)
 
-        def save(optimizer: torch.optim.Optimizer, step: int) -> None:
+        def save(training: Training, step: int, stop: bool) -> None:
             self.stage, self.step, self.seconds = name, step, time.perf_counter() - began
-            self.recipes[name] = asdict(recipe)
+            self.bad_batches = training.bad_batches
+            self.recipes[name] = recipe.plain()
             if step == recipe.steps:
                 self.finished[name], self.stage, self.step = self.seconds, "", 0
                 if name == "understanding":
-                    self.understood = fingerprint(self.model)
-            self._save(stage, optimizer)
+                    self.understood = self._fingerprint()
+            self._save(stage, training, last=stop or step == recipe.steps)
 
-        def restore(optimizer: torch.optim.Optimizer) -> int:
-            return self._restore(stage, optimizer) if self.stage == name else 0
+        def restore(training: Training) -> int:
+            return self._restore(stage, training) if self.stage == name else 0
 
-        with only_writer(self.folder):
+        def draw(training: Training, step: int) -> None:
+            with training.ema.in_place() if training.ema else nullcontext():
+                model = self.whole_model()
+                if model is not None and self.devices.rank == 0:
+                    sheet = draw_prompts(model.eval(), self.processor, recipe.prompts)
+                    save_picture(sheet, self.folder / "samples" / f"{name}-{step:06}.png")
+            self.model.train()
+
+        with only_writer(self.folder, self.devices):
+            self.checkpoint.settle()
+            if self.devices.rank == 0:
+                settle(self.folder / "model")
             try:
                 self.model.train()
                 stage = self._stage(name, recipe)
-                loop.train(stage, log=self.folder / "log.jsonl", save=save, restore=restore)
+                self._describe(name, recipe)
+                loop.train(
+                    stage, self.devices, folder=self.folder, save=save, restore=restore,
+                    draw=draw if recipe.sample_every else None, trackers=self.trackers,
+                )  # fmt: skip
             finally:
+                self.checkpoint.wait()
                 self.model.requires_grad_(True).eval()
+            if self._sharded:  # FSDP cannot be taken off a model
+                self.model = Blip3o(self.config).to(self.devices.device).eval()
+                self._read_model()
 
-    def _stage(self, name: str, recipe: Recipe) -> loop.Stage:
-        if name == "clip":
-            return ClipStage(self.model, recipe)
-        if name == "understanding":
-            return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
-        kind = GenerationStage if name == "generation" else DecoderStage
-        unnamed = self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
-        return kind(self.model, recipe, self.bank(recipe.pictures), unnamed)
+    @property
+    def _sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
-    def _save(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> None:
-        """The model folder first: were it last, a kill in between would leave it behind a finished run for good."""
-        save_pretrained(self.model, self.processor, self.folder / "model")
+    def whole_model(self) -> Blip3o | None:
+        """The model in one piece, to be used outside of the loss: all processes must ask. None on the ranks above 0
+        where FSDP shares the weights out."""
+        if not self._sharded:
+            return self.model
+        tensors = self.devices.whole(self.model.state_dict())
+        if self.devices.rank > 0:
+            return None
+        with torch.device("meta"):
+            model = Blip3o(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(self.devices.device)
+
+    def _fingerprint(self) -> str:
+        """`fingerprint` of the model; the same on every process."""
+        model = self.whole_model()
+        found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
+        return found
+
+    def _stage(self, name: str, recipe: Recipe) -> Stage:
+        match recipe:
+            case ClipRecipe():
+                return ClipStage(self.model, recipe)
+            case UnderstandingRecipe():
+                return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
+            case GenerationRecipe():
+                return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+            case DecoderRecipe():
+                return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+            case ShardUnderstandingRecipe():
+                reading = ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, reading.loader.sources)
+                return reading
+            case ShardGenerationRecipe():
+                drawing = ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, drawing.loader.sources)
+                return drawing
+        raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
+
+    def _report_fault(self, fault: Fault) -> None:
+        """Say it, and keep it in RUN/faults.jsonl."""
+        with (self.folder / "faults.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(fault), default=str) + "\n")
+        warn(fault)
+
+    def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
+        return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
+
+    def _describe(self, name: str, recipe: Recipe) -> None:
+        """Keep with the run what it is made with."""
+        if self.devices.rank == 0:
+            stages = {**self.recipes, name: recipe.plain()}
+            products = "bfloat16" if loop.uses_bfloat16(recipe) else "float32"
+            write_provenance(
+                self.folder, self.config.name, stages, stage=name, step=self.step, processes=self.devices.world,
+                device=str(self.devices.device), products=products,
+            )  # fmt: skip
+
+    def _save(self, stage: Stage, training: Training, last: bool) -> None:
+        """While training goes on, unless it is the last time. The model folder is committed before the checkpoint: were
+        it after, a kill in between would leave it behind a finished run for good."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.stage:  # in the middle: what the optimiser knows, and parameters that training alone needs
-            for name, parameter in stage.trainable().items():
-                if f"model.{name}" not in tensors:
-                    tensors[f"trained.{name}"] = parameter
-                for key, value in optimizer.state[parameter].items():
-                    tensors[f"{key}.{name}"] = value
-        staged = staging(self.checkpoint)
-        write_tensors(tensors, staged / TENSORS)
+            tensors |= self._training_tensors(stage, training)
         state = {
             "preset": self.config.name, "config": to_dict(self.config), "recipes": self.recipes, "stage": self.stage,
-            "step": self.step, "seconds": self.seconds, "finished": self.finished, "understood": self.understood,
+            "step": self.step, "seconds": self.seconds, "bad_batches": self.bad_batches, "finished": self.finished,
+            "understood": self.understood,
         }  # fmt: skip
-        (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        commit_folder(staged, self.checkpoint)
+        kept = ("model.", "ema.")
+        model = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items() if name.startswith(kept)}
 
-    def _restore(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> int:
-        tensors = read_tensors(check_folder(self.checkpoint, STATE, TENSORS) / TENSORS)
-        with torch.no_grad():
-            for name, parameter in stage.trainable().items():
-                inside = f"model.{name}" in tensors
-                parameter.copy_(tensors[f"model.{name}" if inside else f"trained.{name}"])
-                optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        def write_model(read: Callable[[Mapping[str, Tensor]], None]) -> None:
+            read(model)
+            whole = {name.removeprefix("model."): x for name, x in model.items() if name.startswith("model.")}
+            for name in whole:  # the average, where there is one, is what the stage would leave behind
+                whole[name] = model.get(f"ema.{name}", whole[name])
+            save_pretrained(self.model, self.processor, self.folder / "model", whole)
+
+        snapshot = self.checkpoint.snapshot(tensors, state)
+        (self.checkpoint.write if last else self.checkpoint.write_behind)(snapshot, write_model)
+
+    def _training_tensors(self, stage: Stage, training: Training) -> dict[str, Tensor]:
+        """The optimiser's moments, the average, and the parameters of the stage that are not the model's."""
+        own, found = self.model.state_dict(), {}
+        for name, parameter in stage.trainable().items():
+            if name not in own:
+                found[f"trained.{name}"] = parameter.detach()
+            found |= {f"{key}.{name}": value for key, value in training.optimizer.state[parameter].items()}
+            if training.ema:
+                found[f"ema.{name}"] = training.ema.averages[name]
+        return found
+
+    def _restore(self, stage: Stage, training: Training) -> int:
+        self.checkpoint.read_tensors(self._training_tensors(stage, training))
+        training.bad_batches = self.bad_batches
         return self.step
 
 
