@@ -35,6 +35,7 @@ from blip3o.train.stages_shards import (
     ShardUnderstandingStage,
     same_data,
 )
+from blip3o.weights import CorruptModel
 
 COUNT, SIZE = 40, 8
 COMMON: dict[str, Any] = {
@@ -348,3 +349,6 @@ def test_a_run_goes_on_with_its_own_shards(folder: Path, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=f"shards of stage {stage} are not those it began with"):
             same_data(place, stage, sources)
+    place.write_text(kept[:-5])
+    with pytest.raises(CorruptModel, match=r"data\.json is not readable JSON"):
+        same_data(place, "generation", [Shards(folder)])

@@ -38,6 +38,7 @@ from blip3o.train.recipe_shards import (
     Source,
 )
 from blip3o.train.stages import prompt_context
+from blip3o.weights_files import read_json
 
 DROPS = 192  # the stream of `scenes.uniform` that says which conditions are dropped
 Report = Callable[[Fault], None]
@@ -116,8 +117,8 @@ def load(
 
 def same_data(place: Path, stage: str, sources: Sequence[Shards]) -> None:
     """Keep the sums of a stage's shards in the JSON file `place`. Raises ValueError if it holds others of that stage:
-    the order of samples would be another one, and so would be the run."""
-    known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    the order of samples would be another one, and so would be the run; CorruptModel if it is no JSON."""
+    known = read_json(place) if place.exists() else {}
     found = [source.sum for source in sources]
     if stage in known and known[stage] != found:
         changed = [
