@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from blip3o.config import Blip3oConfig, from_dict, to_dict
@@ -36,7 +34,6 @@ from blip3o.weights_files import (
     one_dtype,
     read_json,
     write_shards,
-    write_tensors,
 )
 from blip3o.weights_names import VAE
 from blip3o.weights_released import read_released, released_files
@@ -55,7 +52,6 @@ __all__ = [
     "from_pretrained",
     "load_model",
     "local_folder",
-    "read_tensors",
     "save_model",
     "save_pretrained",
     "settle",
@@ -63,7 +59,6 @@ __all__ = [
     "staging",
     "standing",
     "uses_pipeline",
-    "write_tensors",
 ]
 
 MANIFEST = "manifest.json"
@@ -193,14 +188,6 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
     if text != _manifest(sums):  # bytes were added, or a name stands there twice
         return text, CorruptModel(f"{path} is not as it was written")
     return text, None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in memory of their own. Raises CorruptModel, which names the file."""
-    try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except (SafetensorError, OSError) as error:
-        raise CorruptModel(f"{path} is not a readable safetensors file: {error}") from None
 
 
 def local_folder(place: str | Path) -> Path:

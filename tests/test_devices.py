@@ -138,7 +138,6 @@ def test_alone_every_call_is_the_plain_one(alone: Devices) -> None:
     assert alone.sum(2, 0.1) == [2, 0.1] and alone.any(True) and not alone.any(False)
     assert alone.gather({"a": None}) == [{"a": None}]
     alone.agree("seed", 7)
-    alone.wait()
     with start() as devices:
         assert (devices.rank, devices.world, devices.group, devices.background) == (0, 1, None, devices)
 

@@ -173,11 +173,6 @@ class Devices:
             found = ", ".join(f"{other} on rank {rank}" for rank, other in enumerate(values))
             raise ValueError(f"{name} must be the same on all processes, got {found}")
 
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.group is not None:
-            dist.barrier(group=self.group)
-
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors in one piece in the CPU's memory on rank 0; nothing on the others. All must call it."""
         found = {}

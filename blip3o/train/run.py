@@ -177,6 +177,7 @@ class Run:
                 f"sample_every must be 0 in stage {name}: pictures need a visual decoder that is trained before, in a "
                 "stage of its own"
             )
+        self.devices.agree("stage, step and recipe", [name, self.step, recipe.plain()])
         began = time.perf_counter() - (self.seconds if self.stage == name else 0.0)
 
         def save(training: Training, step: int, stop: bool) -> None:
