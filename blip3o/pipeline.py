@@ -218,7 +218,7 @@ class Pipeline:
             if callback is not None:
                 callback("features", step, level * TIMESTEPS, features)
 
-        features = generate.sample_features(
+        features = generate.sample_targets(
             self.model, condition.to(noise), noise, guidance=guidance_scale, steps=steps, whole_times=whole_times,
             after=after,
         )  # fmt: skip
