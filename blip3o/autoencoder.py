@@ -1,4 +1,4 @@
-"""The autoencoder of the image target `vae`: pictures to latents, an eighth of their values or less, and back.
+"""The autoencoder of the image target `vae`: pictures to latents, a few values for many pixels, and back.
 
 Convolutions alone. A side is halved by laying 2 x 2 pixels on top of each other (pixel_unshuffle) before a convolution,
 and doubled by the inverse after one. The latents of a picture are a normal distribution, of which training draws and

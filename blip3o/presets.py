@@ -199,7 +199,7 @@ PRESETS: dict[str, Blip3oConfig] = {
 }
 
 
-NANO_AUTOENCODER = AutoencoderConfig(image_size=32, channels=4, halvings=2, width=48)
+NANO_AUTOENCODER = AutoencoderConfig(image_size=32, channels=8, halvings=2, width=32)
 SDXL_LATENTS = (4, 8)  # channels, and pixels along a side for each: of the foreign autoencoder that 4b and 8b expect
 GRIDS = {"nano": 4, "4b": 28, "8b": 28}  # patches along a side of a picture or its latents
 

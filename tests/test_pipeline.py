@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -434,6 +435,12 @@ def test_wrong_conversations_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.chat(messages, **options)
+
+
+def test_other_choices_are_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.model, "config", replace(pipeline.model.config, objective="mse"))
+    with pytest.raises(ValueError, match=r"image_target .clip. with objective .mse. is drawn by blip3o\.generate\.draw"):
+        pipeline.generate_image("a cat")
 
 
 def test_empty_prompts_are_counted(pipeline: Pipeline) -> None:
