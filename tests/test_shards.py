@@ -19,7 +19,6 @@ import torch
 from blip3o import cli
 from blip3o.data import scenes, shard_files, shard_index, shards, tar
 from blip3o.data.loading import FaultySample, Loader, TooManyFaults
-from blip3o.data.order import Order, permuted
 from blip3o.data.scene_shards import scene_samples
 from blip3o.data.shard_files import write_shards
 from blip3o.data.shard_index import JSON, PICTURE, TEXT, IndexRebuilt
@@ -89,51 +88,6 @@ def test_writing_refuses(tmp_path: Path, clean: Path) -> None:
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
-
-
-def test_permutations() -> None:
-    for n in (1, 2, 3, 4, 5, 16, 17, 100, 1000):
-        for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-            assert sorted(permuted(i, n, seed, epoch) for i in range(n)) == list(range(n))
-    orders = {tuple(permuted(i, 100, seed, epoch) for i in range(100)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-    # Every place is as likely for every sample, and neighbours do not stay neighbours: chi-square, 99.99 % quantiles.
-    places = Counter((i, permuted(i, 7, 0, epoch)) for epoch in range(7000) for i in (0, 3))
-    assert sum((places[i, k] - 1000) ** 2 / 1000 for i in (0, 3) for k in range(7)) < 2 * 27.9
-    steps = Counter((permuted(1, 11, 0, epoch) - permuted(0, 11, 0, epoch)) % 11 for epoch in range(10_000))
-    assert sum((steps[k] - 1000) ** 2 / 1000 for k in range(1, 11)) < 33.7
-    with pytest.raises(ValueError, match=r"0\.\.6"):
-        permuted(7, 7, 0, 0)
-
-
-@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [3, 1, 2], [0.5, 0.125, 0.375]])
-def test_mixture_shares_are_exact(weights: list[float]) -> None:
-    sizes = [40, 15, 23]
-    order = Order(sizes, weights, seed=9)
-    blocks = 60
-    drawn = [order[p] for p in range(blocks * order.period)]
-    for k in range(blocks):
-        counts = Counter(source for source, _ in drawn[k * order.period : (k + 1) * order.period])
-        assert [counts[source] / order.period for source in range(3)] == pytest.approx(
-            [weight / sum(weights) for weight in weights], abs=1e-12
-        )
-    for source, share in enumerate(order.shares):
-        places = sorted(order.source(p)[1] for p in range(blocks * order.period) if drawn[p][0] == source)
-        assert places == list(range(blocks * share))
-        for epoch in range(blocks * share // sizes[source]):  # each sample once in each epoch of its source
-            numbers = {order.sample(source, epoch * sizes[source] + k) for k in range(sizes[source])}
-            assert numbers == set(range(sizes[source]))
-    assert len({tuple(s for s, _ in drawn[k * order.period : (k + 1) * order.period]) for k in range(blocks)}) > 1
-
-
-def test_mixture_refuses() -> None:
-    for weights in ([1], [1, 0], [1, -1], [1, float("nan")]):
-        with pytest.raises(ValueError, match="2 positive"):
-            Order([3, 4], weights, seed=0)
-    with pytest.raises(ValueError, match="round them"):
-        Order([3, 4], [0.123456789, 1], seed=0)
-    with pytest.raises(ValueError, match="with samples"):
-        Order([3, 0], [1, 1], seed=0)
 
 
 def test_order_is_the_same_for_any_processes_and_any_cut(clean: Path) -> None:
@@ -523,6 +477,20 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert [(m.name, m.fault and m.fault[0]) for m in found] == [("a.txt", "header"), ("", "header"), ("b.txt", None)]
     result = Shards(path).read(1)
     assert isinstance(result, Fault)
+
+
+def test_reading_does_not_grow(clean: Path, tmp_path: Path) -> None:
+    """8 % of the samples faulty, epoch after epoch."""
+    infect(clean, tmp_path / "ill")
+    with Loader([Shards(tmp_path / "ill")], seed=3, prepare=key_of, max_faults=0.2, report=lambda _: None) as loader:
+
+        def resident_after(epochs: range) -> int:
+            for epoch in epochs:
+                loader.samples(range(epoch * COUNT, (epoch + 1) * COUNT))
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        before = resident_after(range(4))
+        assert resident_after(range(4, 16)) - before < 1 << 20
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, model: Blip3o, cache: Path, dtype: str = "float32", **options: object) -> Shards:
     shards = Shards(folder, cache=cache, **options)  # type: ignore[arg-type]
-    cache_features(shards, model, cache, dtype)
+    shards.features = cache_features(shards, model, cache, dtype)
     return shards
 
 

@@ -80,9 +80,11 @@ class Loader(Generic[Prepared]):
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; the sources stay open."""
+        """Stop the threads and close the sources' files; reading a source by itself opens them again."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        for source in self.sources:
+            source.close()
 
     def samples(self, positions: Sequence[int]) -> list[Prepared]:
         """What is prepared of the samples at positions of the run. Raises TooManyFaults, and what reading raises."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -46,8 +47,8 @@ def feature_key(model: Blip3o, max_pixels: int, dtype: str) -> FeatureKey:
     return FeatureKey(tower_sum(model), transform, (config.feature_grid**2, config.clip.width), dtype)
 
 
-def cache_features(shards: Shards, model: Blip3o, folder: Path, dtype: str, threads: int = 2) -> None:
-    """Give `shards` what the CLIP tower sees in their pictures, raw (not standardised), as it is stored in `folder`.
+def cache_features(shards: Shards, model: Blip3o, folder: Path, dtype: str, threads: int = 2) -> list[Features]:
+    """What the CLIP tower sees in the pictures of each shard, raw (not standardised), as it is stored in `folder`.
 
     What is missing there is computed first; what does not fit is replaced, with the warning FeaturesRebuilt. A start
     that was killed loses one shard at most. Processes that start together share the work.
@@ -65,7 +66,7 @@ def cache_features(shards: Shards, model: Blip3o, folder: Path, dtype: str, thre
                     if held:
                         found[which] = _open_or_make(path, shards, which, model, key, threads)
                         bar.update()
-    shards.features = [found[which] for which in range(len(found))]
+    return [found[which] for which in range(len(found))]
 
 
 def _open_or_make(path: Path, shards: Shards, which: int, model: Blip3o, key: FeatureKey, threads: int) -> Features:
@@ -85,7 +86,7 @@ def _open_or_make(path: Path, shards: Shards, which: int, model: Blip3o, key: Fe
 def _check_pictures(features: Features, shards: Shards, which: int) -> None:
     """Raise ValueError if some pictures of the shard are not those that were seen: an index knows no pixels."""
     index = shards.indices[which]
-    pictured = [row for row in range(len(index)) if _has_picture(index, row)]
+    pictured = np.flatnonzero((index.rows["fault"] < 0) & (index.rows["part"][:, PICTURE, 0] >= 0)).tolist()
     for row in pictured[:: max(1, len(pictured) // CHECKED)]:
         if zlib.crc32(shards.pread(which, *_place(index, row))) != features.picture_sums[row]:
             raise ValueError(f"the shard's picture {index.key(row)!r} is another one now")

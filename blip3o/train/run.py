@@ -3,6 +3,7 @@
 RUN/checkpoint/   everything that going on needs: weights, the optimiser's moments, stage and step; one commit
 RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; written at every stop and stage end
 RUN/log.jsonl     one line every few steps
+RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a line; a run that goes on tells them again
 """
 
 import fcntl
@@ -12,12 +13,15 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from blip3o.config import to_dict
 from blip3o.data import scenes
+from blip3o.data.loading import warn
+from blip3o.data.tar import Fault
 from blip3o.evaluate.exam import answer_questions
 from blip3o.model import Blip3o
 from blip3o.presets import preset
@@ -25,7 +29,9 @@ from blip3o.processor import Processor
 from blip3o.train import loop
 from blip3o.train.batch import Stage
 from blip3o.train.recipe import STAGES, ClipRecipe, DecoderRecipe, GenerationRecipe, Recipe, UnderstandingRecipe
+from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
+from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage
 from blip3o.weights import (
     CorruptModel,
     check_folder,
@@ -183,7 +189,17 @@ class Run:
                 return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case DecoderRecipe():
                 return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+            case ShardUnderstandingRecipe():
+                return ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+            case ShardGenerationRecipe():
+                return ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
         raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
+
+    def _report_fault(self, fault: Fault) -> None:
+        """Say it, and keep it in RUN/faults.jsonl."""
+        with (self.folder / "faults.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(fault), default=str) + "\n")
+        warn(fault)
 
     def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
         return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None

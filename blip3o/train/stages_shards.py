@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from blip3o.data import scenes
+from blip3o.data.features import Features
 from blip3o.data.llava import read_turns
 from blip3o.data.loading import Loader
 from blip3o.data.packing import pack
@@ -94,12 +95,15 @@ def load(
 ) -> Loader[Prepared]:
     """The samples of a stage's sources, with stored features if the recipe wants them."""
     cache = Path(recipe.cache) if recipe.cache else None
-    sources = []
+    sources: list[Shards] = []
+    stored: dict[str, Sequence[Features]] = {}  # by path: a source may come twice, with other captions
     for source in data:
         captions = {"captions": source.captions} if isinstance(source, CaptionSource) else {}
         shards = Shards(source.path, cache=cache, needs=needs, max_pixels=recipe.max_pixels, **captions)
         if cache is not None and recipe.features != "none":
-            cache_features(shards, model, cache, recipe.features, recipe.threads)
+            if source.path not in stored:
+                stored[source.path] = cache_features(shards, model, cache, recipe.features, recipe.threads)
+            shards.features = stored[source.path]
         sources.append(shards)
     return Loader(
         sources, [source.weight for source in data], prepare=prepare, seed=recipe.seed, threads=recipe.threads,
