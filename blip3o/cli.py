@@ -35,7 +35,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.stage not in (None, *recipe.stages):
         raise ValueError(f"stage must be one of {', '.join(recipe.stages)}, got {arguments.stage!r}")
     folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    run = Run(folder, recipe.model)
+    run = Run(folder, recipe.model, image_target=recipe.image_target, objective=recipe.objective)
     for stage in [arguments.stage] if arguments.stage else recipe.stages:
         run.run_stage(stage, recipe.stages[stage])
     print(f"model in {folder / 'model'}")

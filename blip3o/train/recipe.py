@@ -1,8 +1,10 @@
 """Recipes: everything about a training run that is a choice. One TOML file is one run: see `recipe_files.py`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from blip3o.config import ImageTarget, Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,16 @@ class GenerationRecipe(Recipe):
         """How many of `count` pictures show colours without a name; never all of them."""
         return min(round(self.unnamed * count), count - 1)
 
+    def check_without_noise(self, stage: str) -> None:
+        """ValueError for what the objective "mse" has no use for: it neither draws noise nor is guided."""
+        for name, value, expected in (
+            ("draws_per_prompt", self.draws_per_prompt, 1),
+            ("condition_drop", self.condition_drop, 0.0),
+        ):
+            if value != expected:
+                reason = "there is no noise to draw" if expected else "there is no guidance to learn for"
+                raise ValueError(f"{stage}.{name} must be {expected} with objective 'mse', as {reason}; got {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRecipe(Recipe):
@@ -138,19 +150,96 @@ class DecoderRecipe(Recipe):
         return min(round(self.unnamed * count), count - 1)
 
 
-# What a stage's table may hold, in the paper's order of the stages; the decoder needs the CLIP tower only.
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(Recipe):
+    """The autoencoder of the image target "vae", on nano's world.
+
+    unnamed               share of the batch that shows objects in colours without a name
+    kl_weight             of the latents' divergence from a standard normal distribution
+    """
+
+    unnamed: float
+    kl_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._shares("unnamed")
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
+
+    def unnamed_of(self, count: int) -> int:
+        """How many of `count` pictures show colours without a name; never all of them."""
+        return min(round(self.unnamed * count), count - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointRecipe(GenerationRecipe):
+    """Understanding and generation together, on nano's world: generation's keys, and
+
+    turns                 questions about each picture; there is a conversation for every prompt
+    ratio                 weight of understanding's loss beside generation's
+    """
+
+    turns: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("turns")
+        if not self.ratio > 0:
+            raise ValueError(f"ratio must be positive, got {self.ratio}; without understanding use stage generation")
+
+    def understanding(self) -> UnderstandingRecipe:
+        """How the conversations are drawn: one for each prompt, about other pictures than the prompts'."""
+        same = {field.name: getattr(self, field.name) for field in fields(UnderstandingRecipe)}
+        return UnderstandingRecipe(
+            **{**same, "batch_size": self.batch_size // self.draws_per_prompt, "seed": self.seed + 1}
+        )
+
+
+# What a stage's table may hold.
 KINDS: dict[str, type[Recipe]] = {
     "clip": ClipRecipe,
+    "autoencoder": AutoencoderRecipe,
     "understanding": UnderstandingRecipe,
     "generation": GenerationRecipe,
+    "joint": JointRecipe,
     "decoder": DecoderRecipe,
 }
-STAGES = tuple(KINDS)
+STAGES = ("clip", "understanding", "generation", "decoder")  # nano's, in the paper's order
+Schedule = Literal["sequential", "joint"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """One run: a preset's name, and how each of its stages is trained, in their order."""
+    """One run: a preset's name, the paper's choices, and how each of its stages is trained, in their order.
+
+    image_target, objective   see `config.Blip3oConfig`
+    schedule                  "sequential": understanding, then generation with the language model frozen; "joint": both
+                              in one stage of that name, in which the language model learns from both
+
+    ValueError for stages that these choices have no use for.
+    """
 
     model: str
+    image_target: ImageTarget = "clip"
+    objective: Objective = "flow"
+    schedule: Schedule = "sequential"
     stages: dict[str, Recipe]
+
+    def __post_init__(self) -> None:
+        apart = [stage for stage in ("understanding", "generation") if stage in self.stages]
+        if self.schedule == "joint" and apart:
+            raise ValueError(f"schedule 'joint' trains both at once, in stage joint: there must be no stage {apart[0]}")
+        if (self.schedule == "joint") != ("joint" in self.stages):
+            raise ValueError(
+                f"schedule must be 'joint' where there is a stage joint, and nowhere else, got {self.schedule!r}"
+            )
+        for stage, target in (("decoder", "clip"), ("autoencoder", "vae")):
+            if stage in self.stages and self.image_target != target:
+                raise ValueError(
+                    f"stage {stage} serves image_target {target!r} alone, got {self.image_target!r}"
+                )
+        for stage, recipe in self.stages.items():
+            if self.objective == "mse" and isinstance(recipe, GenerationRecipe):
+                recipe.check_without_noise(stage)

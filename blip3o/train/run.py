@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from blip3o.config import to_dict
+from blip3o.config import ImageTarget, Objective, to_dict
 from blip3o.data import scenes
 from blip3o.data.loading import warn
 from blip3o.data.tar import Fault
@@ -27,8 +27,19 @@ from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
+from blip3o.train.autoencoder import AutoencoderStage
 from blip3o.train.batch import Stage
-from blip3o.train.recipe import STAGES, ClipRecipe, DecoderRecipe, GenerationRecipe, Recipe, UnderstandingRecipe
+from blip3o.train.joint import JointStage
+from blip3o.train.recipe import (
+    KINDS,
+    AutoencoderRecipe,
+    ClipRecipe,
+    DecoderRecipe,
+    GenerationRecipe,
+    JointRecipe,
+    Recipe,
+    UnderstandingRecipe,
+)
 from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
 from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage
@@ -49,8 +60,10 @@ FINGERPRINT_QUESTIONS = 40  # of each type
 STATE, TENSORS = "training.json", "state.safetensors"  # the files of a checkpoint
 NEEDED: dict[str, tuple[str, ...]] = {  # the stages that must be finished before
     "clip": (),
+    "autoencoder": (),
     "understanding": ("clip",),
     "generation": ("clip", "understanding"),
+    "joint": ("clip",),
     "decoder": ("clip",),
 }
 
@@ -92,10 +105,12 @@ class Run:
     checkpoint, FileExistsError when it holds something else where the checkpoint or the model will be.
     """
 
-    def __init__(self, folder: Path, preset_name: str) -> None:
+    def __init__(
+        self, folder: Path, preset_name: str, *, image_target: ImageTarget = "clip", objective: Objective = "flow"
+    ) -> None:
         self.folder = folder
         self.checkpoint = folder / "checkpoint"
-        self.config = preset(preset_name)
+        self.config = preset(preset_name, image_target=image_target, objective=objective)
         for place in (self.checkpoint, folder / "model"):
             check_replaceable(place)
         self.processor = Processor(image_size=self.config.clip.image_size)
@@ -144,15 +159,15 @@ class Run:
         Raises ValueError when another stage must come first, or the folder has begun this one with another recipe;
         BlockingIOError when another process trains in it; what `loop.train` raises.
         """
-        if name not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
+        if name not in KINDS:
+            raise ValueError(f"stage must be one of {', '.join(KINDS)}, got {name!r}")
         changes = differences(self.recipes.get(name, recipe.plain()), recipe.plain())
         if changes:
             raise ValueError(f"{self.folder} was begun with another recipe of stage {name}: {', '.join(changes)}")
         if name in self.finished:
             report(f"stage {name} is finished ({self.finished[name]:.0f} s)")
             return
-        missing = [stage for stage in NEEDED[name] if stage not in self.finished]
+        missing = [stage for stage in self._needed(name) if stage not in self.finished]
         if missing:
             raise ValueError(f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it")
         if self.stage and self.stage != name:
@@ -179,12 +194,21 @@ class Run:
             finally:
                 self.model.requires_grad_(True).eval()
 
+    def _needed(self, name: str) -> tuple[str, ...]:
+        """The stages that must be finished before: latents can be learned once there is an autoencoder."""
+        latents = name in ("generation", "joint") and self.config.autoencoder is not None
+        return (*NEEDED[name], "autoencoder") if latents else NEEDED[name]
+
     def _stage(self, name: str, recipe: Recipe) -> Stage:
         match recipe:
             case ClipRecipe():
                 return ClipStage(self.model, recipe)
             case UnderstandingRecipe():
                 return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
+            case AutoencoderRecipe():
+                return AutoencoderStage(self.model, recipe)
+            case JointRecipe():  # before GenerationRecipe, whose kind it is too
+                return JointStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case GenerationRecipe():
                 return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case DecoderRecipe():
@@ -247,4 +271,4 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
     return found
 
 
-__all__ = ["STAGES", "Run"]
+__all__ = ["Run"]
