@@ -60,6 +60,21 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
+    def check_without_noise(self, stage: str) -> None:
+        """ValueError for what the objective "mse" has no use for, which stages that draw nothing do not have."""
+
+
+def refuse_noise(stage: str, draws_per_prompt: int, condition_drop: float) -> None:
+    """ValueError for noises to draw or a guidance to learn for, which the objective "mse" does not know."""
+    if draws_per_prompt != 1:
+        raise ValueError(
+            f"{stage}.draws_per_prompt must be 1 with objective 'mse', which draws no noise; got {draws_per_prompt}"
+        )
+    if condition_drop:
+        raise ValueError(
+            f"{stage}.condition_drop must be 0 with objective 'mse', which is not guided; got {condition_drop}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRecipe(Recipe):
@@ -115,14 +130,7 @@ class GenerationRecipe(Recipe):
         return min(round(self.unnamed * count), count - 1)
 
     def check_without_noise(self, stage: str) -> None:
-        """ValueError for what the objective "mse" has no use for: it neither draws noise nor is guided."""
-        for name, value, expected in (
-            ("draws_per_prompt", self.draws_per_prompt, 1),
-            ("condition_drop", self.condition_drop, 0.0),
-        ):
-            if value != expected:
-                reason = "there is no noise to draw" if expected else "there is no guidance to learn for"
-                raise ValueError(f"{stage}.{name} must be {expected} with objective 'mse', as {reason}; got {value}")
+        refuse_noise(stage, self.draws_per_prompt, self.condition_drop)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +208,11 @@ class JointRecipe(GenerationRecipe):
 # What a stage's table may hold.
 KINDS: dict[str, type[Recipe]] = {
     "clip": ClipRecipe,
-    "autoencoder": AutoencoderRecipe,
     "understanding": UnderstandingRecipe,
     "generation": GenerationRecipe,
-    "joint": JointRecipe,
     "decoder": DecoderRecipe,
+    "autoencoder": AutoencoderRecipe,
+    "joint": JointRecipe,
 }
 STAGES = ("clip", "understanding", "generation", "decoder")  # nano's, in the paper's order
 Schedule = Literal["sequential", "joint"]
@@ -228,6 +236,15 @@ class RunRecipe:
     stages: dict[str, Recipe]
 
     def __post_init__(self) -> None:
+        self._check_schedule()
+        for stage, target in (("decoder", "clip"), ("autoencoder", "vae")):
+            if stage in self.stages and self.image_target != target:
+                raise ValueError(f"stage {stage} serves image_target {target!r} alone, got {self.image_target!r}")
+        for stage, recipe in self.stages.items():
+            if self.objective == "mse":
+                recipe.check_without_noise(stage)
+
+    def _check_schedule(self) -> None:
         apart = [stage for stage in ("understanding", "generation") if stage in self.stages]
         if self.schedule == "joint" and apart:
             raise ValueError(f"schedule 'joint' trains both at once, in stage joint: there must be no stage {apart[0]}")
@@ -235,11 +252,3 @@ class RunRecipe:
             raise ValueError(
                 f"schedule must be 'joint' where there is a stage joint, and nowhere else, got {self.schedule!r}"
             )
-        for stage, target in (("decoder", "clip"), ("autoencoder", "vae")):
-            if stage in self.stages and self.image_target != target:
-                raise ValueError(
-                    f"stage {stage} serves image_target {target!r} alone, got {self.image_target!r}"
-                )
-        for stage, recipe in self.stages.items():
-            if self.objective == "mse" and isinstance(recipe, GenerationRecipe):
-                recipe.check_without_noise(stage)

@@ -70,7 +70,7 @@ def _override(table: dict[str, Any], key: str, text: str) -> None:
     else:
         knowing = [stage for stage in _stages(table) if key in _known(table, stage)]
         if not knowing:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, [*TOP, *_shared(table)])}")
+            raise ValueError(f"unknown key {key!r}{_nearest(key, [*_shared(table), *TOP])}")
         for stage in knowing:
             table[stage][key] = _parsed(_known(table, stage), key, text)
 
@@ -93,7 +93,7 @@ def _run_recipe(table: Mapping[str, Any]) -> RunRecipe:
         if isinstance(value, dict):
             raise ValueError(f"unknown stage {key!r}{_nearest(key, KINDS)}")
         if key not in _shared(table):
-            raise ValueError(f"unknown key {key!r}{_nearest(key, [*TOP, *_shared(table)])}")
+            raise ValueError(f"unknown key {key!r}{_nearest(key, [*_shared(table), *TOP])}")
     if not isinstance(table.get("model"), str):
         raise ValueError(f"model must be the name of a preset, got {table.get('model')!r}")
     if not stages:
