@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,14 +51,17 @@ __all__ = [
     "check_replaceable",
     "commit_folder",
     "convert",
+    "flush",
     "from_pretrained",
     "load_model",
     "local_folder",
     "read_tensors",
     "save_model",
     "save_pretrained",
+    "settle",
     "sha256",
     "staging",
+    "standing",
     "uses_pipeline",
     "write_tensors",
 ]
@@ -89,23 +92,47 @@ def check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and has no {MANIFEST}: it is not replaced by a model folder")
 
 
-def commit_folder(staged: Path, folder: Path) -> None:
-    """Write the manifest of `staged`, flush it all to disk, and rename it to `folder`, replacing what is there."""
+def commit_folder(staged: Path, folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of `staged`, flush it all to disk, and rename it to `folder`, replacing what is there.
+
+    sums   SHA-256 sums of files that another process has written and flushed
+    """
     check_replaceable(folder)
+    known = dict(sums or {})
     files = sorted(path for path in staged.iterdir() if path.is_file())
-    (staged / MANIFEST).write_text(json.dumps({path.name: sha256(path) for path in files}, indent=2) + "\n")
+    found = {path.name: known.get(path.name) or sha256(path) for path in files}
+    (staged / MANIFEST).write_text(_manifest(found), encoding="utf-8")
     for path in [*staged.iterdir(), staged]:
-        _flush(path)
+        if path.name not in known:
+            flush(path)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():  # if not, what is at `old` may be all there is: a writer was killed between its two renames
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     staged.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _flush(path: Path) -> None:
+def settle(folder: Path) -> None:
+    """Clear up after a writer that was killed: what it left half written goes, what it had put aside comes back.
+
+    Nobody may be writing to the folder.
+    """
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)
+    if not folder.exists() and (old / MANIFEST).exists():
+        old.rename(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(sums: Mapping[str, str]) -> str:
+    return json.dumps(sums, indent=2) + "\n"
+
+
+def flush(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, written to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # only there can a folder be opened
     descriptor = os.open(path, os.O_RDONLY)
@@ -115,16 +142,18 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_folder(folder: Path, *needed: str) -> Path:
+def check_folder(folder: Path, *needed: str, share: tuple[int, int] = (0, 1)) -> Path:
     """Where the files of `folder` are, every one of them with the sum that the manifest says.
+
+    share   (i, n): compute the sums of every n-th file alone, from the i-th on; n processes together do them all
 
     That is `folder`, or NAME.old where its writer is, or was killed, between its two renames. Raises FileNotFoundError,
     or CorruptModel, also where the manifest lacks one of the `needed` files.
     """
     before = None
     while True:
-        place = _standing(folder)
-        manifest, problem = _examine(place, needed)
+        place = standing(folder)
+        manifest, problem = _examine(place, needed, share)
         if problem is None:
             return place
         if (place, manifest) == before:
@@ -134,13 +163,13 @@ def check_folder(folder: Path, *needed: str) -> Path:
             folder = folder.with_suffix("")  # it was between its two renames, and has come to its end
 
 
-def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | None]:
+def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> tuple[str, Exception | None]:
     """The content of a folder's manifest, and the first thing that is wrong."""
     path, text = folder / MANIFEST, ""
     if not folder.exists():
         return text, FileNotFoundError(f"model folder {folder} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode()
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
@@ -148,17 +177,21 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
         return text, CorruptModel(f"{path} is not readable JSON")
     if not isinstance(sums, dict):
         return text, CorruptModel(f"{path} must map file names to SHA-256 sums")
-    for name in sorted({*sums, *needed}):
+    for number, name in enumerate(sorted({*sums, *needed})):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             return text, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
         file = folder / name
         if name not in sums:
             return text, CorruptModel(f"{file} has no sum in {MANIFEST}")
         try:
-            if sha256(file) != sums[name]:
+            if number % share[1] == share[0] and sha256(file) != sums[name]:
                 return text, CorruptModel(f"{file} is corrupt: its SHA-256 sum is not the manifest's")
         except FileNotFoundError:
             return text, CorruptModel(f"{file} is missing")
+        except OSError as error:
+            return text, CorruptModel(f"{file} cannot be read: {error}")
+    if text != _manifest(sums):  # bytes were added, or a name stands there twice
+        return text, CorruptModel(f"{path} is not as it was written")
     return text, None
 
 
@@ -179,7 +212,7 @@ def local_folder(place: str | Path) -> Path:
     folder = Path(place)
     hub = isinstance(place, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place) is not None
     if not hub or folder.parent.exists():
-        return _standing(folder)
+        return standing(folder)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -187,28 +220,33 @@ def local_folder(place: str | Path) -> Path:
     return Path(snapshot_download(str(place), allow_patterns=HUB_FILES))
 
 
-def _standing(folder: Path) -> Path:
+def standing(folder: Path) -> Path:
+    """`folder`, or NAME.old where its writer is, or was killed, between its two renames."""
     if folder.exists():
         return folder
     old = folder.with_name(folder.name + ".old")
     return old if (old / MANIFEST).exists() else folder
 
 
-def save_pretrained(model: Blip3o, processor: Processor, folder: str | Path) -> None:
+def save_pretrained(
+    model: Blip3o, processor: Processor, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the model to `folder`, whole or not at all. Weights keep their dtype.
+
+    tensors   to be written in the place of the model's own
 
     Raises FileExistsError for a folder that is no model folder.
     """
     folder = Path(folder)
     staged = staging(folder)
     processor.save(staged / TOKENIZER)
-    _write_model(model, staged)
+    _write_model(model.config, model.state_dict() if tensors is None else tensors, staged)
     commit_folder(staged, folder)
 
 
-def _write_model(model: Blip3o, staged: Path) -> None:
-    (staged / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
-    write_shards(model.state_dict(), staged, SHARD)
+def _write_model(config: Blip3oConfig, tensors: Mapping[str, Tensor], staged: Path) -> None:
+    (staged / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_shards(tensors, staged, SHARD)
 
 
 def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", files: Sequence[Path] = ()) -> None:
@@ -225,7 +263,7 @@ def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", 
         for file in files:
             shutil.copyfile(file, staged / file.name)
         if layout == "blip3o":
-            _write_model(model, staged)
+            _write_model(model.config, model.state_dict(), staged)
         else:
             values, tensors = released_files(model, staged)
             (staged / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
@@ -325,7 +363,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
-    place = check_folder(folder, CONFIG, *needed, *_weight_files(_standing(folder)))
+    place = check_folder(folder, CONFIG, *needed, *_weight_files(standing(folder)))
     values = read_json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")

@@ -44,7 +44,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 def sign(folder: Path) -> None:
     """Make the manifest fit whatever the files are now."""
     sums = {path.name: sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps(sums))
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
 
 
 # round trips
@@ -147,6 +147,14 @@ def test_every_bit_of_the_weights_counts(folder: Path) -> None:
 def test_a_damaged_manifest(folder: Path, text: str, message: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CorruptModel, match=message):
+        from_pretrained(folder)
+
+
+def test_bytes_behind_the_manifest(folder: Path) -> None:
+    """Which mean nothing to JSON, but were not written."""
+    with (folder / MANIFEST).open("a") as file:
+        file.write(" ")
+    with pytest.raises(CorruptModel, match=r"manifest\.json is not as it was written"):
         from_pretrained(folder)
 
 

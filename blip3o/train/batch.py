@@ -32,7 +32,11 @@ class Batch:
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Self:
-        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in self.tensors().items()}
+        """The batch with its tensors on `device`; itself if they are."""
+        tensors = self.tensors()
+        if all(tensor.device == device for tensor in tensors.values()):
+            return self
+        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, **moved)
 
 
