@@ -17,6 +17,7 @@ from blip3o.model import Blip3o
 from blip3o.processor import Processor
 from blip3o.train.autoencoder import AutoencoderStage
 from blip3o.train.batch import Stage
+from blip3o.train.devices import Parallel, start
 from blip3o.train.joint import JointStage
 from blip3o.train.optimizer import optimizer_for
 from blip3o.train.recipe import (
@@ -33,6 +34,7 @@ from blip3o.train.run import Run
 from blip3o.train.stages import ClipStage, FeatureBank, GenerationStage, UnderstandingStage
 from blip3o.train.stages_shards import ShardGenerationStage
 from blip3o.weights import from_pretrained
+from on_processes import on_processes
 from test_choices import CHOICES, foreign, lively_model, small, without_own
 
 SMALL = ("model=tiny", "steps=3", "batch_size=8", "warmup_steps=1", "dtype=float32")
@@ -318,3 +320,32 @@ def test_a_foreign_autoencoder_on_shards(shards: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         assert stage.loss(stage.batch(0, range(SIZE)))[0].isfinite()
     stage.finish()
+
+
+# on several processes
+
+
+def trained(parallel: Parallel, kind: str) -> list[float]:
+    """The losses of three steps of a stage on however many processes torchrun started."""
+    with start() as devices:
+        model = lively_model("vae" if kind == "autoencoder" else "clip")
+        stage: Stage = AutoencoderStage(model, autoencoder_recipe()) if kind == "autoencoder" else joint(model)
+        loss, found = devices.wrap(stage, parallel), []
+        optimizer = optimizer_for(stage.trainable(), stage.recipe)
+        size = SIZE // devices.world
+        for step in range(3):
+            batch = stage.batch(step, range(devices.rank * size, (devices.rank + 1) * size))
+            total, _ = loss(batch, True)
+            whole, weight = devices.sum(total.item(), batch.weight)
+            (total / weight).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(whole / weight)
+    return found
+
+
+@pytest.mark.parametrize(("parallel", "kind"), [("fsdp", "joint"), ("ddp", "autoencoder")])
+def test_two_processes_train_as_one(parallel: Parallel, kind: str) -> None:
+    expected = trained(parallel, kind)
+    first, second = on_processes(2, trained, parallel, kind)
+    assert first == second == pytest.approx(expected, rel=1e-6)
