@@ -28,7 +28,7 @@ from blip3o.train.recipe import (
     RunRecipe,
     UnderstandingRecipe,
 )
-from blip3o.train.recipe_files import load_recipe, packaged, to_toml
+from blip3o.train.recipe_files import load_recipe, packaged
 from blip3o.train.recipe_shards import CaptionSource, ShardGenerationRecipe
 from blip3o.train.run import Run
 from blip3o.train.stages import ClipStage, FeatureBank, GenerationStage, UnderstandingStage
@@ -36,6 +36,7 @@ from blip3o.train.stages_shards import ShardGenerationStage
 from blip3o.weights import from_pretrained
 from on_processes import on_processes
 from test_choices import CHOICES, foreign, lively_model, small, without_own
+from test_recipe import in_full
 
 SMALL = ("model=tiny", "steps=3", "batch_size=8", "warmup_steps=1", "dtype=float32")
 STEPS, SIZE = 60, 8
@@ -238,7 +239,7 @@ def test_each_recipe_is_nano_but_for_one_choice() -> None:
 
 def test_choices_are_kept_with_the_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("nano-joint", ["objective=mse", "joint.draws_per_prompt=1", "joint.condition_drop=0"])
-    (tmp_path / "kept.toml").write_text(to_toml(recipe))
+    (tmp_path / "kept.toml").write_text(in_full(recipe))
     assert load_recipe(tmp_path / "kept.toml") == recipe and recipe.objective == "mse"
 
 

@@ -439,7 +439,7 @@ def test_wrong_conversations_are_named(
 
 def test_other_choices_are_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.model, "config", replace(pipeline.model.config, objective="mse"))
-    with pytest.raises(ValueError, match=r"image_target .clip. with objective .mse. is drawn by blip3o\.generate\.draw"):
+    with pytest.raises(ValueError, match=r"image_target 'clip' with objective 'mse' is drawn by"):
         pipeline.generate_image("a cat")
 
 

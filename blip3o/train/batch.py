@@ -32,11 +32,11 @@ class Batch:
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Self:
-        """The batch with its tensors on `device`; itself if they are."""
+        """On that device; itself where it is there already."""
         tensors = self.tensors()
-        if all(tensor.device == device for tensor in tensors.values()):
+        if all(x.device == device for x in tensors.values()):
             return self
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return replace(self, **moved)
 
 
