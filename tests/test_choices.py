@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import narrow
 from torch import Tensor
 
 from blip3o import regression
@@ -17,8 +18,7 @@ from blip3o.generate import decode, draw, draw_targets, generate, noise_for
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor
-from blip3o.weights import from_pretrained, save_model, save_pretrained
-from conftest import narrow
+from blip3o.weights import from_pretrained, save_pretrained
 
 TARGETS: tuple[ImageTarget, ...] = get_args(ImageTarget)
 CHOICES: list[tuple[ImageTarget, Objective]] = [

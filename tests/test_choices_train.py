@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from on_processes import on_processes
+from test_choices import CHOICES, foreign, lively_model, small, without_own
+from test_recipe import in_full
 
 from blip3o import presets
 from blip3o.config import ImageTarget, Objective
@@ -34,9 +37,6 @@ from blip3o.train.run import Run
 from blip3o.train.stages import ClipStage, FeatureBank, GenerationStage, UnderstandingStage
 from blip3o.train.stages_shards import ShardGenerationStage
 from blip3o.weights import from_pretrained
-from on_processes import on_processes
-from test_choices import CHOICES, foreign, lively_model, small, without_own
-from test_recipe import in_full
 
 SMALL = ("model=tiny", "steps=3", "batch_size=8", "warmup_steps=1", "dtype=float32")
 STEPS, SIZE = 60, 8
