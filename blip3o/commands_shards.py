@@ -22,10 +22,11 @@ def verify_shards(arguments: argparse.Namespace) -> None:
     from blip3o.data.shard_files import verify
     from blip3o.data.shards import Shards
 
-    options = given(needs=arguments.needs, max_pixels=arguments.max_pixels)
+    needs = arguments.needs or (["json"] if arguments.conversations else None)
+    options = given(needs=needs, captions=arguments.captions, max_pixels=arguments.max_pixels)
     faults = 0
     with Shards(*arguments.places, cache=arguments.cache, **options) as shards:
-        for fault in verify(shards):
+        for fault in verify(shards, arguments.conversations):
             faults += 1
             print(fault)
         print(f"{len(shards)} samples in {len(shards.indices)} shards, {faults} faults")
@@ -60,6 +61,8 @@ def add_shards(actions: Any) -> None:
 
     command = actions.add_parser("verify", help="name every fault; status 1 if there is one", parents=[places])
     command.add_argument("--needs", nargs="+", choices=("picture", "text", "json"), help="default: picture text")
+    command.add_argument("--captions", metavar="NAME", help="this caption in JSON is the text (default: the .txt)")
+    command.add_argument("--conversations", action="store_true", help="JSON must hold one, as LLaVA writes them")
     command.add_argument("--max-pixels", type=int, help="of a picture (default: 64 million)")
     command.set_defaults(run=verify_shards)
 

@@ -14,7 +14,7 @@ from blip3o import regression
 from blip3o.autoencoder import Autoencoder, divergence, drawn
 from blip3o.config import AutoencoderConfig, Blip3oConfig, ImageTarget, Objective
 from blip3o.data import scenes, text
-from blip3o.generate import decode, draw, draw_targets, generate, noise_for
+from blip3o.generate import draw, draw_targets, generate, noise_for
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor

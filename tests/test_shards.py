@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import loading
 import pytest
 import torch
 
@@ -347,7 +348,9 @@ def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
         Sick(folder / "00000.tar", 3 * i).noise()
     told: list[Fault] = []
     with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, prepare=key_of) as loader:
-        with pytest.raises(TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); the last one: .*byte"):
+        with pytest.raises(
+            TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); .* so far: picture 5; the last one: .*byte"
+        ):
             loader.samples(range(COUNT))
         assert len(told) == 5 and loader.faults == {"picture": 5}
     with warnings.catch_warnings(record=True) as seen:
@@ -576,23 +579,44 @@ def run(*arguments: object) -> int:
 
 def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5) == 0
+    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5, "--side", 48, "--turns", 2) == 0
     assert "30 samples in 2 shards" in capsys.readouterr().out
     assert run("shards", "verify", out) == 0
     assert "30 samples in 2 shards, 0 faults" in capsys.readouterr().out
     assert run("shards", "summarise", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 30 and found["width"] == [32, 32, 32] and found["pictures"] == {"PNG": 30}
+    assert found["samples"] == 30 and found["width"] == [48, 48, 48] and found["pictures"] == {"PNG": 30}
     assert found["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     low, middle, high = found["caption words"]
     assert 1 < low <= middle <= high < 40
+    sample = Shards(out).read(0)
+    assert isinstance(sample, Sample) and sample.json is not None and len(sample.json["conversations"]) == 4
 
     Sick(out / "00001.tar", 3).noise()
     assert run("shards", "verify", out, "--cache", tmp_path / "cache") == 1
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[1].endswith("1 faults")
     assert printed[0].startswith(f"{out}/00001.tar at byte ") and "'00000023' picture: " in printed[0]
+    for options in (("--captions", "long"), ("--captions", "long", "--needs", "text"), ("--conversations",)):
+        assert run("shards", "verify", out / "00000.tar", *options) == 0
+    capsys.readouterr()
+    assert (
+        run("shards", "verify", out / "00000.tar", "--captions", "middling", "--conversations", "--needs", "text") == 1
+    )
+    assert capsys.readouterr().out.count("missing: no caption 'middling'") == 20
+    write_shards(tmp_path / "dumb", [("a", {"json": b"{}"}), ("b", {"txt": b"b"})], 2)
+    assert run("shards", "verify", tmp_path / "dumb", "--conversations") == 1
+    assert [line.split(": ")[-2].split()[-1] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "conversation",
+        "missing",
+    ]
     assert run("shards", "verify", tmp_path / "absent") == 2
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_loading() -> None:
+    head, _, *rows = loading.measure([32], [0, 2], seconds=0.02, batch=4)
+    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
+    assert all(float(row.split("|")[4]) > 0 for row in rows)

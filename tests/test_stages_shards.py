@@ -28,7 +28,13 @@ from blip3o.train.loop import Interrupted
 from blip3o.train.recipe import Recipe
 from blip3o.train.recipe_shards import CaptionSource, ShardGenerationRecipe, ShardUnderstandingRecipe, Source
 from blip3o.train.run import Run
-from blip3o.train.stages_shards import DialogueBatch, DrawingBatch, ShardGenerationStage, ShardUnderstandingStage
+from blip3o.train.stages_shards import (
+    DialogueBatch,
+    DrawingBatch,
+    ShardGenerationStage,
+    ShardUnderstandingStage,
+    same_data,
+)
 
 COUNT, SIZE = 40, 8
 COMMON: dict[str, Any] = {
@@ -319,6 +325,26 @@ def test_a_run_learns_from_shards_and_names_their_faults(
         told = [json.loads(line) for line in (tmp_path / name / "faults.jsonl").read_text().splitlines()]
         assert {(fault["kind"], fault["name"]) for fault in told} == {("picture", "00000003")}
     assert logs[0] == logs[1]
+    (tmp_path / "ill" / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"not those it began with: .*ill"):
+        Run(tmp_path / "stopped", "tiny")._stage("understanding", recipes["understanding"])
     for stage, least in (("understanding", 0.8), ("generation", 0.9)):
         losses = [loss for name, _, loss in logs[0] if name == stage]
         assert sum(losses[-10:]) < least * sum(losses[:10]), (stage, losses)
+
+
+def test_a_run_goes_on_with_its_own_shards(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "data.json"
+    same_data(place, "generation", [Shards(folder)])
+    same_data(place, "understanding", [Shards(folder / "00000.tar"), Shards(folder)])
+    kept = place.read_text()
+    same_data(place, "generation", [Shards(folder)])
+    assert place.read_text() == kept and set(json.loads(kept)) == {"generation", "understanding"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    for stage, sources in (
+        ("generation", [Shards(folder / "00000.tar")]),
+        ("understanding", [Shards(folder), Shards(folder / "00000.tar")]),
+        ("understanding", [Shards(folder / "00000.tar")]),
+    ):
+        with pytest.raises(ValueError, match=f"shards of stage {stage} are not those it began with"):
+            same_data(place, stage, sources)

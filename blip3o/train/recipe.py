@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from blip3o.config import ImageTarget, Objective
 
-# What may change when a run goes on: how a batch is cut into parts, and how its gradient is computed, changes neither
-# its samples nor, but for rounding, the gradient.
+# What may change when a run goes on: how a batch is read and cut into parts, and how its gradient is computed, changes
+# neither its samples nor, but for rounding, the gradient.
 CHANGEABLE = (
     "accumulate",
     "parallel",
@@ -17,6 +17,9 @@ CHANGEABLE = (
     "max_bad_batches",
     "sample_every",
     "prompts",
+    "threads",
+    "cache",
+    "max_faults",
 )
 
 

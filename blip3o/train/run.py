@@ -4,6 +4,7 @@ RUN/checkpoint/   everything that going on needs: weights, the optimiser's momen
 RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; written at every stop and stage end
 RUN/log.jsonl     one line every few steps
 RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a line; a run that goes on tells them again
+RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
 import fcntl
@@ -50,7 +51,7 @@ from blip3o.train.recipe import (
 )
 from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
-from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage
+from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage, same_data
 from blip3o.train.trackers import Tracker
 from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
@@ -209,10 +210,11 @@ class Run:
 
         def draw(training: Training, step: int) -> None:
             with training.ema.in_place() if training.ema else nullcontext():
-                sheet = draw_prompts(self.model.eval(), self.processor, recipe.prompts)  # on all: blocks may be sharded
+                model = self.whole_model()
+                if model is not None and self.devices.rank == 0:
+                    sheet = draw_prompts(model.eval(), self.processor, recipe.prompts)
+                    save_picture(sheet, self.folder / "samples" / f"{name}-{step:06}.png")
             self.model.train()
-            if self.devices.rank == 0:
-                save_picture(sheet, self.folder / "samples" / f"{name}-{step:06}.png")
 
         with only_writer(self.folder, self.devices):
             self.checkpoint.settle()
@@ -237,15 +239,22 @@ class Run:
     def _sharded(self) -> bool:
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
+    def whole_model(self) -> Blip3o | None:
+        """The model in one piece, to be used outside of the loss: all processes must ask. None on the ranks above 0
+        where FSDP shares the weights out."""
+        if not self._sharded:
+            return self.model
+        tensors = self.devices.whole(self.model.state_dict())
+        if self.devices.rank > 0:
+            return None
+        with torch.device("meta"):
+            model = Blip3o(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(self.devices.device)
+
     def _fingerprint(self) -> str:
-        """`fingerprint` of the model, which may be sharded; the same on every process."""
-        model: Blip3o | None = self.model
-        if self._sharded:
-            tensors = self.devices.whole(self.model.state_dict())
-            model = None
-            if self.devices.rank == 0:
-                model = Blip3o(self.config)
-                model.load_state_dict(tensors, assign=True)
+        """`fingerprint` of the model; the same on every process."""
+        model = self.whole_model()
         found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
         return found
 
@@ -269,9 +278,13 @@ class Run:
             case DecoderRecipe():
                 return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case ShardUnderstandingRecipe():
-                return ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                reading = ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, reading.loader.sources)
+                return reading
             case ShardGenerationRecipe():
-                return ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                drawing = ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, drawing.loader.sources)
+                return drawing
         raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
 
     def _report_fault(self, fault: Fault) -> None:
