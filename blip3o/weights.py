@@ -93,7 +93,7 @@ def commit_folder(staged: Path, folder: Path) -> None:
     """Write the manifest of `staged`, flush it all to disk, and rename it to `folder`, replacing what is there."""
     check_replaceable(folder)
     files = sorted(path for path in staged.iterdir() if path.is_file())
-    (staged / MANIFEST).write_text(json.dumps({path.name: sha256(path) for path in files}, indent=2) + "\n")
+    (staged / MANIFEST).write_bytes(_manifest({path.name: sha256(path) for path in files}).encode())
     for path in [*staged.iterdir(), staged]:
         _flush(path)
     old = folder.with_name(folder.name + ".old")
@@ -103,6 +103,10 @@ def commit_folder(staged: Path, folder: Path) -> None:
     staged.rename(folder)
     _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(sums: dict[str, str]) -> str:
+    return json.dumps(sums, indent=2) + "\n"
 
 
 def _flush(path: Path) -> None:
@@ -140,7 +144,7 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
     if not folder.exists():
         return text, FileNotFoundError(f"model folder {folder} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
@@ -159,6 +163,8 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
                 return text, CorruptModel(f"{file} is corrupt: its SHA-256 sum is not the manifest's")
         except FileNotFoundError:
             return text, CorruptModel(f"{file} is missing")
+    if text != _manifest(sums):  # it has no sum of its own, and JSON forgives a cut end or a name that comes twice
+        return text, CorruptModel(f"{path} is corrupt: it is not as it was written")
     return text, None
 
 

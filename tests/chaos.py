@@ -1,8 +1,8 @@
 """What training promises, put to the test: every row of the table, or one. Status 1 if a promise is broken.
 
-    python tests/chaos.py                               # all, as `make chaos`
-    python tests/chaos.py kill --times 100 --seed 1     # one row
-    python tests/chaos.py --short                       # all, a few times each, as `make test`
+python tests/chaos.py                               # all, as `make chaos`
+python tests/chaos.py kill --times 100 --seed 1     # one row
+python tests/chaos.py --short                       # all, a few times each, as `make test`
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from chaos_table import table
 ROWS = {
     "kill": ("kills", 100, 8),
     "corrupt": ("corruptions", 10_000, 300),
+    "data": ("samples", 4_000, 400),
+    "leak": ("steps", 10_000, 600),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -9,10 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chaos_run import status_mb
 from chaos_process import Say, in_child
+from chaos_run import status_mb
 from chaos_table import Line
-from test_shards import KINDS, Sick
+from PIL import Image
+from test_shards import KINDS, Sick, overwrite
 
 from blip3o.data.loading import Loader
 from blip3o.data.shard_files import scene_samples, write_shards
@@ -24,13 +26,16 @@ PER_SHARD = 200
 EVERY = 20  # one sample in so many is corrupt: 5 %
 EPOCHS = 2
 CACHE = "indices"  # folder within the shards'
+RAN = "ran"  # a folder that the pickles among the shards would make, were they read
+PICKLE = b"cos\nmkdir\n(S'%s'\ntR."
 MOST = 64.0  # MB that reading may add: above what is decoded ahead, far below what the shards' lies ask for
-# What a process does that runs code, or that writes. Importing is not: Pillow loads its plugins when it needs them.
+# What a process does that runs code, or that writes: names of audit events.
 RUNS = (
-    "exec", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen", "pickle.find_class",
+    "exec", "import", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "ctypes.dlopen",
+    "pickle.find_class",
 )  # fmt: skip
 WRITES = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.symlink", "os.link", "os.chmod", "os.truncate")
-WRITING = ("w", "a", "x", "+")
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def sicken(folder: Path, count: int, seed: int) -> dict[int, str]:
@@ -43,7 +48,10 @@ def sicken(folder: Path, count: int, seed: int) -> dict[int, str]:
         # The first of a shard gives others their names; next to the last of one a cut would reach into its end.
         i = start + choices.randrange(1, EVERY - 1)
         make_ill, kind = kinds[number % len(kinds)]
-        make_ill(Sick(folder / f"{i // PER_SHARD:05}.tar", i % PER_SHARD))
+        sick = Sick(folder / f"{i // PER_SHARD:05}.tar", i % PER_SHARD)
+        make_ill(sick)
+        if make_ill is Sick.pickle:
+            overwrite(sick.shard, sick.json, PICKLE % os.fsencode(folder / RAN))
         ill[i] = kind
     return ill
 
@@ -54,7 +62,7 @@ def watch(allowed: Path, act: Callable[[str], None]) -> None:
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event in RUNS:
             act(f"{event} {arguments[:2]!r}")
-        writes = event in WRITES or (event == "open" and any(sign in str(arguments[1]) for sign in WRITING))
+        writes = event in WRITES or (event == "open" and arguments[2] & WRITING)
         if writes and allowed not in Path(str(arguments[0])).parents and Path(str(arguments[0])) != allowed:
             act(f"{event} {arguments[0]!r}")
 
@@ -62,7 +70,8 @@ def watch(allowed: Path, act: Callable[[str], None]) -> None:
 
 
 def read_all(folder: Path, seed: int, epochs: int, say: Say) -> None:
-    """Some epochs of the shards by threads, as training reads; says keys, faults, memory, and what was run or written."""
+    """Read some epochs as training does; says keys, faults, memory, and what was run or written."""
+    Image.init()  # loads plugins, which would be seen as code that is run
     told: list[str] = []
     before = status_mb("VmRSS")
     watch(folder / CACHE, told.append)
@@ -118,6 +127,8 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
         else:
             order.hold(now == before, f"{now} in the place of {before}")
     acts = [words[1] for words in said["ill"] if words[0] == "told"]
+    strange = {path.name for path in (folder / "ill").iterdir()} - {path.name for path in (folder / "good").iterdir()}
+    outside.hold(not strange, f"{sorted(strange)} is new")
     outside.hold(not [line for line in acts if line.split(" ")[0] not in RUNS], "; ".join(acts))
     code.hold(not [line for line in acts if line.split(" ")[0] in RUNS], "; ".join(acts))
     growth = float(next(words[1] for words in said["ill"] if words[0] == "memory"))

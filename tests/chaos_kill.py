@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -57,7 +58,9 @@ class Synced:
 
 def prepare(folder: Path) -> Path:
     """A run that has finished what comes before the two stages."""
-    in_child(lambda say: chaos_run.train(folder, ("clip",), steps=3, save_every_seconds=1e9), folder.with_suffix(".err"))
+    in_child(
+        lambda say: chaos_run.train(folder, ("clip",), steps=3, save_every_seconds=1e9), folder.with_suffix(".err")
+    )
     return folder
 
 
@@ -87,7 +90,7 @@ def uncut_run(start: Path, folder: Path, line: Line) -> Uncut:
         digest(folder / "model"),
         log_of(folder),
         sum(words == ["event"] for words in said) // len(commits),
-        median(after - before for before, after in zip(moments, moments[1:], strict=False)),
+        median(after - before for before, after in pairwise(moments)),
     )
 
 
@@ -147,7 +150,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     start = prepare(folder / "start")
     uncut = uncut_run(start, folder / "uncut", synced)
     kills, within, runs = 0, 0, 0
-    reached = {stage: 0 for stage in STAGES}
+    reached = dict.fromkeys(STAGES, 0)
     while kills < times:
         run = Path(shutil.copytree(start, folder / f"run{runs}"))
         runs, position, left = runs + 1, 0, []

@@ -16,8 +16,6 @@ MOST = 1.0  # MB that 1,000 steps may add
 SAVE_EVERY = 0.5  # seconds: what a save leaks shows, too
 
 
-
-
 def open_files() -> set[str]:
     found = set()
     for path in Path("/proc/self/fd").iterdir():
@@ -37,7 +35,7 @@ def watched(folder: Path, steps: int, say: Say) -> None:
         done += 1
         if done in (int(WARM * steps), steps - 1):
             gc.collect()
-            say(f"memory {status_mb("RssAnon")}")
+            say(f"memory {status_mb('RssAnon')}")
             say(f"files {'|'.join(sorted(open_files()))}")
 
     register_optimizer_step_post_hook(after_step)
@@ -55,7 +53,9 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     after = Line("no file is left open after a stage")
     steps = times // 2
     in_child(lambda say: chaos_run.train(folder / "run", ("clip",), steps=3), folder / "prepare.err")
-    said = [line.split(" ", 1) for line in in_child(lambda say: watched(folder / "run", steps, say), folder / "run.err")]
+    said = [
+        line.split(" ", 1) for line in in_child(lambda say: watched(folder / "run", steps, say), folder / "run.err")
+    ]
     values = {word: [rest for kind, rest in said if kind == word] for word in ("memory", "files", "closed")}
     for number, stage in enumerate(STAGES):
         first, last = (float(text) for text in values["memory"][2 * number : 2 * number + 2])

@@ -68,11 +68,6 @@ def log_of(folder: Path) -> list[dict[str, object]]:
     return [without_times(json.loads(line)) for line in lines]
 
 
-def leftovers(folder: Path) -> list[str]:
-    """What an interrupted save leaves in a run's folder."""
-    return sorted(path.name for path in folder.iterdir() if path.suffix in (".new", ".old"))
-
-
 FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree")
 ASIDE = (".new", ".old")  # how the names end of what a save writes aside, and of what it replaces
 

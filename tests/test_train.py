@@ -409,7 +409,7 @@ def test_a_checkpoint_of_another_version_is_named(
     folder = copied(snapshots, "clip", tmp_path / "run") / "checkpoint"
     (folder / "training.json").write_text(text)
     sums = {path.name: sha256(path) for path in folder.iterdir() if path.name != "manifest.json"}
-    (folder / "manifest.json").write_text(json.dumps(sums))
+    (folder / "manifest.json").write_text(json.dumps(sums, indent=2) + "\n")
     with pytest.raises(CorruptModel, match=r"checkpoint/training\.json is of another version"):
         Run(tmp_path / "run", "tiny")
 

@@ -44,7 +44,7 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
 def sign(folder: Path) -> None:
     """Make the manifest fit whatever the files are now."""
     sums = {path.name: sha256(path) for path in folder.iterdir() if path.name != MANIFEST}
-    (folder / MANIFEST).write_text(json.dumps(sums))
+    (folder / MANIFEST).write_text(json.dumps(sums, indent=2) + "\n")
 
 
 # round trips
@@ -147,6 +147,16 @@ def test_every_bit_of_the_weights_counts(folder: Path) -> None:
 def test_a_damaged_manifest(folder: Path, text: str, message: str) -> None:
     (folder / MANIFEST).write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(CorruptModel, match=message):
+        from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text[:-1], lambda text: text + "\n", lambda text: text.replace(" ", "")]
+)
+def test_a_manifest_that_only_json_takes_for_the_same(folder: Path, change: Callable[[str], str]) -> None:
+    path = folder / MANIFEST
+    path.write_text(change(path.read_text()))
+    with pytest.raises(CorruptModel, match=r"manifest\.json is corrupt: it is not as it was written"):
         from_pretrained(folder)
 
 
