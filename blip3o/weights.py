@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,12 +51,14 @@ __all__ = [
     "check_replaceable",
     "commit_folder",
     "convert",
+    "flush",
     "from_pretrained",
     "load_model",
     "local_folder",
     "read_tensors",
     "save_model",
     "save_pretrained",
+    "settle",
     "sha256",
     "staging",
     "uses_pipeline",
@@ -89,27 +91,47 @@ def check_replaceable(folder: Path) -> None:
         raise FileExistsError(f"{folder} exists and has no {MANIFEST}: it is not replaced by a model folder")
 
 
-def commit_folder(staged: Path, folder: Path) -> None:
-    """Write the manifest of `staged`, flush it all to disk, and rename it to `folder`, replacing what is there."""
+def commit_folder(staged: Path, folder: Path, sums: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of `staged`, flush it all to disk, and rename it to `folder`, replacing what is there.
+
+    sums   SHA-256 sums of files that another process has written and flushed
+    """
     check_replaceable(folder)
+    known = dict(sums or {})
     files = sorted(path for path in staged.iterdir() if path.is_file())
-    (staged / MANIFEST).write_bytes(_manifest({path.name: sha256(path) for path in files}).encode())
+    found = {path.name: known.get(path.name) or sha256(path) for path in files}
+    (staged / MANIFEST).write_text(_manifest(found), encoding="utf-8")
     for path in [*staged.iterdir(), staged]:
-        _flush(path)
+        if path.name not in known:
+            flush(path)
     old = folder.with_name(folder.name + ".old")
     if folder.exists():  # if not, what is at `old` may be all there is: a writer was killed between its two renames
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     staged.rename(folder)
-    _flush(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _manifest(sums: dict[str, str]) -> str:
+def settle(folder: Path) -> None:
+    """Clear up after a writer that was killed: what it left half written goes, what it had put aside comes back.
+
+    Only for a folder that nobody is writing to.
+    """
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)
+    if not folder.exists() and (old / MANIFEST).exists():
+        old.rename(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _manifest(sums: Mapping[str, str]) -> str:
     return json.dumps(sums, indent=2) + "\n"
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the content of a file, or the names in a folder, written to the disk."""
     if path.is_dir() and os.name != "posix":
         return  # only there can a folder be opened
     descriptor = os.open(path, os.O_RDONLY)
@@ -119,8 +141,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_folder(folder: Path, *needed: str) -> Path:
+def check_folder(folder: Path, *needed: str, share: tuple[int, int] = (0, 1)) -> Path:
     """Where the files of `folder` are, every one of them with the sum that the manifest says.
+
+    share   (i, n): compute the sums of every n-th file alone, from the i-th on; n processes together do them all
 
     That is `folder`, or NAME.old where its writer is, or was killed, between its two renames. Raises FileNotFoundError,
     or CorruptModel, also where the manifest lacks one of the `needed` files.
@@ -128,7 +152,7 @@ def check_folder(folder: Path, *needed: str) -> Path:
     before = None
     while True:
         place = _standing(folder)
-        manifest, problem = _examine(place, needed)
+        manifest, problem = _examine(place, needed, share)
         if problem is None:
             return place
         if (place, manifest) == before:
@@ -138,7 +162,7 @@ def check_folder(folder: Path, *needed: str) -> Path:
             folder = folder.with_suffix("")  # it was between its two renames, and has come to its end
 
 
-def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | None]:
+def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> tuple[str, Exception | None]:
     """The content of a folder's manifest, and the first thing that is wrong."""
     path, text = folder / MANIFEST, ""
     if not folder.exists():
@@ -152,17 +176,19 @@ def _examine(folder: Path, needed: tuple[str, ...]) -> tuple[str, Exception | No
         return text, CorruptModel(f"{path} is not readable JSON")
     if not isinstance(sums, dict):
         return text, CorruptModel(f"{path} must map file names to SHA-256 sums")
-    for name in sorted({*sums, *needed}):
+    for number, name in enumerate(sorted({*sums, *needed})):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
             return text, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
         file = folder / name
         if name not in sums:
             return text, CorruptModel(f"{file} has no sum in {MANIFEST}")
         try:
-            if sha256(file) != sums[name]:
+            if number % share[1] == share[0] and sha256(file) != sums[name]:
                 return text, CorruptModel(f"{file} is corrupt: its SHA-256 sum is not the manifest's")
         except FileNotFoundError:
             return text, CorruptModel(f"{file} is missing")
+        except OSError as error:
+            return text, CorruptModel(f"{file} cannot be read: {error}")
     if text != _manifest(sums):  # it has no sum of its own, and JSON forgives a cut end or a name that comes twice
         return text, CorruptModel(f"{path} is corrupt: it is not as it was written")
     return text, None
