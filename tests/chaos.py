@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shutil
 import sys
 import tempfile
 import time
@@ -38,17 +39,22 @@ def main() -> int:
         parser.error(f"rows must be of {', '.join(ROWS)}, got {', '.join(unknown)}")
     if options.times is not None and options.times < 1:
         parser.error(f"--times must be at least 1, got {options.times}")
-    chaos_run.prepare()
     broken = []
-    for row in options.rows or ROWS:
-        unit, times, few = ROWS[row]
-        times = options.times or (few if options.short else times)
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-            lines = importlib.import_module(f"chaos_{row}").measure(times, options.seed, Path(folder))
-        name = f"{row}: {times:,} {unit}, seed {options.seed}, {time.monotonic() - start:.0f} s"
-        print(table(name, lines), flush=True)
-        broken += [row] * (not all(line.kept for line in lines))
+    with tempfile.TemporaryDirectory(prefix="chaos-") as name:
+        place = Path(name)
+        chaos_run.prepare(place / "begun")
+        for row in options.rows or ROWS:
+            unit, times, few = ROWS[row]
+            times = options.times or (few if options.short else times)
+            start = time.monotonic()
+            (place / row).mkdir()
+            lines = importlib.import_module(f"chaos_{row}").measure(times, options.seed, place / row)
+            shutil.rmtree(place / row)
+            print(
+                table(f"{row}: {times:,} {unit}, seed {options.seed}, {time.monotonic() - start:.1f} s", lines),
+                flush=True,
+            )
+            broken += [row] * (not all(line.kept for line in lines))
     print(f"\n{'broken: ' + ', '.join(broken) if broken else 'every promise kept'}")
     return 1 if broken else 0
 

@@ -56,14 +56,6 @@ class Synced:
         return [path.name for path, now in found if self.states.get((now.st_dev, now.st_ino)) != now.st_mtime_ns]
 
 
-def prepare(folder: Path) -> Path:
-    """A run that has finished what comes before the two stages."""
-    in_child(
-        lambda say: chaos_run.train(folder, ("clip",), steps=3, save_every_seconds=1e9), folder.with_suffix(".err")
-    )
-    return folder
-
-
 def uncut_run(start: Path, folder: Path, line: Line) -> Uncut:
     """Train without a kill; `line`: whether each save was on disk before it was renamed."""
     shutil.copytree(start, folder)
@@ -94,10 +86,11 @@ def uncut_run(start: Path, folder: Path, line: Line) -> Uncut:
     )
 
 
-def killed_in(folder: Path, uncut: Uncut, choices: random.Random, errors: Path) -> tuple[Child, list[str]]:
+def go_on(folder: Path, uncut: Uncut, choices: random.Random | None, errors: Path) -> tuple[Child, list[str]]:
     """Go on with the run in a process that is killed: at a file operation of a save, a moment after a save began, or at
-    any moment; or that comes to its end before. Returns it and what it said."""
-    way = choices.choices(("operation", "inside", "any"), (5, 3, 2))[0]
+    any moment; or that comes to its end before, as it does without `choices`. Returns it and what it said."""
+    way = choices.choices(("operation", "inside", "any"), (5, 3, 2))[0] if choices else "none"
+    choices = choices or random.Random()
     deadly = choices.randint(1, AHEAD * uncut.events) if way == "operation" else 0
     save = choices.randint(1, 2 * AHEAD) if way == "inside" else 0  # a save commits two folders
     wait = choices.uniform(0, uncut.seconds / 4 if way == "inside" else AHEAD * uncut.seconds)
@@ -131,7 +124,7 @@ def killed_in(folder: Path, uncut: Uncut, choices: random.Random, errors: Path) 
     if way == "inside":
         while heard.count("begins") < save and (line := child.hear()) is not None:
             heard.append(line)
-    if way != "operation":
+    if way in ("inside", "any"):
         if way == "any" and choices.random() < 0.8:  # else while it starts
             heard += filter(None, [child.hear()])
         time.sleep(wait)
@@ -147,7 +140,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     clean = Line("what a kill left behind is gone at the next start")
     synced = Line("all that a save wrote is on disk before it is renamed")
     inside = Line("at least half of the kills came inside a save")
-    start = prepare(folder / "start")
+    start = chaos_run.begun(folder / "start")
     uncut = uncut_run(start, folder / "uncut", synced)
     kills, within, runs = 0, 0, 0
     reached = dict.fromkeys(STAGES, 0)
@@ -155,7 +148,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
         run = Path(shutil.copytree(start, folder / f"run{runs}"))
         runs, position, left = runs + 1, 0, []
         while True:
-            child, said = killed_in(run, uncut, choices, folder / "killed.err")
+            child, said = go_on(run, uncut, choices if kills < times else None, folder / "killed.err")
             for words in (line.split(" ") for line in said):
                 if words[0] == "left" and left:
                     clean.hold(words == ["left", ""], f"{', '.join(words[1:])} after a start, before {left}")

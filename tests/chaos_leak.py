@@ -52,10 +52,8 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     files = Line("no file is opened and left open while it trains")
     after = Line("no file is left open after a stage")
     steps = times // 2
-    in_child(lambda say: chaos_run.train(folder / "run", ("clip",), steps=3), folder / "prepare.err")
-    said = [
-        line.split(" ", 1) for line in in_child(lambda say: watched(folder / "run", steps, say), folder / "run.err")
-    ]
+    run = chaos_run.begun(folder / "run")
+    said = [line.split(" ", 1) for line in in_child(lambda say: watched(run, steps, say), folder / "run.err")]
     values = {word: [rest for kind, rest in said if kind == word] for word in ("memory", "files", "closed")}
     for number, stage in enumerate(STAGES):
         first, last = (float(text) for text in values["memory"][2 * number : 2 * number + 2])

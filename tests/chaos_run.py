@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,27 @@ from blip3o.train.run import Run
 from blip3o.weights import MANIFEST
 
 STAGES = ("understanding", "generation")  # the paper's two; clip has come before
-TIMES = ("seconds", "samples_per_second")  # what two runs of the same thing may differ in
+TIMES = ("seconds", "samples_per_second", "waiting")  # what two runs of the same thing may differ in
 RECIPES: dict[str, Recipe] = {}
+_clip = Path()
 
 
-def prepare() -> None:
-    """Make the preset known, and torch of one thread, so that it can be forked."""
+def prepare(folder: Path) -> None:
+    """Make the preset known, and torch ready to be forked: one thread, and all loaded that training loads late.
+
+    folder   gets a run that has finished what comes before the two stages; `begun` copies it
+    """
+    global _clip
     torch.set_num_threads(1)
     RECIPES.update(register(pytest.MonkeyPatch()))
+    with redirect_stderr(StringIO()):
+        train(folder, ("clip",), steps=3, save_every_seconds=1e9)
+    _clip = folder
+
+
+def begun(folder: Path) -> Path:
+    """A run of its own, which is about to begin with the first of the two stages."""
+    return Path(shutil.copytree(_clip, folder))
 
 
 def train(folder: Path, stages: tuple[str, ...], *, steps: int, save_every_seconds: float = 0.0) -> None:
