@@ -21,9 +21,9 @@ from chaos_table import table
 # What is done how often, and how often in the short form. chaos_<row>.py measures it.
 ROWS = {
     "kill": ("kills", 100, 8),
-    "corrupt": ("corruptions", 10_000, 300),
+    "corrupt": ("corruptions", 10_000, 250),
     "data": ("samples", 4_000, 400),
-    "leak": ("steps", 10_000, 600),
+    "leak": ("steps", 10_000, 300),
 }
 
 
