@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from blip3o import flow, generate
 from blip3o.flow import TIMESTEPS
 from blip3o.model import Blip3o
-from blip3o.train.loop import descend, optimizer_for
+from blip3o.train.optimizer import descend, optimizer_for
 from blip3o.train.recipe import Recipe
 from blip3o.train.stages import generation_loss, understanding_loss
 
@@ -289,7 +289,7 @@ class Trainer:
         vectors = [x for x in self.parameters.values() if x.dim() < 2]
         groups = [{"params": matrices, "weight_decay": self.recipe.weight_decay}]
         groups.append({"params": vectors, "weight_decay": 0.0})
-        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=(0.9, 0.98))
+        return torch.optim.AdamW(groups, lr=self.recipe.learning_rate, betas=self.recipe.betas)
 
     def forward(self) -> tuple[Tensor, ...]:
         device = next(iter(self.parameters.values())).device.type
@@ -300,7 +300,8 @@ class Trainer:
     def step(self, optimizer: torch.optim.AdamW) -> None:
         loss = self.forward()
         if self.native:
-            descend(loss[0], optimizer, self.recipe.clip_norm)
+            loss[0].backward()
+            descend(optimizer, loss[0].item(), self.recipe.clip_norm)
             return
         loss[0].backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip_norm)

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o.flow import draw_sigma
 from blip3o.layers import keep_casts
-from blip3o.train.recipe import RECIPES
+from blip3o.train.recipe_files import load_recipe
 
 STAGES = ("understanding", "generation")
 # Of a gradient whose every number is a sum of many products; plain torch's two plans differ from each other as much.
@@ -63,7 +63,9 @@ class Contest:
     def __init__(self, preset: str, stage: str, dtype: str, device: str = "cpu") -> None:
         self.preset, self.stage, self.dtype, self.device = preset, stage, dtype, device
         self.sizes = SIZES[device, preset]
-        self.recipe = replace(RECIPES["nano"][stage], learning_rate=1e-6)  # the weights stay what was checked
+        self.recipe = replace(
+            load_recipe("nano").stages[stage], learning_rate=1e-6
+        )  # the weights stay what was checked
         self.model, self.network = end_to_end.build(preset, torch.float32, device)
         trained = ("llm.", "image_projector.") if stage == "understanding" else ("dit.", "queries")
         self.model.requires_grad_(False)

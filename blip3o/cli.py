@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from blip3o.train.recipe import STAGES
-
 DEMO = Path("runs/demo")
 NANO_SCALE = 8  # of pictures of 32 pixels
 BENCHES = ("ops", "model", "training")
@@ -24,27 +22,23 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def demo(arguments: argparse.Namespace) -> None:
     from blip3o.demo import demo
 
-    metrics = demo(arguments.out, arguments.preset)
+    metrics = demo(arguments.out, arguments.recipe)
     print(scores_table(metrics))
     print(f"open {arguments.out / 'report.html'}; pictures in {arguments.out / 'samples.png'}")
 
 
 def train(arguments: argparse.Namespace) -> None:
-    from blip3o.train.recipe import recipe
+    from blip3o.train.recipe_files import load_recipe
     from blip3o.train.run import Run
 
-    overrides = {}
-    for item in arguments.overrides:
-        name, separator, value = item.partition("=")
-        if not separator:
-            raise ValueError(f"overrides are written field=value, got {item!r}")
-        overrides[name] = value
-    stages = [arguments.stage] if arguments.stage else STAGES
-    recipes = {stage: recipe(arguments.preset, stage, overrides) for stage in stages}
-    run = Run(arguments.out, arguments.preset)
-    for stage in stages:
-        run.run_stage(stage, recipes[stage])
-    print(f"model in {arguments.out / 'model'}")
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.stage not in (None, *recipe.stages):
+        raise ValueError(f"stage must be one of {', '.join(recipe.stages)}, got {arguments.stage!r}")
+    folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
+    run = Run(folder, recipe.model)
+    for stage in [arguments.stage] if arguments.stage else recipe.stages:
+        run.run_stage(stage, recipe.stages[stage])
+    print(f"model in {folder / 'model'}")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -223,15 +217,20 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("demo", help="train nano from scratch, examine it, write a report")
-    command.add_argument("--preset", default="nano")
+    command.add_argument("recipe", nargs="?", default="nano", help="as of `train` (default: %(default)s)")
     command.add_argument("--out", type=Path, default=DEMO, help="folder of the run (default: %(default)s)")
     command.set_defaults(run=demo)
 
-    command = commands.add_parser("train", help="train one stage, or all of them in order")
-    command.add_argument("--preset", default="nano")
-    command.add_argument("--stage", help=f"one of {', '.join(STAGES)} (default: all)")
-    command.add_argument("--out", type=Path, default=Path("runs/nano"), help="folder of the run (default: %(default)s)")
-    command.add_argument("overrides", nargs="*", metavar="field=value", help="changes to the recipe, such as steps=100")
+    command = commands.add_parser("train", help="train one stage of a recipe, or all of them in order")
+    command.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a recipe that comes along: nano")
+    command.add_argument("--stage", help="one of the recipe's (default: all)")
+    command.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the recipe: generation.steps=100, or seed=3 for all",
+    )
     command.set_defaults(run=train)
 
     model = Parser(add_help=False)
@@ -318,7 +317,12 @@ def add_shards(actions: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (arguments.command != "train" or any(item.startswith("-") for item in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option, which argparse does not take for the same list
+        arguments.overrides += rest
     with warnings.catch_warnings():
         warnings.showwarning = tell
         try:

@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,7 +12,8 @@ from blip3o.data import scenes, text
 from blip3o.evaluate import exam, report, scores
 from blip3o.evaluate.samples import Drawings, samples_png
 from blip3o.train.loop import BFLOAT16_PRODUCTS
-from blip3o.train.recipe import STAGES, recipe
+from blip3o.train.recipe import STAGES
+from blip3o.train.recipe_files import load_recipe
 from blip3o.train.run import Run, fingerprint
 from blip3o_kernels import OPS, explain
 
@@ -22,13 +22,16 @@ QUESTIONS = 400  # of each type
 SHOWN = 4  # prompts of each category in the pictures
 
 
-def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[str, object]:
-    """Train `preset` in `folder` through all stages, or go on where it was left; judge it; write samples.png,
-    report.html and metrics.json beside the model folder. Returns the content of metrics.json."""
-    recipes = {stage: recipe(preset, stage) for stage in STAGES}
-    run = Run(folder, preset)
-    for stage in STAGES:
-        run.run_stage(stage, recipes[stage], say)
+def demo(folder: Path, place: str | Path, say: Callable[[str], None] = print) -> dict[str, object]:
+    """Train by the recipe at `place` in `folder` through all stages, or go on where it was left; judge it; write
+    samples.png, report.html and metrics.json beside the model folder. Returns the content of metrics.json."""
+    recipe = load_recipe(place)
+    missing = [stage for stage in STAGES if stage not in recipe.stages]
+    if missing:
+        raise ValueError(f"recipe must train all stages for a demo, but {place} has no stage {missing[0]}")
+    run = Run(folder, recipe.model)
+    for stage, chosen in recipe.stages.items():
+        run.run_stage(stage, chosen, say)
     model = run.model
     say("examining: drawings of unseen prompts, questions on unseen pictures")
     drawn = exam.draw_prompts(model, "report", PROMPTS)
@@ -49,7 +52,7 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
     report.report_html(
         folder / "report.html",
         report.Report(
-            title=f"BLIP3-o {preset}",
+            title=f"BLIP3-o {recipe.model}",
             summary="Trained from scratch, stage by stage, on pictures of coloured shapes; then examined on prompts "
             "and pictures it has never seen.",
             metrics=metrics,
@@ -59,7 +62,7 @@ def demo(folder: Path, preset: str, say: Callable[[str], None] = print) -> dict[
             choices=tuple(choices()),
             configuration={
                 "model": to_dict(model.config),
-                "recipes": {stage: asdict(recipes[stage]) for stage in STAGES},
+                "recipes": {stage: chosen.plain() for stage, chosen in recipe.stages.items()},
             },
             versions={
                 "python": platform.python_version(),

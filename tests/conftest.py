@@ -29,13 +29,15 @@ from blip3o.model import Blip3o
 from blip3o.presets import PRESETS, preset
 from blip3o.processor import Processor
 from blip3o.train import loop, run, stages
-from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
+from blip3o.train.recipe import STAGES, Recipe
+from blip3o.train.recipe_files import load_recipe
 from blip3o.weights import save_pretrained
 
 if TYPE_CHECKING:
     from parity import World
 
 ROOT = Path(__file__).parents[1]
+TINY = Path(__file__).with_name("tiny.toml")  # nano's recipe in a few steps
 
 
 def narrow(config: Blip3oConfig) -> Blip3oConfig:
@@ -57,16 +59,9 @@ def narrow(config: Blip3oConfig) -> Blip3oConfig:
 
 
 def register(patch: pytest.MonkeyPatch) -> dict[str, Recipe]:
-    """Makes the preset "tiny" and its recipes known, and returns these; every step is logged, answers are short."""
-    recipes = {
-        stage: replace(
-            recipe("nano", stage), steps=10, batch_size=8, pictures=64, warmup_steps=2,
-            draws_per_prompt=2 if stage == "generation" else 1, turns=2,
-        )
-        for stage in STAGES
-    }  # fmt: skip
+    """Makes the preset "tiny" known, and returns its stages' recipes; every step is logged, answers are short."""
+    recipes = load_recipe(TINY).stages
     patch.setitem(PRESETS, "tiny", narrow(preset("nano")))
-    patch.setitem(RECIPES, "tiny", recipes)
     patch.setattr(loop, "LOG_EVERY", 1)
     patch.setattr(stages, "STATISTICS", 64)
     patch.setattr(run, "FINGERPRINT_QUESTIONS", 4)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 from blip3o import cli, doctor, generate
@@ -105,7 +106,7 @@ def test_evaluate(
 def test_train_in_two_goes(
     tiny: dict[str, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = ("--preset", "tiny", "--out", tmp_path, "steps=3")
+    shared = (TINY, "--out", tmp_path, "steps=3")
     assert run("train", "--stage", "clip", *shared) == 0
     assert capsys.readouterr().out == f"model in {tmp_path / 'model'}\n"
     assert run("train", *shared) == 0
@@ -113,7 +114,7 @@ def test_train_in_two_goes(
     assert out[0].startswith("stage clip is finished") and out[-1] == f"model in {tmp_path / 'model'}"
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["stage"] for row in rows] == [stage for stage in STAGES for _ in range(3)]
-    assert run("train", "--preset", "tiny", "--out", tmp_path, "steps=4") == 2
+    assert run("train", TINY, "steps=4", "--out", tmp_path) == 2
     message = f"{tmp_path} was begun with another recipe of stage clip: steps was 3, now 4"
     assert capsys.readouterr().err == f"blip3o: {message}\n"
 
@@ -159,16 +160,17 @@ def test_doctor_ends_in_status_2_where_the_machine_is_unsound(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["demo", "--preset", "7b"], "preset must be one that has recipes (nano), got '7b'"),
-        (["demo", "--preset", "8b"], "preset must be one that has recipes (nano), got '8b'"),
-        (["train", "--preset", "7b"], "preset must be one that has recipes (nano), got '7b'"),
-        (["train", "--stage", "dream"], "stage must be one of clip, understanding, generation, decoder, got 'dream'"),
-        (["train", "colour=3"], "field must be one of steps,"),
-        (["train", "steps"], "overrides are written field=value, got 'steps'"),
-        (["train", "steps=many"], "steps must be of type int, got 'many'"),
-        (["train", "steps=0"], "steps must be at least 1, got 0"),
-        (["train", "learning_rate=nan"], "learning_rate and clip_norm must be positive, got nan"),
-        (["train", "--stage", "understanding"], "stage understanding needs stage clip first"),
+        (["demo", "7b"], "recipe must be a TOML file or one of"),
+        (["train", "7b"], "recipe must be a TOML file or one of"),
+        (["train", "nano", "model=7b"], "name must be one of ['4b', '8b', 'nano'], got '7b'"),
+        (["train", "none.toml"], "No such file or directory: 'none.toml'"),
+        (["train", "nano", "--stage", "dream"], "stage must be one of clip, understanding, generation, decoder, got"),
+        (["train", "nano", "colour=3"], "unknown key 'colour': expected one of steps,"),
+        (["train", "nano", "step=3"], "unknown key 'step': did you mean 'steps'?"),
+        (["train", "nano", "steps"], "overrides are written key=value, got 'steps'"),
+        (["train", "nano", "steps=many"], "steps must be of type int, got 'many'"),
+        (["train", "nano", "clip.steps=0"], "stage clip: steps must be at least 1, got 0"),
+        (["train", "nano", "--stage", "understanding"], "stage understanding needs stage clip first"),
     ],
 )
 def test_mistakes_in_training(
@@ -254,6 +256,9 @@ def test_a_missing_or_corrupt_model(
         (["ask", "picture.png"], "the following arguments are required: question"),
         (["evaluate", "--part", "all"], "argument --part: invalid choice: 'all'"),
         (["doctor", "--colour"], "unrecognized arguments: --colour"),
+        (["doctor", "steps=3"], "unrecognized arguments: steps=3"),
+        (["train"], "the following arguments are required: RECIPE"),
+        (["train", "nano", "--preset", "nano"], "unrecognized arguments: --preset"),
     ],
 )
 def test_mistakes_in_the_arguments(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +277,7 @@ def test_a_loss_that_is_no_number(
     tiny: dict[str, Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages.F, "mse_loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
-    assert run("train", "--preset", "tiny", "--stage", "clip", "--out", tmp_path) == 2
+    assert run("train", TINY, "--stage", "clip", "--out", tmp_path) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("blip3o: stage clip: step 0 was not applied, its loss is nan")
 
@@ -340,7 +345,7 @@ def steps_logged(folder: Path) -> int:
 
 
 def test_ctrl_c_ends_training_in_status_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    command = ("train", "--stage", "clip", "--out", tmp_path, "steps=100000", "batch_size=2", "warmup_steps=10")
+    command = ("train", "nano", "--stage", "clip", "--out", tmp_path, "clip.steps=100000", "clip.batch_size=2")
     stopped = 0
     for _ in range(2):
         process, deadline = launch(*command), time.monotonic() + 300
@@ -376,5 +381,5 @@ def test_ctrl_c_elsewhere(
 def test_overrides_reach_the_recipe(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Recipe] = []
     monkeypatch.setattr(loop, "train", lambda stage, **_: seen.append(stage.recipe))
-    assert run("train", "--preset", "tiny", "--stage", "clip", "--out", tmp_path, "steps=7", "seed=5") == 0
+    assert run("train", TINY, "clip.steps=7", "--stage", "clip", "--out", tmp_path, "seed=5") == 0
     assert seen == [replace(tiny["clip"], steps=7, seed=5)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 
 from blip3o import cli, demo, generate
@@ -32,7 +33,7 @@ def small(tiny: dict[str, Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, snapshots: Path
 ) -> None:
-    assert cli.main(["demo", "--preset", "tiny", "--out", str(tmp_path)]) == 0
+    assert cli.main(["demo", str(TINY), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "generation.overall" in out and str(tmp_path / "report.html") in out and str(tmp_path / "samples.png") in out
     files = {"model", "checkpoint", "log.jsonl", "samples.png", "report.html", "metrics.json"}
@@ -65,7 +66,7 @@ def test_demo(
     # once more: nothing is trained, the same is found
     monkeypatch.setattr("blip3o.train.loop.train", None)
     told: list[str] = []
-    again = demo.demo(tmp_path, "tiny", told.append)
+    again = demo.demo(tmp_path, TINY, told.append)
     assert again == metrics
     assert [line.split(" (")[0] for line in told[:4]] == [f"stage {stage} is finished" for stage in STAGES]
 
@@ -79,7 +80,7 @@ def test_ctrl_c_while_examining_costs_the_exam_alone(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    command = ["demo", "--preset", "tiny", "--out", str(folder)]
+    command = ["demo", str(TINY), "--out", str(folder)]
     monkeypatch.setattr("blip3o.train.loop.train", None)
     with monkeypatch.context() as patch:
         patch.setattr(exam, "answer_questions", interrupted)
@@ -102,15 +103,20 @@ def test_a_language_model_that_moved_is_told(tmp_path: Path, monkeypatch: pytest
                 self.model.llm.norm.weight[0] += 1e-6
 
     monkeypatch.setattr(demo.Run, "run_stage", moving)
-    assert demo.demo(folder, "tiny", lambda _: None)["understanding_unchanged"] is False
+    assert demo.demo(folder, TINY, lambda _: None)["understanding_unchanged"] is False
     assert "<strong>not the same</strong>" in (folder / "report.html").read_text()
 
 
-def test_an_unknown_preset_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_without_a_demo_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo, "Run", None)
-    for preset in ("7b", "8b"):
-        with pytest.raises(ValueError, match=rf"preset must be one that has recipes \(nano\), got '{preset}'"):
-            demo.demo(tmp_path / "run", preset)
+    with pytest.raises(ValueError, match=r"recipe must be a TOML file or one of .*, got '7b'"):
+        demo.demo(tmp_path / "run", "7b")
+    short = tmp_path / "short.toml"
+    short.write_text(TINY.read_text().partition("[generation]")[0])
+    with pytest.raises(ValueError, match=r"recipe must train all stages for a demo, but .* has no stage generation"):
+        demo.demo(tmp_path / "run", short)
     assert not (tmp_path / "run").exists()
 
 

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from blip3o.model import Blip3o
 from blip3o.presets import PRESETS
 from blip3o.train import loop, stages
-from blip3o.train.loop import Interrupted, NonFiniteLoss, learning_rate, optimizer_for, rewind_log
-from blip3o.train.recipe import RECIPES, STAGES, Recipe, recipe
+from blip3o.train.batch import Batch, Stage, ahead, micro_batches
+from blip3o.train.loop import Interrupted, NonFiniteLoss, rewind_log
+from blip3o.train.optimizer import learning_rate, optimizer_for
+from blip3o.train.recipe import STAGES, Recipe
 from blip3o.train.run import Run, differences, fingerprint, only_writer
 from blip3o.weights import CorruptModel, check_folder, from_pretrained, sha256
 
@@ -34,7 +36,7 @@ STAGE_CLASSES: dict[str, type] = {
     "generation": stages.GenerationStage,
     "decoder": stages.DecoderStage,
 }
-TIMES = ("seconds", "samples_per_second")  # what two runs of the same thing may differ in
+TIMES = ("seconds", "samples_per_second", "waiting")  # what two runs of the same thing may differ in
 
 
 def quiet(_: str) -> None:
@@ -72,21 +74,39 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @contextmanager
-def at_step(stage: str, step: int, act: Callable[[], object]) -> Iterator[None]:
-    """Do something in the midst of a stage's step."""
+def with_loss(stage: str, step: int, change: Callable[[Stage, Tensor], Tensor]) -> Iterator[None]:
+    """Another loss in one step of a stage. Batches are made ahead, so the step's own are marked when they are made."""
     kind = STAGE_CLASSES[stage]
-    loss = kind.loss
+    batch, loss = kind.batch, kind.loss
+    marked: list[Batch] = []
 
-    def acting(self: loop.Stage, number: int) -> tuple[Tensor, dict[str, float]]:
+    def marking(self: Stage, number: int, rows: range) -> Batch:
+        made = batch(self, number, rows)
         if number == step:
-            act()
-        return loss(self, number)
+            marked.append(made)
+        return made
 
-    kind.loss = acting
+    def changed(self: Stage, made: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        value, more = loss(self, made)
+        return (change(self, value) if any(made is one for one in marked) else value), more
+
+    kind.batch, kind.loss = marking, changed
     try:
         yield
     finally:
-        kind.loss = loss
+        kind.batch, kind.loss = batch, loss
+
+
+@contextmanager
+def at_step(stage: str, step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Do something in the midst of a stage's step."""
+
+    def acting(_: Stage, loss: Tensor) -> Tensor:
+        act()
+        return loss
+
+    with with_loss(stage, step, acting):
+        yield
 
 
 def interrupt() -> None:
@@ -250,7 +270,7 @@ CHILD = """
     from conftest import narrow
     from blip3o.presets import PRESETS, preset
     from blip3o.train import loop, stages
-    from blip3o.train.recipe import Recipe
+    from blip3o.train.recipe import ClipRecipe
     from blip3o.train.run import Run
 
     torch.set_num_threads(1)
@@ -486,19 +506,15 @@ def test_a_loss_that_is_no_number_changes_nothing(
     tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshots: Path, poison: str
 ) -> None:
     monkeypatch.setitem(loop.train.__kwdefaults__, "save_every_seconds", 0.0)
-    run, loss = Run(tmp_path, "tiny"), stages.ClipStage.loss
+    run = Run(tmp_path, "tiny")
     before: dict[str, Tensor] = {}
 
-    def poisoned(self: stages.ClipStage, step: int) -> tuple[Tensor, dict[str, float]]:
-        value, extra = loss(self, step)
-        if step == 4:
-            before.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
-            zero = next(self.model.clip.parameters()).sum() * 0
-            value = value * float("nan") if poison == "nan" else value + zero.sqrt()
-        return value, extra
+    def poisoned(self: Stage, loss: Tensor) -> Tensor:
+        before.update({name: tensor.clone() for name, tensor in run.model.state_dict().items()})
+        zero = next(self.model.clip.parameters()).sum() * 0
+        return loss * float("nan") if poison == "nan" else loss + zero.sqrt()
 
-    with monkeypatch.context() as patch:
-        patch.setattr(stages.ClipStage, "loss", poisoned)
+    with with_loss("clip", 4, poisoned):
         with pytest.raises(
             NonFiniteLoss, match=r"stage clip: step 4 was not applied, its loss is .*, its gradient norm"
         ):
@@ -572,35 +588,66 @@ def test_log_rows(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.M
         assert row["samples_per_second"] == pytest.approx(8 * steps / span, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": 7, "draws_per_prompt": 2}, r"batch_size must be a multiple of draws_per_prompt \(2\), got 7"),
-        ({"condition_drop": 1.0}, r"condition_drop must be in \[0, 1\), got 1.0"),
-        ({"pooled_drop": -0.1}, r"pooled_drop must be in \[0, 1\), got -0.1"),
-        ({"unnamed": float("nan")}, r"unnamed must be in \[0, 1\), got nan"),
-        ({"learning_rate": 0.0}, "learning_rate and clip_norm must be positive, got 0.0"),
-        ({"learning_rate": float("nan")}, "learning_rate and clip_norm must be positive, got nan"),
-        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
-        ({"final_learning_rate": -1e-3}, "final_learning_rate must not be negative, got -0.001"),
-        ({"weight_decay": float("nan")}, "weight_decay must not be negative, got nan"),
-    ],
-)
-def test_wrong_recipes_are_named(tiny: dict[str, Recipe], change: dict[str, float], message: str) -> None:
+# batches, and their parts
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("understanding", 4), ("generation", 4), ("decoder", 8)])
+def test_accumulation_equals_the_large_batch(
+    tiny: dict[str, Recipe], tmp_path: Path, snapshots: Path, stage: str, parts: int
+) -> None:
+    """Whatever its parts weigh: the same losses, but for the rounding of sums in another order."""
+    before = STAGES[STAGES.index(stage) - 1]
+    found = []
+    for accumulate in (1, parts):
+        folder = copied(snapshots, before, tmp_path / str(accumulate))
+        train(folder, {stage: replace(tiny[stage], accumulate=accumulate)}, stage)
+        found.append([row for row in log_of(folder) if row["stage"] == stage])
+    for whole, taken_apart in zip(*found, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert taken_apart[name] == pytest.approx(whole[name], rel=2e-4), (whole, taken_apart)
+
+
+def test_the_parts_of_a_batch_are_its_rows(tiny: dict[str, Recipe], snapshots: Path) -> None:
+    """Of every tensor, in every stage: joined, what processes and micro-batches get is the whole batch."""
+    run = Run(snapshots / "decoder", "tiny")
+    for name in STAGES[1:]:
+        stage = run._stage(name, replace(tiny[name], accumulate=2))
+        for step in range(8):
+            whole = stage.batch(step, range(8))
+            parts = [stage.batch(step, rows) for rank in range(2) for rows in micro_batches(stage, rank, 2)]
+            assert sum(part.weight for part in parts) == whole.weight
+            assert [one for part in parts for one in part.ids] == whole.ids
+            for key, tensor in whole.tensors().items():
+                own = [part.tensors()[key] for part in parts if key in part.tensors()]
+                assert torch.equal(torch.cat(own), tensor), (name, step, key)
+    run.model.requires_grad_(True)
+
+
+def test_what_stays_together_is_not_taken_apart(tiny: dict[str, Recipe], tmp_path: Path, snapshots: Path) -> None:
+    run = Run(copied(snapshots, "understanding", tmp_path / "run"), "tiny")
+    message = r"batch_size of stage generation must be a multiple of 1 processes x accumulate 3 x 2 rows .*, got 8"
     with pytest.raises(ValueError, match=message):
-        replace(tiny["clip"], **change)  # type: ignore[arg-type]
+        run.run_stage("generation", replace(tiny["generation"], accumulate=3), quiet)
+    with pytest.raises(ValueError, match="accumulate must be 1 on one process in stage clip, whose loss compares"):
+        Run(tmp_path / "clip", "tiny").run_stage("clip", replace(tiny["clip"], accumulate=2), quiet)
 
 
-def test_overrides() -> None:
-    changed = recipe("nano", "clip", {"steps": "7", "learning_rate": "1e-4"})
-    assert changed == replace(RECIPES["nano"]["clip"], steps=7, learning_rate=1e-4)
-    for arguments, message in (
-        (("8b", "clip"), r"preset must be one that has recipes \(nano\), got '8b'"),
-        (("nano", "dream"), "stage must be one of clip, understanding, generation, decoder, got 'dream'"),
-        (("nano", "clip", {"colour": "1"}), "field must be one of steps, .*; got 'colour'"),
-        (("nano", "clip", {"steps": "1.5"}), "steps must be of type int, got '1.5'"),
-        (("nano", "clip", {"learning_rate": "fast"}), "learning_rate must be of type float, got 'fast'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            recipe(*arguments)  # type: ignore[arg-type]
+def test_the_next_batch_is_made_meanwhile() -> None:
+    """In one thread, one step ahead and no more; what it raises arrives when the step does."""
+    made: list[int] = []
+
+    def make(step: int) -> int:
+        assert threading.current_thread() is not threading.main_thread()
+        made.append(step)
+        if step == 5:
+            raise OSError("the shard is gone")
+        time.sleep(0.02)
+        return step * step
+
+    with pytest.raises(OSError, match="the shard is gone"), ahead(make, range(3, 9)) as batches:
+        for step, square in batches:
+            assert square == step * step
+            time.sleep(0.1)
+            assert made == list(range(3, step + 2))
+    assert made == [3, 4, 5] and 0.01 < batches.waiting < 0.08
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("batches")]

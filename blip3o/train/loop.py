@@ -1,4 +1,4 @@
-"""The training loop. One serves every stage: a stage says what to train and what the loss of step k is, no more.
+"""The training loop. One serves every stage: a stage says what to train, its batches and their loss, no more.
 
 The batch of step k is a function of (seed, k) alone, so a run that was stopped goes on with the very batches it would
 have had: its state is the weights, the optimiser's moments and one integer.
@@ -13,35 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from blip3o.layers import keep_casts
+from blip3o.train.batch import Batch, Stage, ahead, micro_batches
+from blip3o.train.optimizer import descend, learning_rate, optimizer_for
 from blip3o.train.recipe import Recipe
 
 LOG_EVERY = 10  # steps
 # Whether the chip has tiles for products of bfloat16: on a Xeon with AMX they are 4 to 9 times as fast as float32 at
 # nano's sizes. Without them products stay in float32, the faster one of the two in a try-out on Zen 4.
 BFLOAT16_PRODUCTS: bool = torch.cpu._is_amx_tile_supported()
-
-
-class Stage(Protocol):
-    """What the loop asks of a stage."""
-
-    name: str
-    recipe: Recipe
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that the optimiser moves, by name."""
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """The scalar loss of step `step`'s batch, and what else to log."""
-
-    def finish(self) -> None:
-        """What is to be done once after the last step, before the model is saved."""
 
 
 class Interrupted(Exception):
@@ -56,36 +40,9 @@ class NonFiniteLoss(ArithmeticError):
     """The loss or the gradient became infinite or NaN; the step was not applied."""
 
 
-def optimizer_for(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; matrices decay, gains and biases do not. `fused` is one C++ loop over all parameters."""
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
-    """One step of the optimiser down the gradient of `loss`, clipped; returns the gradient's norm before that.
-
-    Raises NonFiniteLoss, and changes no weight, if the loss or the gradient is infinite or NaN.
-    """
-    loss.backward()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
-    if not math.isfinite(loss.item() + norm):
-        raise NonFiniteLoss(f"its loss is {loss.item()}, its gradient norm {norm}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine from `learning_rate` to `final_learning_rate` at the last step."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return recipe.final_learning_rate + (recipe.learning_rate - recipe.final_learning_rate) * cosine
+def uses_bfloat16(recipe: Recipe) -> bool:
+    """Whether products are of bfloat16; weights, moments and norms are float32 all the same."""
+    return BFLOAT16_PRODUCTS if recipe.dtype == "auto" else recipe.dtype == "bfloat16"
 
 
 @contextmanager
@@ -143,43 +100,54 @@ def train(
 ) -> None:
     """Run `stage` from the step that `restore` returns to its recipe's last.
 
-    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second and
-             seconds; lines of steps that have to be done again are dropped
+    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second,
+             waiting (share of the time that the loop waited for batches) and seconds; lines of steps that have to be
+             done again are dropped
     save     called with the optimiser and the number of finished steps: now and then, at a stop, and at the end
     restore  loads what `save` wrote into the optimiser and returns the number of finished steps
 
     Raises Interrupted after a clean stop, NonFiniteLoss before a step that would have poisoned the weights.
     """
     recipe = stage.recipe
-    parameters = stage.trainable()
-    optimizer = optimizer_for(parameters, recipe)
+    parts = micro_batches(stage)
+    optimizer = optimizer_for(stage.trainable(), recipe)
     start = logged_step = restore(optimizer)
     began = saved = logged = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     rewind_log(log, stage.name, start)
     bar = tqdm(total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True)
-    with _stop_requests() as stop_asked, log.open("a") as lines, bar, keep_casts():
-        for step in range(start, recipe.steps):
+
+    def make(step: int) -> list[Batch]:
+        return [stage.batch(step, rows) for rows in parts]
+
+    with (
+        _stop_requests() as stop_asked, log.open("a") as lines, bar, keep_casts(),
+        ahead(make, range(start, recipe.steps)) as batches,
+    ):  # fmt: skip
+        for step, micro in batches:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=BFLOAT16_PRODUCTS):
-                loss, extra = stage.loss(step)
-            try:
-                norm = descend(loss, optimizer, recipe.clip_norm)
-            except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"stage {stage.name}: step {step} was not applied, {error}") from None
+            sums = gradients(stage, micro)
+            loss = sums["loss"]
+            norm = descend(optimizer, loss, recipe.clip_norm)
+            if not math.isfinite(loss + norm):
+                raise NonFiniteLoss(
+                    f"stage {stage.name}: step {step} was not applied, its loss is {loss}, its gradient norm {norm}"
+                )
             bar.update()
             now = time.perf_counter()
             if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
-                rate = recipe.batch_size * (step + 1 - logged_step) / max(now - logged, 1e-9)
+                steps, seconds = step + 1 - logged_step, max(now - logged, 1e-9)
+                rate = recipe.batch_size * steps / seconds
                 row = {
-                    "stage": stage.name, "step": step + 1, "loss": loss.item(), **extra, "grad_norm": norm,
-                    "learning_rate": learning_rate(recipe, step), "samples_per_second": rate, "seconds": now - began,
+                    "stage": stage.name, "step": step + 1, **sums, "grad_norm": norm,
+                    "learning_rate": learning_rate(recipe, step), "samples_per_second": rate,
+                    "waiting": batches.waiting / seconds, "seconds": now - began,
                 }  # fmt: skip
                 lines.write(json.dumps(row) + "\n")
                 lines.flush()
-                bar.set_postfix_str(f"loss {loss.item():.3f}  {rate:.0f} samples/s")
-                logged, logged_step = now, step + 1
+                bar.set_postfix_str(f"loss {loss:.3f}  {rate:.0f} samples/s")
+                logged, logged_step, batches.waiting = now, step + 1, 0.0
             if step + 1 == recipe.steps:
                 stage.finish()
             if stop_asked() or now - saved > save_every_seconds or step + 1 == recipe.steps:
@@ -187,3 +155,18 @@ def train(
                 saved = time.perf_counter()
             if stop_asked():
                 raise Interrupted(stage.name, step + 1)
+
+
+def gradients(stage: Stage, batches: list[Batch]) -> dict[str, float]:
+    """Add up the gradients of a step's micro-batches: of the sum of their losses over the sum of their weights, which
+    is what the whole batch would give. Returns the loss, and what else the stage logs, of the step."""
+    weight = sum(batch.weight for batch in batches)
+    found: dict[str, float] = {}
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(stage.recipe)):
+            loss, more = stage.loss(batch)
+        mean = loss / weight
+        mean.backward()
+        for name, value in {"loss": mean.detach(), **{name: x / weight for name, x in more.items()}}.items():
+            found[name] = found.get(name, 0.0) + value.float().item()
+    return found

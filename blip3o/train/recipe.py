@@ -1,62 +1,38 @@
-"""Recipes: everything about a training stage that is a number. One complete literal per preset and stage."""
+"""Recipes: everything about a training run that is a choice. One TOML file is one run: see `recipe_files.py`."""
 
-import dataclasses
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
-STAGES = ("clip", "understanding", "generation", "decoder")  # the paper's order; the decoder needs the CLIP tower only
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How one stage is trained.
+    """How one stage is trained: what every stage has.
 
     steps, batch_size     optimiser steps, and samples in each (pictures; for generation, drawings)
+    accumulate            micro-batches of a step, one after the other: less memory, the same gradient
     learning_rate         peak; linear warm-up over `warmup_steps`, then a cosine down to `final_learning_rate`
     weight_decay          on matrices only; gains, biases and embeddings-like vectors are not decayed
+    betas                 AdamW's
     clip_norm             largest gradient norm
-    pictures              size of each feature bank that stages after CLIP draw from: frozen features, computed once
-    draws_per_prompt      generation: noises drawn for each prompt, which share one pass of the language model
-    condition_drop        generation: share of prompts whose condition is zeroed, for guidance
-    pooled_drop           generation: share of prompts whose pooled condition is zeroed while its tokens stay: through
-                          the pooled one the network would rather learn pairs of colour and shape by heart
-    unnamed               generation, decoder: share of the batch that shows objects in colours without a name, so that
-                          colour and shape come in all combinations; such a picture is its own prompt
-    feature_noise         decoder: deviation of the noise added to features, which makes it forgive a generator's errors
-    turns                 understanding: questions about each picture
+    dtype                 of products: "float32", "bfloat16", or "auto": bfloat16 where the chip multiplies it in tiles
     seed                  every sample, noise and initial weight of the stage is a function of it and the step
     """
 
     steps: int
     batch_size: int
+    accumulate: int = 1
     learning_rate: float
     final_learning_rate: float
     warmup_steps: int
     weight_decay: float
+    betas: tuple[float, float]
     clip_norm: float
-    pictures: int
-    draws_per_prompt: int
-    condition_drop: float
-    pooled_drop: float
-    unnamed: float
-    feature_noise: float
-    turns: int
+    dtype: Literal["auto", "float32", "bfloat16"]
     seed: int
 
-    def unnamed_of(self, count: int) -> int:
-        """How many of `count` pictures show colours without a name; never all of them."""
-        return min(round(self.unnamed * count), count - 1)
-
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "pictures", "draws_per_prompt", "turns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size % self.draws_per_prompt:
-            raise ValueError(
-                f"batch_size must be a multiple of draws_per_prompt ({self.draws_per_prompt}), got {self.batch_size}"
-            )
-        for name in ("condition_drop", "pooled_drop", "unnamed"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        self._at_least_one("steps", "batch_size", "accumulate")
         if not (self.learning_rate > 0 and self.clip_norm > 0):  # so that NaN is refused too
             raise ValueError(
                 f"learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}"
@@ -64,49 +40,117 @@ class Recipe:
         for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {list(self.betas)}")
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as JSON holds it."""
+        found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return found
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def _shares(self, *names: str) -> None:
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
 
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "nano": {
-        "clip": Recipe(
-            steps=800, batch_size=128, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.05, clip_norm=1.0, pictures=1, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
-            unnamed=0.0, feature_noise=0.0, turns=1, seed=1,
-        ),
-        "understanding": Recipe(
-            steps=5000, batch_size=32, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.05, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
-            unnamed=0.0, feature_noise=0.0, turns=3, seed=2,
-        ),
-        "generation": Recipe(
-            steps=5000, batch_size=256, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=100,
-            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=4, condition_drop=0.1, pooled_drop=0.5,
-            unnamed=0.25, feature_noise=0.0, turns=1, seed=3,
-        ),
-        "decoder": Recipe(
-            steps=1500, batch_size=64, learning_rate=2e-3, final_learning_rate=2e-5, warmup_steps=50,
-            weight_decay=0.01, clip_norm=1.0, pictures=32768, draws_per_prompt=1, condition_drop=0.0, pooled_drop=0.0,
-            unnamed=0.5, feature_noise=0.1, turns=1, seed=4,
-        ),
-    },
-}  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class ClipRecipe(Recipe):
+    """Contrastive image-text learning on nano's world: no choices of its own."""
 
 
-def recipe(preset: str, stage: str, overrides: dict[str, str] | None = None) -> Recipe:
-    """The recipe of a preset's stage, with `field=value` overrides parsed to the field's type."""
-    if preset not in RECIPES:
-        raise ValueError(f"preset must be one that has recipes ({', '.join(RECIPES)}), got {preset!r}")
-    if stage not in RECIPES[preset]:
-        raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {stage!r}")
-    chosen = RECIPES[preset][stage]
-    types = {field.name: type(getattr(chosen, field.name)) for field in dataclasses.fields(chosen)}
-    changes = {}
-    for name, text in (overrides or {}).items():
-        if name not in types or types[name] not in (int, float):
-            known = ", ".join(field for field, kind in types.items() if kind in (int, float))
-            raise ValueError(f"field must be one of {known}; got {name!r}")
-        try:
-            changes[name] = types[name](text)
-        except ValueError:
-            raise ValueError(f"{name} must be of type {types[name].__name__}, got {text!r}") from None
-    return dataclasses.replace(chosen, **changes)
+@dataclass(frozen=True, kw_only=True)
+class UnderstandingRecipe(Recipe):
+    """Understanding on nano's world.
+
+    pictures              size of the feature bank that batches are drawn from: frozen features, computed once
+    turns                 questions about each picture
+    """
+
+    pictures: int
+    turns: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("pictures", "turns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRecipe(Recipe):
+    """Generation on nano's world.
+
+    pictures              size of the feature bank that batches are drawn from: frozen features, computed once
+    draws_per_prompt      noises drawn for each prompt, which share one pass of the language model
+    condition_drop        share of prompts whose condition is zeroed, for guidance
+    pooled_drop           share of prompts whose pooled condition is zeroed while its tokens stay: through the pooled
+                          one the network would rather learn pairs of colour and shape by heart
+    unnamed               share of the batch that shows objects in colours without a name, so that colour and shape come
+                          in all combinations; such a picture is its own prompt
+    """
+
+    pictures: int
+    draws_per_prompt: int
+    condition_drop: float
+    pooled_drop: float
+    unnamed: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("pictures", "draws_per_prompt")
+        if self.batch_size % self.draws_per_prompt:
+            raise ValueError(
+                f"batch_size must be a multiple of draws_per_prompt ({self.draws_per_prompt}), got {self.batch_size}"
+            )
+        self._shares("condition_drop", "pooled_drop", "unnamed")
+
+    def unnamed_of(self, count: int) -> int:
+        """How many of `count` pictures show colours without a name; never all of them."""
+        return min(round(self.unnamed * count), count - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderRecipe(Recipe):
+    """The visual decoder on nano's world.
+
+    pictures              size of the feature bank that batches are drawn from: frozen features, computed once
+    unnamed               share of the batch that shows objects in colours without a name
+    feature_noise         deviation of the noise added to features, which makes it forgive a generator's errors
+    """
+
+    pictures: int
+    unnamed: float
+    feature_noise: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("pictures")
+        self._shares("unnamed")
+        if not self.feature_noise >= 0:
+            raise ValueError(f"feature_noise must not be negative, got {self.feature_noise}")
+
+    def unnamed_of(self, count: int) -> int:
+        """How many of `count` pictures show colours without a name; never all of them."""
+        return min(round(self.unnamed * count), count - 1)
+
+
+# What a stage's table may hold, in the paper's order of the stages; the decoder needs the CLIP tower only.
+KINDS: dict[str, type[Recipe]] = {
+    "clip": ClipRecipe,
+    "understanding": UnderstandingRecipe,
+    "generation": GenerationRecipe,
+    "decoder": DecoderRecipe,
+}
+STAGES = tuple(KINDS)
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """One run: a preset's name, and how each of its stages is trained, in their order."""
+
+    model: str
+    stages: dict[str, Recipe]

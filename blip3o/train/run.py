@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +23,8 @@ from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
-from blip3o.train.recipe import STAGES, Recipe
+from blip3o.train.batch import Stage
+from blip3o.train.recipe import STAGES, ClipRecipe, DecoderRecipe, GenerationRecipe, Recipe, UnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
 from blip3o.weights import (
     CorruptModel,
@@ -140,7 +140,7 @@ class Run:
         """
         if name not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
-        changes = differences(self.recipes.get(name, asdict(recipe)), asdict(recipe))
+        changes = differences(self.recipes.get(name, recipe.plain()), recipe.plain())
         if changes:
             raise ValueError(f"{self.folder} was begun with another recipe of stage {name}: {', '.join(changes)}")
         if name in self.finished:
@@ -155,7 +155,7 @@ class Run:
 
         def save(optimizer: torch.optim.Optimizer, step: int) -> None:
             self.stage, self.step, self.seconds = name, step, time.perf_counter() - began
-            self.recipes[name] = asdict(recipe)
+            self.recipes[name] = recipe.plain()
             if step == recipe.steps:
                 self.finished[name], self.stage, self.step = self.seconds, "", 0
                 if name == "understanding":
@@ -173,16 +173,22 @@ class Run:
             finally:
                 self.model.requires_grad_(True).eval()
 
-    def _stage(self, name: str, recipe: Recipe) -> loop.Stage:
-        if name == "clip":
-            return ClipStage(self.model, recipe)
-        if name == "understanding":
-            return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
-        kind = GenerationStage if name == "generation" else DecoderStage
-        unnamed = self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
-        return kind(self.model, recipe, self.bank(recipe.pictures), unnamed)
+    def _stage(self, name: str, recipe: Recipe) -> Stage:
+        match recipe:
+            case ClipRecipe():
+                return ClipStage(self.model, recipe)
+            case UnderstandingRecipe():
+                return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
+            case GenerationRecipe():
+                return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+            case DecoderRecipe():
+                return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+        raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
 
-    def _save(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> None:
+    def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
+        return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
+
+    def _save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         """The model folder first: were it last, a kill in between would leave it behind a finished run for good."""
         save_pretrained(self.model, self.processor, self.folder / "model")
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -201,7 +207,7 @@ class Run:
         (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         commit_folder(staged, self.checkpoint)
 
-    def _restore(self, stage: loop.Stage, optimizer: torch.optim.Optimizer) -> int:
+    def _restore(self, stage: Stage, optimizer: torch.optim.Optimizer) -> int:
         tensors = read_tensors(check_folder(self.checkpoint, STATE, TENSORS) / TENSORS)
         with torch.no_grad():
             for name, parameter in stage.trainable().items():

@@ -1,7 +1,7 @@
 """The four stages: what each one trains, on which batch, with which loss."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from blip3o.data import scenes, text
 from blip3o.flow import TIMESTEPS, draw_sigma, training_loss
 from blip3o.layers import linear_cross_entropy
 from blip3o.model import Blip3o
-from blip3o.train.recipe import Recipe
+from blip3o.train.batch import Batch, summed
+from blip3o.train.recipe import ClipRecipe, DecoderRecipe, GenerationRecipe, Recipe, UnderstandingRecipe
 
 CHUNK = 512  # pictures rendered and encoded at a time
 # Understanding's steps in turn: whether it is about pictures (else captions), and whether to describe (else to answer).
@@ -37,6 +38,7 @@ class FeatureBank:
         self, model: Blip3o, seed: int, count: int, sample: Callable[[int, Tensor], scenes.Scenes] = scenes.sample
     ) -> None:
         self.count = count
+        self.name = "scene" if sample is scenes.sample else "unnamed scene"
         self.scenes = sample(seed, torch.arange(count))
         self.features = torch.empty(count, model.config.feature_grid**2, model.config.clip.width)
         with torch.inference_mode():
@@ -51,6 +53,14 @@ def _generator(recipe: Recipe, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
 
 
+@dataclass(frozen=True)
+class ClipBatch(Batch):
+    """pictures [B, 3, S, S] in 0..1, their captions tokens [B, T]."""
+
+    pictures: Tensor
+    tokens: Tensor
+
+
 class ClipStage:
     """Contrastive image-text learning, with a linear head that must also redraw the picture from the pooled features.
 
@@ -60,8 +70,9 @@ class ClipStage:
 
     name = "clip"
 
-    def __init__(self, model: Blip3o, recipe: Recipe) -> None:
+    def __init__(self, model: Blip3o, recipe: ClipRecipe) -> None:
         self.model, self.recipe = model, recipe
+        self.unit = recipe.batch_size  # each caption is compared with every picture
         grid, side = model.config.feature_grid, model.config.clip.image_size
         self.cell = side // grid
         with torch.random.fork_rng(devices=[]):
@@ -72,28 +83,31 @@ class ClipStage:
         parameters = {f"clip.{name}": parameter for name, parameter in self.model.clip.named_parameters()}
         return parameters | {f"pixel_head.{name}": parameter for name, parameter in self.pixel_head.named_parameters()}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        index = step * self.recipe.batch_size + torch.arange(self.recipe.batch_size)
+    def batch(self, step: int, rows: range) -> ClipBatch:
+        index = step * self.recipe.batch_size + torch.arange(rows.start, rows.stop)
         batch = scenes.sample(self.recipe.seed, index)
         texts = text.captions(batch, self.recipe.seed, index)
-        pictures = scenes.render(batch)
+        return ClipBatch(1.0, [f"scene {i}" for i in index.tolist()], scenes.render(batch), texts.ids)
 
+    def loss(self, batch: ClipBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures, ids = batch.pictures, batch.tokens
         clip = self.model.clip
         tokens = clip.vision(self.model.normalize(pictures))
         image = clip.image_embedding(tokens)
-        caption = clip.text_embedding(texts.ids, texts.ids != text.PAD)
+        caption = clip.text_embedding(ids, ids != text.PAD)
         logits = clip.logit_scale.exp().clamp(max=100.0) * image @ caption.T
-        same = (texts.ids[:, None] == texts.ids[None]).all(-1).float()
+        same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(-1, keepdim=True)
         contrast = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
         grid = self.model.config.feature_grid
         pooled = self.model.pool(tokens)
         cells = pictures.unfold(2, self.cell, self.cell).unfold(3, self.cell, self.cell)  # [B, 3, g, g, cell, cell]
-        cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(len(index), grid * grid, -1)
+        cells = cells.permute(0, 2, 3, 1, 4, 5).reshape(len(ids), grid * grid, -1)
         pixels = F.mse_loss(self.pixel_head(pooled), (cells - 0.5) * 2)
-        accuracy = (logits.argmax(-1) == torch.arange(len(index))).float().mean().item()
-        return contrast + 10.0 * pixels, {"contrast": contrast.item(), "pixels": pixels.item(), "accuracy": accuracy}
+        accuracy = (logits.argmax(-1) == torch.arange(len(ids), device=ids.device)).float().mean()
+        logged = {"contrast": contrast.detach(), "pixels": pixels.detach(), "accuracy": accuracy}
+        return summed(contrast + 10.0 * pixels, batch.weight), logged
 
     def finish(self) -> None:
         """From here on features are standardised, by the statistics of STATISTICS pictures."""
@@ -110,12 +124,22 @@ def understanding_loss(model: Blip3o, ids: Tensor, targets: Tensor, features: Te
     return linear_cross_entropy(model.read(ids, features, asked), model.llm.output_weight, targets[asked])
 
 
+@dataclass(frozen=True)
+class UnderstandingBatch(Batch):
+    """tokens and targets [B, T], and what the pictures show, features [B, F, C]; None for texts about captions."""
+
+    tokens: Tensor
+    targets: Tensor
+    features: Tensor | None
+
+
 class UnderstandingStage:
     """The language model answers questions about pictures, read as CLIP features, and about captions, read as text."""
 
     name = "understanding"
+    unit = 1
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank) -> None:
+    def __init__(self, model: Blip3o, recipe: UnderstandingRecipe, bank: FeatureBank) -> None:
         self.model, self.recipe, self.bank = model, recipe, bank
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -125,7 +149,7 @@ class UnderstandingStage:
             if name.startswith(("llm.", "image_projector."))
         }
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def batch(self, step: int, rows: range) -> UnderstandingBatch:
         """One kind of conversation a step, in the order of PATTERN.
 
         What is asked of a picture can be asked of a text. Descriptions teach most of what a question needs, at every
@@ -145,9 +169,22 @@ class UnderstandingStage:
             nonce=NONCE,
             weights=torch.tensor(FIRST) if step < FIRST_SHARE * self.recipe.steps else None,
         )
-        features = self.bank.features[index] if pictures else None
-        loss = understanding_loss(self.model, batch.ids, batch.targets, features)
-        return loss, {}
+        each = size // self.recipe.batch_size  # conversations of a row
+        own = slice(rows.start * each, rows.stop * each)
+        targets = batch.targets[own]
+        return UnderstandingBatch(
+            float((targets != text.IGNORE).sum()),
+            [
+                f"conversation {i} about scene {j}"
+                for i, j in zip(number[own].tolist(), index[own].tolist(), strict=True)
+            ],
+            batch.ids[own],
+            targets,
+            self.bank.features[index[own]] if pictures else None,
+        )
+
+    def loss(self, batch: UnderstandingBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return summed(understanding_loss(self.model, batch.tokens, batch.targets, batch.features), batch.weight), {}
 
     def finish(self) -> None:
         pass
@@ -173,6 +210,21 @@ def generation_loss(
     return training_loss(model.config.flow, predict, x, noise, sigma)
 
 
+@dataclass(frozen=True)
+class GenerationBatch(Batch):
+    """P prompts, tokens and mask [P, T], of which the last may be pictures, seen [., F, C]; whether their condition is
+    kept, and the pooled one, bool [P]; x and noise [B, F, C] at noise levels sigma [B], B / P of each prompt."""
+
+    tokens: Tensor
+    mask: Tensor
+    seen: Tensor | None
+    kept: Tensor
+    pooled: Tensor
+    x: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+
 class GenerationStage:
     """The diffusion transformer and the queries learn to draw features from prompts; the language model is frozen.
 
@@ -184,8 +236,9 @@ class GenerationStage:
 
     name = "generation"
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
+    def __init__(self, model: Blip3o, recipe: GenerationRecipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
         self.model, self.recipe, self.bank, self.unnamed = model, recipe, bank, unnamed
+        self.unit = recipe.draws_per_prompt
         model.llm.requires_grad_(False)
         if model.image_projector is not None:
             model.image_projector.requires_grad_(False)
@@ -197,7 +250,7 @@ class GenerationStage:
             if name == "queries" or name.startswith("dit.")
         }
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def batch(self, step: int, rows: range) -> GenerationBatch:
         recipe, draws = self.recipe, self.recipe.draws_per_prompt
         generator = _generator(recipe, step)
         prompts = recipe.batch_size // draws
@@ -206,9 +259,12 @@ class GenerationStage:
         index = torch.randint(self.bank.count, (told,), generator=generator)
         said = text.captions(self.bank.scenes[index], recipe.seed, step * told + torch.arange(told))
         ids, mask = text.drawing_prompts(said)
-        x, seen = self.bank.features[index], None
+        x, seen = self.bank.features[index], self.bank.features[:0]
+        names = [f"{self.bank.name} {i}" for i in index.tolist()]
         if self.unnamed is not None and shown:
-            seen = self.unnamed.features[torch.randint(self.unnamed.count, (shown,), generator=generator)]
+            index = torch.randint(self.unnamed.count, (shown,), generator=generator)
+            seen = self.unnamed.features[index]
+            names += [f"{self.unnamed.name} {i}" for i in index.tolist()]
             x = torch.cat([x, seen])
             ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(seen.shape[1])] * shown))
         kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
@@ -216,10 +272,40 @@ class GenerationStage:
         x = x.repeat_interleave(draws, 0)
         noise = torch.randn(x.shape, generator=generator)
         sigma = draw_sigma(self.model.config.flow, len(x), generator)
-        return generation_loss(self.model, ids, mask, seen, kept, pooled, x, noise, sigma), {}
+        own, first, last = slice(rows.start, rows.stop), rows.start // draws, rows.stop // draws  # rows, prompts
+        seen = seen[max(0, first - told) : max(0, last - told)]
+        return GenerationBatch(
+            float(x[own].numel()),
+            names[first:last],
+            ids[first:last],
+            mask[first:last],
+            seen if len(seen) else None,
+            kept[first:last],
+            pooled[first:last],
+            x[own],
+            noise[own],
+            sigma[own],
+        )
+
+    def loss(self, batch: GenerationBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = generation_loss(
+            self.model, batch.tokens, batch.mask, batch.seen, batch.kept, batch.pooled, batch.x, batch.noise,
+            batch.sigma,
+        )  # fmt: skip
+        return summed(loss, batch.weight), {}
 
     def finish(self) -> None:
         pass
+
+
+@dataclass(frozen=True)
+class DecoderBatch(Batch):
+    """pictures [B, 3, S, S] in -1..1 and their noise, at noise levels sigma [B]; the features [B, F, C] they show."""
+
+    pictures: Tensor
+    noise: Tensor
+    sigma: Tensor
+    features: Tensor
 
 
 class DecoderStage:
@@ -229,11 +315,12 @@ class DecoderStage:
     """
 
     name = "decoder"
+    unit = 1
 
-    def __init__(self, model: Blip3o, recipe: Recipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
+    def __init__(self, model: Blip3o, recipe: DecoderRecipe, bank: FeatureBank, unnamed: FeatureBank | None) -> None:
         if model.decoder is None:
             raise ValueError(f"preset {model.config.name!r} has no visual decoder of its own to train")
-        self.decoder, self.recipe = model.decoder, recipe
+        self.model, self.decoder, self.recipe = model, model.decoder, recipe
         count = 0 if unnamed is None else recipe.unnamed_of(recipe.batch_size)
         self.banks = [(bank, recipe.batch_size - count)]  # and how much of a batch comes from each
         if unnamed is not None and count:
@@ -242,7 +329,7 @@ class DecoderStage:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {f"decoder.{name}": parameter for name, parameter in self.decoder.named_parameters()}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def batch(self, step: int, rows: range) -> DecoderBatch:
         recipe, decoder = self.recipe, self.decoder
         generator = _generator(recipe, step)
         drawn = [(bank, torch.randint(bank.count, (count,), generator=generator)) for bank, count in self.banks]
@@ -251,11 +338,18 @@ class DecoderStage:
         features = features + recipe.feature_noise * torch.randn(features.shape, generator=generator)
         noise = torch.randn(pictures.shape, generator=generator)
         sigma = draw_sigma(decoder.config.flow, len(pictures), generator)
+        own = slice(rows.start, rows.stop)
+        names = [f"{bank.name} {i}" for bank, index in drawn for i in index.tolist()]
+        return DecoderBatch(
+            float(pictures[own].numel()), names[own], pictures[own], noise[own], sigma[own], features[own]
+        )
 
+    def loss(self, batch: DecoderBatch) -> tuple[Tensor, dict[str, Tensor]]:
         def predict(noisy: Tensor, level: Tensor) -> Tensor:
-            return decoder(noisy, level * TIMESTEPS, features)
+            return self.decoder(noisy, level * TIMESTEPS, batch.features)
 
-        return training_loss(decoder.config.flow, predict, pictures, noise, sigma), {}
+        loss = training_loss(self.decoder.config.flow, predict, batch.pictures, batch.noise, batch.sigma)
+        return summed(loss, batch.weight), {}
 
     def finish(self) -> None:
         pass
