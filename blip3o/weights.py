@@ -168,7 +168,7 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
     if not folder.exists():
         return text, FileNotFoundError(f"model folder {folder} does not exist")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode()
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
         return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
@@ -189,8 +189,8 @@ def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> t
             return text, CorruptModel(f"{file} is missing")
         except OSError as error:
             return text, CorruptModel(f"{file} cannot be read: {error}")
-    if text != _manifest(sums):  # it has no sum of its own, and JSON forgives a cut end or a name that comes twice
-        return text, CorruptModel(f"{path} is corrupt: it is not as it was written")
+    if text != _manifest(sums):  # bytes were added, or a name stands there twice
+        return text, CorruptModel(f"{path} is not as it was written")
     return text, None
 
 

@@ -1,52 +1,162 @@
-"""Several processes: one large batch, however it is cut; agreement; and a clean end."""
+"""Several processes: they train as one does on one large batch, agree, and end together."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 from on_processes import ROWS, STAGES, on_processes, tiny_model
-from torch import nn
+from torch import Tensor, nn
 
-from blip3o.train import devices
+from blip3o.train.devices import Devices, Frozen, Parallel, start
+
+STEPS = 4
+WAYS: dict[int, tuple[tuple[Parallel, int, Frozen], ...]] = {  # by processes: parallel, accumulate, frozen
+    2: (("ddp", 1, "replicated"), ("ddp", 2, "replicated"), ("fsdp", 2, "sharded")),
+    4: (("ddp", 1, "replicated"), ("fsdp", 1, "replicated")),
+}
+Trained = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 def trained(
-    kind: str, parallel: devices.Parallel, steps: int, accumulate: int = 1, frozen: devices.Frozen = "replicated"
-) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms and, on rank 0, weights."""
+    devices: Devices, kind: str, accumulate: int = 1, frozen: Frozen = "replicated", dtype: torch.dtype | None = None,
+    compiled: bool = False,
+) -> Trained:  # fmt: skip
+    """The loss of each step, the norms of its gradients and, on rank 0, the weights after the last."""
     losses, norms = [], []
-    with devices.start(parallel, "cpu") as group:
-        stage = STAGES[kind](tiny_model())
-        loss_of = group.wrap(stage, frozen=frozen)
-        parameters = list(stage.trainable().values())
-        optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
-        for step in range(steps):
-            parts = [stage.batch(step, group.rows(ROWS, 1, accumulate, part)) for part in range(accumulate)]
-            (weight,) = group.sum(sum(batch.weight for batch in parts))
-            total = 0.0
-            for part, batch in enumerate(parts):
+    stage = STAGES[kind](tiny_model())
+    if compiled:
+        for block in stage.model.dit.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
+    loss_of = devices.wrap(stage, frozen=frozen, dtype=dtype)
+    parameters = list(stage.trainable().values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    mixed = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
+    for step in range(STEPS):
+        parts = [stage.batch(step, devices.rows(ROWS, 1, accumulate, part)) for part in range(accumulate)]
+        (weight,) = devices.sum(sum(batch.weight for batch in parts))
+        total = 0.0
+        for part, batch in enumerate(parts):
+            with mixed:
                 loss, _ = loss_of(batch, part == accumulate - 1)
-                (loss / weight).backward()
-                total += loss.item()
-            norms.append(group.clip(parameters, 1.0))
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(group.sum(total)[0] / weight)
-        weights = group.whole({name: parameter for name, parameter in stage.trainable().items()})
-    return losses, norms, weights
+            (loss / weight).backward()
+            total += loss.item()
+        norms.append(devices.clip(parameters, 1.0))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(devices.sum(total)[0] / weight)
+    return losses, norms, devices.whole(stage.trainable())
 
 
+def in_all_ways(kind: str, world: int) -> list[Trained]:
+    found = []
+    with start("ddp", "cpu") as devices:
+        for parallel, accumulate, frozen in WAYS[world]:
+            devices.parallel = parallel
+            found.append(trained(devices, kind, accumulate, frozen))
+    return found
+
+
+@pytest.fixture
+def alone(one_thread: None) -> Devices:
+    return Devices(0, 1, torch.device("cpu"), None, None)
+
+
+@pytest.mark.parametrize("world", WAYS)
 @pytest.mark.parametrize("kind", STAGES)
-def test_processes_train_as_one(kind: str, one_thread: None) -> None:
-    alone = trained(kind, "ddp", 5)
-    for world, parallel, accumulate, frozen in (
-        (2, "ddp", 1, "replicated"), (2, "ddp", 2, "replicated"), (2, "fsdp", 2, "sharded"), (4, "fsdp", 1, "replicated"),
-    ):
-        found = on_processes(world, trained, kind, parallel, 5, accumulate, frozen)
-        print(kind, world, parallel, accumulate, frozen)
-        for rank, (losses, norms, weights) in enumerate(found):
-            print([abs(a / b - 1) for a, b in zip(losses, alone[0])], [abs(a / b - 1) for a, b in zip(norms, alone[1])])
-            if rank == 0:
-                print(max((w - alone[2][n]).abs().max().item() for n, w in weights.items()))
+def test_processes_train_as_one(kind: str, world: int, alone: Devices) -> None:
+    """Also where one process has pictures and another has none, and where nobody has any."""
+    losses, norms, weights = trained(alone, kind)
+    for found in on_processes(world, in_all_ways, kind, world):
+        for other_losses, other_norms, other_weights in found:
+            assert other_losses == pytest.approx(losses, rel=1e-6)
+            assert other_norms == pytest.approx(norms, rel=1e-6)
+            for name, weight in other_weights.items():  # each is moved by up to 1e-3 a step
+                torch.testing.assert_close(weight, weights[name], rtol=0, atol=3e-4)
+
+
+def otherwise() -> tuple[Trained, Trained, list[float]]:
+    with start("fsdp", "cpu") as devices:
+        compiled = trained(devices, "generation", compiled=True)
+        rounded = trained(devices, "generation", dtype=torch.bfloat16)
+        norms = [spoiled(devices, parallel) for parallel in ("ddp", "fsdp")]
+    return compiled, rounded, norms
+
+
+def spoiled(devices: Devices, parallel: Parallel) -> float:
+    """The norm of the gradients when one process alone has a NaN."""
+    devices.parallel = parallel
+    stage = STAGES["generation"](tiny_model())
+    loss_of = devices.wrap(stage)
+    batch = stage.batch(0, devices.rows(ROWS))
+    assert batch.x is not None
+    if devices.rank == 1:
+        batch.x[0, 0, 0] = math.nan
+    loss_of(batch)[0].backward()
+    return devices.clip(list(stage.trainable().values()), 1.0)
+
+
+def test_compiled_blocks_bfloat16_and_a_nan_on_one_process(alone: Devices) -> None:
+    losses, _, _ = trained(alone, "generation")
+    for compiled, rounded, norms in on_processes(2, otherwise):
+        assert compiled[0] == pytest.approx(losses, rel=1e-6)
+        assert rounded[0] == pytest.approx(losses, rel=0.02)
+        assert rounded[0] != pytest.approx(losses, rel=1e-5)
+        assert all(math.isnan(norm) for norm in norms)
+
+
+def agreement() -> tuple[list[float], bool, bool, list[object], str]:
+    with start("ddp", "cpu") as devices:
+        rank = devices.rank
+        try:
+            devices.agree("seed", 7)
+            devices.agree("seed", [rank, "ü" * rank])
+        except ValueError as error:
+            return (
+                devices.sum(rank, 0.1),
+                devices.any(rank == 1),
+                devices.any(False),
+                devices.gather({"a": rank}),
+                str(error),
+            )
+    raise AssertionError("processes that differ agreed")
+
+
+def test_agreement() -> None:
+    for sums, some, none, gathered, message in on_processes(2, agreement):
+        assert (sums, some, none, gathered) == ([1.0, 0.2], True, False, [{"a": 0}, {"a": 1}])
+        assert message == "seed must be the same on all processes, got [0, ''] on rank 0, [1, 'ü'] on rank 1"
+
+
+def test_alone_every_call_is_the_plain_one(alone: Devices) -> None:
+    assert alone.sum(2, 0.1) == [2, 0.1] and alone.any(True) and not alone.any(False)
+    assert alone.gather({"a": None}) == [{"a": None}]
+    alone.agree("seed", 7)
+    alone.wait()
+    with start("fsdp", "cpu") as devices:
+        assert (devices.rank, devices.world, devices.parallel) == (0, 1, None)
+
+
+def test_rows_are_shared_out() -> None:
+    shared = [
+        row
+        for rank in range(3)
+        for part in range(2)
+        for row in Devices(rank, 3, torch.device("cpu"), "ddp", None).rows(24, 2, 2, part)
+    ]
+    assert shared == list(range(24))
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 12: 3 processes x 2 parts x 2 of 2 rows"):
+        Devices(0, 3, torch.device("cpu"), "ddp", None).rows(18, 2, 2)
+    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 6: 3 processes x 2 parts; got 8"):
+        Devices(0, 3, torch.device("cpu"), "ddp", None).rows(8, 1, 2)
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"parallel must be one of \('ddp', 'fsdp'\), got 'tp'"), start("tp"):  # type: ignore[arg-type]
+        pass
+    stage = STAGES["generation"](tiny_model())
+    stage.trainable = lambda: {"head.weight": nn.Parameter(torch.zeros(2))}  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"all that trains must be in the stage's model, got \['head.weight'\]"):
+        Devices(0, 2, torch.device("cpu"), "ddp", None).wrap(stage)

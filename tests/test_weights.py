@@ -150,13 +150,11 @@ def test_a_damaged_manifest(folder: Path, text: str, message: str) -> None:
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "change", [lambda text: text[:-1], lambda text: text + "\n", lambda text: text.replace(" ", "")]
-)
-def test_a_manifest_that_only_json_takes_for_the_same(folder: Path, change: Callable[[str], str]) -> None:
-    path = folder / MANIFEST
-    path.write_text(change(path.read_text()))
-    with pytest.raises(CorruptModel, match=r"manifest\.json is corrupt: it is not as it was written"):
+def test_bytes_behind_the_manifest(folder: Path) -> None:
+    """Which mean nothing to JSON, but were not written."""
+    with (folder / MANIFEST).open("a") as file:
+        file.write(" ")
+    with pytest.raises(CorruptModel, match=r"manifest\.json is not as it was written"):
         from_pretrained(folder)
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from blip3o.train.devices import Devices
@@ -83,7 +84,7 @@ class Checkpoint:
         held = {
             name: (list(entry.size), entry.properties.dtype)
             for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if name.partition(".")[0] in groups
+            if name.partition(".")[0] in groups and isinstance(entry, TensorStorageMetadata)
         }
         asked = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         if held != asked:
