@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from blip3o.train import loop
 from blip3o.train.recipe import Recipe
-from blip3o.train.run import Run
+from blip3o.train.run import STATE, Run
 from blip3o.weights import MANIFEST
 
 STAGES = ("understanding", "generation")  # the paper's two; clip has come before
@@ -31,14 +31,19 @@ RECIPES: dict[str, Recipe] = {}
 _clip = Path()
 
 
+def register_tiny() -> None:
+    """Make the preset known, and use one thread."""
+    torch.set_num_threads(1)
+    RECIPES.update(register(pytest.MonkeyPatch()))
+
+
 def prepare(folder: Path) -> None:
     """Make the preset known, and torch ready to be forked: one thread, and all loaded that training loads late.
 
     folder   gets a run that has finished what comes before the two stages; `begun` copies it
     """
     global _clip
-    torch.set_num_threads(1)
-    RECIPES.update(register(pytest.MonkeyPatch()))
+    register_tiny()
     with redirect_stderr(StringIO()):
         train(folder, ("clip",), steps=3, save_every_seconds=1e9)
     _clip = folder
@@ -122,3 +127,9 @@ def status_mb(field: str) -> float:
         if name == field:
             return int(value.split()[0]) * 1024 / 1e6
     raise ValueError(f"field must be a line of /proc/self/status, got {field!r}")
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """What a run's checkpoint says about its stages and steps."""
+    state: dict[str, Any] = json.loads((folder / "checkpoint" / STATE).read_text())
+    return state
