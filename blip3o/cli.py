@@ -142,9 +142,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def write_shards(arguments: argparse.Namespace) -> None:
-    from blip3o.data.shard_files import scene_samples, write_shards
+    from blip3o.data.scene_shards import scene_samples
+    from blip3o.data.shard_files import write_shards
 
-    samples = scene_samples(arguments.seed, arguments.samples, arguments.picture)
+    options = given(turns=arguments.turns, side=arguments.side)
+    samples = scene_samples(arguments.seed, arguments.samples, arguments.picture, **options)
     paths = write_shards(arguments.out, samples, arguments.per_shard)
     print(f"{arguments.out}: {arguments.samples} samples in {len(paths)} shards")
 
@@ -300,6 +302,8 @@ def add_shards(actions: Any) -> None:
     command.add_argument("--per-shard", type=int, default=500, help="samples of a shard (default: %(default)s)")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--picture", choices=("png", "jpg", "webp"), default="png", help="default: %(default)s")
+    command.add_argument("--side", type=int, help="of the pictures in pixels (default: as the world draws them, 32)")
+    command.add_argument("--turns", type=int, help="questions about each picture, in JSON (default: 3)")
     command.set_defaults(run=write_shards)
 
     places = Parser(add_help=False)

@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from blip3o_kernels import flow_interpolate, flow_loss, flow_step
+from blip3o_kernels import flow_interpolate, flow_loss, flow_step, flow_timesteps
 
 TIMESTEPS = 1000.0  # networks read sigma as a time in 0..1000, 1000 being pure noise
 SMALLEST_SIGMA = 1e-3  # the released schedule's last noise level; keeps the division by sigma finite
@@ -75,7 +75,28 @@ def training_loss(
 
     x, noise [B, ...]; sigma [B].
     """
-    x_sigma, velocity = flow_interpolate(x, noise, sigma)
+    return _error(flow, predict, x, *flow_interpolate(x, noise, sigma), sigma)
+
+
+def positioned_loss(
+    flow: FlowConfig, predict: Callable[[Tensor, Tensor], Tensor], x: Tensor, positions: Tensor, seed: int
+) -> Tensor:
+    """`training_loss` of x [B, ...] with noise and noise levels that each row draws by its position in the run, int64
+    [B]: they are the same however a batch is taken apart, and never stored."""
+    sigma = flow_timesteps(positions, seed, distribution=flow.sigma, mean=flow.sigma_mean, std=flow.sigma_std).clamp(
+        SMALLEST_SIGMA, 1.0
+    )
+    return _error(flow, predict, x, *flow_interpolate(x, None, sigma, seed=seed, positions=positions), sigma)
+
+
+def _error(
+    flow: FlowConfig,
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    x_sigma: Tensor,
+    velocity: Tensor,
+    sigma: Tensor,
+) -> Tensor:
     prediction = predict(x_sigma, sigma).to(x.dtype)  # autocast leaves it in bfloat16
     return flow_loss(prediction, velocity if flow.prediction == "velocity" else x)
 

@@ -108,6 +108,7 @@ class LlmAttention(nn.Module):
         cache: KvCache | None,
         block: int,
         asked: Tensor | None,
+        sequences: Tensor | None,
     ) -> Tensor:
         heads = (
             norm.before(self.qkv, x).view(batch, x.shape[0] // batch, -1, self.head_dim).transpose(1, 2)
@@ -119,8 +120,9 @@ class LlmAttention(nn.Module):
         elif value.requires_grad:
             value = value.clone()  # which is small; kept as a view it would keep the whole projection
         mixed = attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads
-        )
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_heads != self.num_kv_heads,
+            cu_seqlens_q=sequences,
+        )  # fmt: skip
         return project(_rows(mixed.transpose(1, 2).reshape(x.shape[0], -1), asked), self.out.weight)
 
 
@@ -156,12 +158,14 @@ class LlmBlock(nn.Module):
         cache: KvCache | None,
         block: int,
         asked: Tensor | None,
+        sequences: Tensor | None,
     ) -> Tensor:
         """x [B T, D], the tokens of `batch` rows one below the other: a linear layer's call is cheaper on a matrix.
 
         asked   rows of x, all if None; of the others only key and value are computed, and [asked, D] is returned.
         """
-        x = _rows(x, asked) + self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block, asked)
+        mixed = self.attention(x, self.attention_norm, batch, cos, sin, mask, cache, block, asked, sequences)
+        x = _rows(x, asked) + mixed
         return x + self.mlp(x, self.mlp_norm)
 
 
@@ -217,6 +221,7 @@ class Llm(nn.Module):
         mask: Tensor | None = None,
         cache: KvCache | None = None,
         asked: Tensor | None = None,
+        sequences: Tensor | None = None,
     ) -> Tensor:
         """embeddings [B, T, D] -> hidden states after the last norm [B, T, D], or [N, D] of the N tokens asked for.
 
@@ -227,6 +232,8 @@ class Llm(nn.Module):
         cache       keys and values of the tokens before these; these are added to it.
         asked       int64 [N], tokens counted through the batch (row * T + token): the last block computes no more of
                     the others than their keys and values.
+        sequences   int32 [N + 1], where each of N sequences that are packed into the one row begins, and T: attention
+                    keeps them apart. They need positions of their own, and neither mask nor cache.
         """
         batch, tokens, width = embeddings.shape
         if mask is not None and (mask.shape != (batch, tokens) or mask.dtype != torch.bool):
@@ -240,11 +247,14 @@ class Llm(nn.Module):
             raise ValueError(f"cache has room for {room} more tokens (capacity {cache.capacity}), got {tokens}")
         if cache is not None and cache.ended:
             raise ValueError("cache must be rewound: its last tokens needed a gradient and were not stored")
+        if sequences is not None and (batch != 1 or positions is None or mask is not None or cache is not None):
+            raise ValueError("sequences must come in a batch of 1, with positions, without mask and cache")
         cos, sin = self._rope_tables(embeddings, positions, mask, cache)
         visible = _visible(mask, cache, tokens)
         x = embeddings.reshape(batch * tokens, width)
         for index, block in enumerate(self.blocks):
-            x = block(x, batch, cos, sin, visible, cache, index, asked if index == len(self.blocks) - 1 else None)
+            last = index == len(self.blocks) - 1
+            x = block(x, batch, cos, sin, visible, cache, index, asked if last else None, sequences)
         if cache is not None:
             cache.ended = x.requires_grad
             cache.length += 0 if cache.ended else tokens

@@ -20,7 +20,7 @@ from blip3o import generate
 from blip3o.chat import LONGEST_ANSWER, stream
 from blip3o.flow import TIMESTEPS
 from blip3o.model import Blip3o
-from blip3o.processor import open_image, to_pil, to_tensor
+from blip3o.processor import Crop, open_image, square, to_pil
 from blip3o.qwen_processor import QwenProcessor, Side, Template
 from blip3o.unet_decoder import DECODER_GUIDANCE, DECODER_STEPS, UnetDecoder
 from blip3o.weights import Layout, local_folder
@@ -28,7 +28,6 @@ from blip3o.weights import Layout, local_folder
 GUIDANCE, STEPS = 3.0, 30  # as released
 DECODER = "diffusion-decoder"
 Output = Literal["pil", "pt", "np", "features"]
-Crop = Literal["squash", "center"]
 Seeds = int | Sequence[int]
 Callback = Callable[[str, int, float, Tensor], object]
 
@@ -269,7 +268,7 @@ class Pipeline:
         if isinstance(images, str | Image.Image | Tensor) or not isinstance(images, Sequence) or not len(images):
             found = f"a tensor {list(images.shape)}" if isinstance(images, Tensor) else repr(images)
             raise ValueError(f"images must be a list of pictures, at least one, got {found}")
-        pictures = [_square(open_image(image), self.model.config.clip.image_size, crop) for image in images]
+        pictures = [square(open_image(image), self.model.config.clip.image_size, crop) for image in images]
         return self.model.features(torch.stack(pictures).to(self.model.llm.output_weight))
 
     @torch.inference_mode()
@@ -348,15 +347,3 @@ def _generators(
     if len(found) != count:
         raise ValueError(f"{name} must be one for each of {count} pictures, got {len(found)}")
     return found
-
-
-def _square(image: Image.Image, side: int, crop: Crop) -> Tensor:
-    """float32 [3, S, S] in 0..1, resized bicubically."""
-    if crop == "center":
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
-    else:
-        image = image.resize((side, side), Image.Resampling.BICUBIC)
-    return to_tensor(image)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
@@ -14,6 +15,8 @@ from torch import Tensor
 from blip3o.data.shards import MAX_PIXELS, on_white
 from blip3o.data.words import EOS, SPECIAL, TOKEN, spaced
 
+Crop = Literal["squash", "center"]
+WIDEST = 4  # sides; of a longer picture the ends are left out before it is resized, or one row would fill the memory
 # What people write -> what the world says. Whole words, applied in this order after lower-casing.
 ALIASES: Mapping[str, str] = {
     "colou?rs?": "colour",
@@ -194,3 +197,22 @@ def to_pil(picture: Tensor) -> Image.Image:
         raise ValueError(f"picture must have shape [3, H, W], got {list(picture.shape)}")
     pixels = picture.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.frombytes("RGB", (picture.shape[2], picture.shape[1]), pixels.contiguous().numpy(force=True).tobytes())
+
+
+def square(image: Image.Image, side: int, crop: Crop) -> Tensor:
+    """An RGB image as float32 [3, S, S] in 0..1, resized bicubically: all of it ("squash") or its middle ("center")."""
+    if crop == "center":
+        short = min(image.size)
+        image = _middle(image, *(min(length, WIDEST * short) for length in image.size))
+        scale = side / short
+        width, height = (max(side, round(length * scale)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = _middle(image, side, side)
+    else:
+        image = image.resize((side, side), Image.Resampling.BICUBIC)
+    return to_tensor(image)
+
+
+def _middle(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

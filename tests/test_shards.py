@@ -20,9 +20,10 @@ from blip3o import cli
 from blip3o.data import scenes, shard_files, shard_index, shards, tar
 from blip3o.data.loading import FaultySample, Loader, TooManyFaults
 from blip3o.data.order import Order, permuted
-from blip3o.data.shard_files import scene_samples, write_shards
+from blip3o.data.scene_shards import scene_samples
+from blip3o.data.shard_files import write_shards
 from blip3o.data.shard_index import JSON, PICTURE, TEXT, IndexRebuilt
-from blip3o.data.shards import Sample, ShardChanged, Shards
+from blip3o.data.shards import Sample, ShardChanged, Shards, Wrong
 from blip3o.data.tar import BLOCK, Fault
 
 COUNT, PER_SHARD = 240, 100
@@ -39,9 +40,12 @@ def key_of(sample: Sample) -> str:
     return sample.key
 
 
-def keys(sources: list[Shards], n: int, **options: object) -> list[str]:
-    with Loader(sources, seed=3, threads=0, transform=key_of, **options) as loader:  # type: ignore[arg-type]
-        return [next(loader) for _ in range(n)]
+def keys(
+    sources: list[Shards], n: int, position: int = 0, rank: int = 0, world: int = 1, threads: int = 0, **options: object
+) -> list[str]:
+    """Of the next n samples of one process of `world`, from a position on."""
+    with Loader(sources, seed=3, threads=threads, prepare=key_of, **options) as loader:  # type: ignore[arg-type]
+        return loader.samples(range(position + rank, position + rank + n * world, world))
 
 
 # --- what is written is what is read ----------------------------------------------------------------------------------
@@ -146,36 +150,32 @@ def test_order_is_the_same_for_any_processes_and_any_cut(clean: Path) -> None:
             assert share == whole[cut + rank :: world][:2]
 
 
-def test_position_is_the_whole_state(clean: Path) -> None:
+def test_a_sample_is_a_function_of_its_position(clean: Path) -> None:
     source = Shards(clean)
-    with Loader([source], seed=3, threads=2, ahead=7, transform=key_of) as loader:
-        first = [next(loader) for _ in range(50)]
-        position = loader.position
-    assert position == 50
-    assert first + keys([source], 250, position=position) == keys([source], 300)
-    with Loader([source], seed=3, threads=3, ahead=7, transform=key_of, rank=1, world=2) as loader:
-        assert [next(loader) for _ in range(100)] == keys([source], 200)[1::2]
-        assert loader.position == 200
+    whole = keys([source], 300)
+    with Loader([source], seed=3, threads=3, prepare=key_of) as loader:
+        assert loader.samples(range(50, 90)) == whole[50:90]
+        assert loader.samples([7, 299, 7]) == [whole[7], whole[299], whole[7]]
+    assert keys([source], 100, rank=1, world=2, threads=3) == keys([source], 200)[1::2]
     assert sorted(keys([source], COUNT)) == [f"{i:08}" for i in range(COUNT)]  # an epoch is each once
 
 
-def test_decoding_overlaps_the_consumer(clean: Path) -> None:
+def test_threads_decode_at_once(clean: Path) -> None:
     def slow(sample: Sample) -> str:
         time.sleep(0.01)
         return sample.key
 
-    shares = {}
-    for threads in (0, 4):
-        with Loader([Shards(clean)], seed=3, threads=threads, transform=slow) as loader:
-            for _ in range(30):
-                next(loader)
-                time.sleep(0.01)
-            shares[threads] = loader.waiting
-            assert loader.waited >= (0.3 if threads == 0 else 0)
-    assert shares[0] > 0.3 and shares[4] < 0.6 * shares[0], shares
+    seconds = {}
+    for threads in (0, 8):
+        with Loader([Shards(clean)], seed=3, threads=threads, prepare=slow) as loader:
+            began = time.perf_counter()
+            loader.samples(range(32))
+            seconds[threads] = time.perf_counter() - began
+    assert seconds[8] < 0.6 * seconds[0], seconds
 
 
 def test_errors_of_reading_arrive_in_order(clean: Path) -> None:
+
     def failing(sample: Sample) -> str:
         if sample.key == bad:
             raise RuntimeError("no")
@@ -183,11 +183,25 @@ def test_errors_of_reading_arrive_in_order(clean: Path) -> None:
 
     order = keys([Shards(clean)], 10)
     bad = order[6]
-    with Loader([Shards(clean)], seed=3, transform=failing) as loader:
-        assert [next(loader) for _ in range(6)] == order[:6]
+    with Loader([Shards(clean)], seed=3, prepare=failing) as loader:
+        seen = loader.samples(range(6))
         with pytest.raises(RuntimeError, match="no"):
-            next(loader)
-        assert loader.position == 6
+            loader.samples(range(6, 10))
+    assert seen == order[:6]
+
+
+def test_what_cannot_be_prepared_is_a_fault(clean: Path) -> None:
+    def short(sample: Sample) -> str:
+        if sample.key in bad:
+            raise Wrong("text", "too long")
+        return sample.key
+
+    order = keys([Shards(clean)], 2 * COUNT)
+    bad = set(order[6:9])
+    told: list[Fault] = []
+    with Loader([Shards(clean)], seed=3, prepare=short, max_faults=0.1, report=told.append) as loader:
+        assert loader.samples(range(COUNT)) == order[:6] + [order[9]] * 3 + order[9:COUNT]
+    assert {(fault.kind, fault.name, fault.reason) for fault in told} == {("text", key, "too long") for key in bad}
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -369,7 +383,7 @@ def test_every_fault_is_named_and_moves_nothing(clean: Path, tmp_path: Path) -> 
 def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
     infect(clean, tmp_path / "ill")
     with pytest.raises(TooManyFaults, match=r"of 240 samples of .*ill are faulty by their headers"):
-        Loader([Shards(tmp_path / "ill")], seed=3, max_faults=0.01, report=print)
+        Loader([Shards(tmp_path / "ill")], seed=3, prepare=key_of, max_faults=0.01, report=print)
     for i in range(12):
         folder = tmp_path / "noise"
         if not i:
@@ -378,15 +392,13 @@ def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
                 (folder / shard.name).write_bytes(shard.read_bytes())
         Sick(folder / "00000.tar", 3 * i).noise()
     told: list[Fault] = []
-    with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, transform=key_of) as loader:
+    with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, prepare=key_of) as loader:
         with pytest.raises(TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); the last one: .*byte"):
-            for _ in range(COUNT):
-                next(loader)
+            loader.samples(range(COUNT))
         assert len(told) == 5 and loader.faults == {"picture": 5}
-    with Loader([Shards(folder)], seed=3, max_faults=0.1) as loader, warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        for _ in range(3 * COUNT):
-            next(loader)
+        keys([Shards(folder)], 3 * COUNT, max_faults=0.1)
     assert [warning.category for warning in seen] == [FaultySample] * 12  # once each, not once an epoch
 
 

@@ -1,17 +1,18 @@
-"""Samples in the order of a run, decoded by threads ahead of the consumer; faulty ones are told and replaced."""
+"""Samples by their positions in a run, decoded by threads; faulty ones are told and replaced."""
 
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from time import perf_counter
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Generic, TypeVar
 
 from blip3o.data.order import Order
-from blip3o.data.shards import Sample, Shards
+from blip3o.data.shards import Sample, Shards, Wrong
 from blip3o.data.tar import Fault
 
-WINDOW = 10_000  # positions over which the rate of faulty samples is taken
+WINDOW = 10_000  # samples over which the rate of faulty ones is taken
+
+Prepared = TypeVar("Prepared")
 
 
 class FaultySample(UserWarning):
@@ -22,23 +23,20 @@ class TooManyFaults(ValueError):
     """More samples are faulty than the loader was told to bear."""
 
 
-class Loader:
-    """Endless samples of a mixture of sources, those of one process; `position` is the whole state.
+class Loader(Generic[Prepared]):
+    """The samples of a mixture of sources; what stands at a position of the run depends on (seed, position) alone.
 
     sources     each shuffled in its own epochs; mixed by weights (`Order`)
-    position    of the run, where all processes together go on: what `position` was when the run stopped
-    rank, world  this process and how many there are. It yields the samples of position + rank, + rank + world, ...
-    threads     that read, decode and transform; how many does not change what is yielded. 0: the caller's thread does
-    ahead       samples that wait decoded at most
-    transform   what is yielded of a sample, computed by the threads; it must be a function of the sample alone
+    prepare     what is returned of a sample, computed by the threads; a function of the sample alone. A sample for
+                which it raises `Wrong` is faulty
+    threads     that read, decode and prepare; how many does not change what is returned. 0: the caller's thread does
     max_faults  the largest share of positions whose own sample is faulty, among the last WINDOW that were read (or as
-                many as a process reads in an epoch of the largest source if that is fewer)
-    report      called with each fault once, by the consumer: first with all that the shards' headers show, then with
-                those of samples in order; default: a warning FaultySample
+                many as an epoch of the largest source has if that is fewer)
+    report      called with each fault once, by the caller of `samples`: first with all that the shards' headers show,
+                then with those of samples in order; default: a warning FaultySample
 
-    A faulty sample is replaced by the next good one in its source's order, so what stands at a position depends on
-    (seed, position) alone and no other position changes. Raises TooManyFaults, at once if a source's headers show more
-    than max_faults of its samples faulty; from `next` what reading raises.
+    A faulty sample is replaced by the next good one in its source's order, so no other position changes. Raises
+    TooManyFaults, at once if a source's headers show more than max_faults of its samples faulty.
     """
 
     def __init__(
@@ -46,39 +44,25 @@ class Loader:
         sources: Sequence[Shards],
         weights: Sequence[float] | None = None,
         *,
+        prepare: Callable[[Sample], Prepared],
         seed: int,
-        position: int = 0,
-        rank: int = 0,
-        world: int = 1,
         threads: int = 2,
-        ahead: int = 16,
-        transform: Callable[[Sample], Any] | None = None,
         max_faults: float = 0.001,
         report: Callable[[Fault], None] | None = None,
     ) -> None:
-        if not 0 <= rank < world:
-            raise ValueError(f"rank must be in 0..world - 1, got {rank} of world {world}")
-        if position < 0 or threads < 0 or ahead < 1:
-            raise ValueError(
-                f"position and threads must be at least 0 and ahead at least 1, got {position}, {threads}, {ahead}"
-            )
+        if threads < 0:
+            raise ValueError(f"threads must be at least 0, got {threads}")
         if not 0 <= max_faults < 1:
             raise ValueError(f"max_faults must be at least 0 and below 1, got {max_faults}")
         self.sources = tuple(sources)
         self.order = Order([len(source) for source in sources], weights, seed=seed)
-        self.position, self.rank, self.world = position, rank, world
-        self.transform, self.report = transform, report or warn
-        window = min(WINDOW, max(1, max(self.order.sizes) // world))
-        self.allowed = int(max_faults * window)
-        self.window, self.max_faults = window, max_faults
+        self.prepare, self.report = prepare, report or warn
+        self.window, self.max_faults = min(WINDOW, max(self.order.sizes)), max_faults
+        self.allowed = int(max_faults * self.window)
         self.faults: Counter[str] = Counter()  # by kind, each counted once
-        self.waited = 0.0  # seconds that the consumer waited for samples
         self._told: set[tuple[object, ...]] = set()
-        self._recent: deque[int] = deque()  # the last positions whose own sample was faulty
-        self._started = perf_counter()
-        self._ahead = ahead if threads else 1
-        self._submitted = position + rank
-        self._queue: deque[Future[tuple[Any, tuple[Fault, ...]]]] = deque()
+        self._read = 0  # positions
+        self._recent: deque[int] = deque()  # which of those had a faulty sample, within the window
         for source in self.sources:
             known = source.known_faulty()
             self._tell(source.faults)
@@ -89,7 +73,7 @@ class Loader:
                 )
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="blip3o-data") if threads else None
 
-    def __enter__(self) -> "Loader":
+    def __enter__(self) -> "Loader[Prepared]":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,52 +83,37 @@ class Loader:
         """Stop the threads; the sources stay open."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-        self._queue.clear()
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
+    def samples(self, positions: Sequence[int]) -> list[Prepared]:
+        """What is prepared of the samples at positions of the run. Raises TooManyFaults, and what reading raises."""
+        found = (self._pool.map if self._pool is not None else map)(self.at, positions)
+        samples = []
+        for prepared, faults in found:
+            self._note(faults)
+            assert prepared is not None  # or there would be too many faults
+            samples.append(prepared)
+        return samples
 
-    def __next__(self) -> Any:
-        start = perf_counter()
-        if self._pool is None:
-            value, faults = self._load(self.position + self.rank)
-        else:
-            while len(self._queue) < self._ahead:
-                self._queue.append(self._pool.submit(self._load, self._submitted))
-                self._submitted += self.world
-            value, faults = self._queue[0].result()
-        self.waited += perf_counter() - start
-        self._note(faults)
-        if self._queue:
-            self._queue.popleft()
-        self.position += self.world
-        return value
-
-    @property
-    def waiting(self) -> float:
-        """Share of the time since the loader was made that its consumer waited for samples."""
-        return self.waited / max(perf_counter() - self._started, 1e-9)
-
-    def at(self, position: int) -> tuple[Sample | None, tuple[Fault, ...]]:
-        """The sample at a position of the run, and the faulty ones it replaces; None if more than allowed follow."""
+    def at(self, position: int) -> tuple[Prepared | None, tuple[Fault, ...]]:
+        """The sample at a position, prepared, and the faulty ones it replaces; None if more than allowed follow."""
         source, place = self.order.source(position)
         faults: list[Fault] = []
         while len(faults) <= self.allowed:
             found = self.sources[source].read(self.order.sample(source, place + len(faults)))
             if isinstance(found, Sample):
-                return found, tuple(faults)
+                try:
+                    return self.prepare(found), tuple(faults)
+                except Wrong as error:
+                    found = Fault(found.shard, found.offset, error.kind, found.key, str(error))
             faults.append(found)
         return None, tuple(faults)
 
-    def _load(self, position: int) -> tuple[Any, tuple[Fault, ...]]:
-        sample, faults = self.at(position)
-        return (sample if sample is None or self.transform is None else self.transform(sample)), faults
-
     def _note(self, faults: tuple[Fault, ...]) -> None:
         self._tell(faults)
+        self._read += 1
         if faults:
-            self._recent.append(self.position)
-        while self._recent and self._recent[0] <= self.position - self.window * self.world:
+            self._recent.append(self._read)
+        while self._recent and self._recent[0] <= self._read - self.window:
             self._recent.popleft()
         if len(self._recent) > self.allowed or len(faults) > self.allowed:
             raise TooManyFaults(

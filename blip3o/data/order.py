@@ -1,8 +1,8 @@
 """Which sample comes at which position: pure functions of integers, so that a run's data state is one position.
 
-A position counts samples over the whole run, all processes and epochs together. From position s on,
-process r of W reads s + r, s + r + W and so on, so every process has its exact share, and a run that stopped at a
-position goes on from it with any number of processes.
+A position counts samples over the whole run, all processes and epochs together: row r of step s is position
+s * batch_size + r. Processes share the rows of each step, so every one has its exact share, and a run that stopped
+after a step goes on from it with any number of processes.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,6 @@
-"""Tar shards as files: written from samples or from the world of scenes, verified, summarised."""
+"""Tar shards as files: written from samples, verified, summarised."""
 
 import io
-import json
 import os
 import tarfile
 from array import array
@@ -10,18 +9,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from blip3o.data import scenes
-from blip3o.data.captions import captions
 from blip3o.data.shard_index import EXTENSIONS, PICTURE, TEXT, make_index
 from blip3o.data.shards import FORMATS, MAX_BYTES, UNDECODABLE, Shards
 from blip3o.data.tar import Fault
-from blip3o.data.words import decode
-
-PICTURE_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
-BATCH = 256  # scenes drawn at a time
 
 
 def write_shards(folder: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], per_shard: int) -> list[Path]:
@@ -69,34 +61,6 @@ def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes], keys:
         info = tarfile.TarInfo(f"{key}.{extension}")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-
-
-def scene_samples(seed: int, count: int, picture: str = "png") -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Scenes 0..count-1 of a seed as samples: picture, training caption, and as JSON what is in the picture.
-
-    picture: "png" (exact), "jpg" or "webp". Raises ValueError for another.
-    """
-    if picture not in PICTURE_FORMATS:
-        raise ValueError(f"picture must be of {', '.join(PICTURE_FORMATS)}, got {picture!r}")
-    for start in range(0, count, BATCH):
-        index = torch.arange(start, min(start + BATCH, count))
-        batch = scenes.sample(seed, index)
-        said = captions(batch, seed, index)
-        pixels = scenes.render(batch).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        for row, i in enumerate(index.tolist()):
-            file = io.BytesIO()
-            Image.fromarray(pixels[row].numpy()).save(file, PICTURE_FORMATS[picture])
-            objects = [
-                {
-                    "size": scenes.SIZES[batch.size[row, o]],
-                    "color": scenes.COLORS[batch.color[row, o]],
-                    "shape": scenes.SHAPES[batch.shape[row, o]],
-                    "cell": scenes.CELLS[batch.cell[row, o]],
-                }
-                for o in range(int(batch.count[row]))
-            ]
-            facts = json.dumps({"seed": seed, "index": i, "objects": objects}).encode()
-            yield f"{i:08}", {picture: file.getvalue(), "txt": decode(said.ids[row]).encode(), "json": facts}
 
 
 def verify(shards: Shards) -> Iterator[Fault]:

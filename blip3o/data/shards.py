@@ -18,12 +18,15 @@ from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
 
+from blip3o.data.features import Features
 from blip3o.data.shard_index import JSON, PARTS, PICTURE, TEXT, Index, open_index
 from blip3o.data.tar import BLOCK, Fault
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_BYTES = (64 << 20, 1 << 20, 1 << 20)  # of a picture's file, a text, a JSON
+TEXT_FILE = "text"  # captions are in the .txt
 MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 OPEN = 256  # shards kept open; others are opened for each read
 # What Pillow raises for data that is none of a picture.
@@ -39,7 +42,10 @@ class ShardChanged(OSError):
 
 @dataclass(frozen=True)
 class Sample:
-    """picture: RGB, upright, on white; text and json None where the shard has none."""
+    """picture: RGB, upright, on white. picture, text and json are None where the shard has none.
+
+    features: [F, C], as stored, what a frozen tower saw in the picture, which then is not decoded; see `Shards`.
+    """
 
     shard: Path
     offset: int  # of its first header
@@ -47,6 +53,11 @@ class Sample:
     picture: Image.Image | None
     text: str | None
     json: dict[str, Any] | None
+    features: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard.name}:{self.key}"
 
 
 class Shards:
@@ -55,7 +66,10 @@ class Shards:
     places      tar files, or folders, of which all *.tar are taken by name
     cache       folder for the indices; None puts each beside its shard
     needs       of PARTS ("picture", "text", "json"): a sample without one of them is faulty
+    captions    where a sample's text is: "text", its .txt; or any other word, that entry of the table "captions" of its
+                .json, such as "long" or "short"
     max_pixels  pictures with more are faulty, and are not decoded
+    features    of the pictures, of each shard; None: pictures are decoded. To be set before reading
 
     Raises FileNotFoundError and ValueError for places that are or hold no tar file, or the same one twice. Threads may
     share it; `close` it.
@@ -66,13 +80,20 @@ class Shards:
         *places: str | Path,
         cache: str | Path | None = None,
         needs: Sequence[str] = ("picture", "text"),
+        captions: str = TEXT_FILE,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if not set(needs) <= set(PARTS):
             raise ValueError(f"needs must be of {', '.join(PARTS)}, got {', '.join(needs)}")
         if max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {max_pixels}")
-        self.needs, self.max_pixels = tuple(PARTS.index(need) for need in needs), max_pixels
+        self.captions, self.max_pixels = captions, max_pixels
+        self.needs = {PARTS.index(need) for need in needs}
+        self.parts: tuple[int, ...] = (TEXT, JSON, PICTURE)  # that are decoded, in this order
+        if captions != TEXT_FILE and TEXT in self.needs:
+            self.needs = self.needs - {TEXT} | {JSON}
+            self.parts = (JSON, PICTURE)
+        self.features: Sequence[Features] | None = None
         paths = list(tar_files(places))
         self.indices = [open_index(path, None if cache is None else Path(cache)) for path in paths]
         self.ends = np.cumsum([len(index) for index in self.indices])
@@ -112,27 +133,43 @@ class Shards:
     def read(self, i: int) -> Sample | Fault:
         """Sample i, 0..len-1, or what is wrong with it. Raises IndexError; ShardChanged; OSError of the disk."""
         index, row, which = self.locate(i)
-        key = index.key(row)
         place = index.rows[row]
         if place["fault"] >= 0:
             return index.faults[int(place["fault"])]
         values: list[Any] = [None, None, None]
-        for part in (TEXT, JSON, PICTURE):
-            start, size = (int(x) for x in place["part"][part])
-            where = int(place["header"]) if start < 0 else start - BLOCK
-            if start < 0:
-                if part in self.needs:
-                    return Fault(index.shard, where, "missing", key, f"no {PARTS[part]}")
-                continue
-            if size > MAX_BYTES[part]:
-                reason = f"{PARTS[part]} of {size} bytes, at most {MAX_BYTES[part]} are read"
-                return Fault(index.shard, where, "size", key, reason)
-            data = self.pread(which, start, size)
+        for part in self.parts:
+            stored = part == PICTURE and self.features is not None and place["part"][PICTURE][0] >= 0
+            found = self.features[which].read(row) if stored and self.features else self.part(which, row, part)
+            if isinstance(found, Fault):
+                return found
+            values[part] = found
+        features = values[PICTURE] if isinstance(values[PICTURE], Tensor) else None
+        picture = None if features is not None else values[PICTURE]
+        text = values[TEXT]
+        if TEXT not in self.parts:
             try:
-                values[part] = self.decode(part, data)
+                text = caption_of(values[JSON], self.captions)
             except Wrong as error:
-                return Fault(index.shard, where, error.kind, key, str(error))
-        return Sample(index.shard, int(place["header"]), key, values[PICTURE], values[TEXT], values[JSON])
+                return Fault(index.shard, int(place["header"]), error.kind, index.key(row), str(error))
+        return Sample(index.shard, int(place["header"]), index.key(row), picture, text, values[JSON], features)
+
+    def part(self, which: int, row: int, part: int) -> Any:
+        """A part of row `row` of shard number `which`, decoded; None where there is none; or the Fault that it is."""
+        index = self.indices[which]
+        start, size = (int(x) for x in index.rows[row]["part"][part])
+        if start < 0:
+            if part not in self.needs:
+                return None
+            return Fault(index.shard, int(index.rows[row]["header"]), "missing", index.key(row), f"no {PARTS[part]}")
+        where, key = start - BLOCK, index.key(row)
+        if size > MAX_BYTES[part]:
+            reason = f"{PARTS[part]} of {size} bytes, at most {MAX_BYTES[part]} are read"
+            return Fault(index.shard, where, "size", key, reason)
+        data = self.pread(which, start, size)
+        try:
+            return self.decode(part, data)
+        except Wrong as error:
+            return Fault(index.shard, where, error.kind, key, str(error))
 
     def locate(self, i: int) -> tuple[Index, int, int]:
         """The shard's index, the row in it and the shard's number of sample i."""
@@ -249,6 +286,15 @@ def decode_json(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Wrong("json", f"an object is expected, got {type(value).__name__}")
     return value
+
+
+def caption_of(table: dict[str, Any], name: str) -> str:
+    """The entry of the table "captions". Raises Wrong."""
+    captions = table.get("captions")
+    caption = captions.get(name) if isinstance(captions, dict) else None
+    if not isinstance(caption, str) or not caption.strip():
+        raise Wrong("missing", f'no caption {name!r}: a table "captions" with text under that name is expected')
+    return caption
 
 
 def no_constant(name: str) -> NoReturn:
