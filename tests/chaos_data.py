@@ -17,7 +17,8 @@ from PIL import Image
 from test_shards import KINDS, Sick, overwrite
 
 from blip3o.data.loading import Loader
-from blip3o.data.shard_files import scene_samples, write_shards
+from blip3o.data.scene_shards import scene_samples
+from blip3o.data.shard_files import write_shards
 from blip3o.data.shard_index import make_index
 from blip3o.data.shards import Sample, Shards
 from blip3o.data.tar import Fault
@@ -25,6 +26,7 @@ from blip3o.data.tar import Fault
 PER_SHARD = 200
 EVERY = 20  # one sample in so many is corrupt: 5 %
 EPOCHS = 2
+BATCH = 32
 CACHE = "indices"  # folder within the shards'
 RAN = "ran"  # a folder that the pickles among the shards would make, were they read
 PICKLE = b"cos\nmkdir\n(S'%s'\ntR."
@@ -83,11 +85,10 @@ def read_all(folder: Path, seed: int, epochs: int, say: Say) -> None:
         return sample.key
 
     with Shards(folder, cache=folder / CACHE) as source:
-        loader = Loader([source], seed=seed, threads=2, transform=key_of, max_faults=0.2, report=report)
-        with loader:
-            for _ in range(epochs * len(source)):
-                say(f"key\t{next(loader)}")
-        say(f"samples\t{len(source)}")
+        with Loader([source], seed=seed, threads=2, prepare=key_of, max_faults=0.2, report=report) as loader:
+            for start in range(0, epochs * len(source), BATCH):
+                for key in loader.samples(range(start, min(start + BATCH, epochs * len(source)))):
+                    say(f"key\t{key}")
     say(f"memory\t{status_mb('VmHWM') - before}")
     for line in dict.fromkeys(told):
         say(f"told\t{line}")
