@@ -28,6 +28,7 @@ def demo(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from blip3o.train.devices import start
     from blip3o.train.recipe_files import load_recipe
     from blip3o.train.run import Run
 
@@ -35,10 +36,12 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.stage not in (None, *recipe.stages):
         raise ValueError(f"stage must be one of {', '.join(recipe.stages)}, got {arguments.stage!r}")
     folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    run = Run(folder, recipe.model)
-    for stage in [arguments.stage] if arguments.stage else recipe.stages:
-        run.run_stage(stage, recipe.stages[stage])
-    print(f"model in {folder / 'model'}")
+    with start(arguments.device) as devices:
+        report = print if devices.rank == 0 else lambda _: None
+        run = Run(folder, recipe.model, devices)
+        for stage in [arguments.stage] if arguments.stage else recipe.stages:
+            run.run_stage(stage, recipe.stages[stage], report)
+        report(f"model in {folder / 'model'}")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -227,6 +230,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a recipe that comes along: nano")
     command.add_argument("--stage", help="one of the recipe's (default: all)")
     command.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     command.add_argument(
         "overrides",
         nargs="*",
@@ -361,7 +365,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     try:
         arguments.run(arguments)
     except Interrupted as stop:
-        return complain(f"{stop}; the same command goes on from here", 130)
+        return complain(f"{stop}; the same command goes on from here", 128 + stop.signal)
     except (BackendError, NonFiniteLoss, UnsoundMachine) as error:
         return complain(error, 2)
     return 0

@@ -61,6 +61,7 @@ __all__ = [
     "settle",
     "sha256",
     "staging",
+    "standing",
     "uses_pipeline",
     "write_tensors",
 ]
@@ -116,7 +117,7 @@ def commit_folder(staged: Path, folder: Path, sums: Mapping[str, str] | None = N
 def settle(folder: Path) -> None:
     """Clear up after a writer that was killed: what it left half written goes, what it had put aside comes back.
 
-    Only for a folder that nobody is writing to.
+    Nobody may be writing to the folder.
     """
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(folder.with_name(folder.name + ".new"), ignore_errors=True)
@@ -151,7 +152,7 @@ def check_folder(folder: Path, *needed: str, share: tuple[int, int] = (0, 1)) ->
     """
     before = None
     while True:
-        place = _standing(folder)
+        place = standing(folder)
         manifest, problem = _examine(place, needed, share)
         if problem is None:
             return place
@@ -211,7 +212,7 @@ def local_folder(place: str | Path) -> Path:
     folder = Path(place)
     hub = isinstance(place, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", place) is not None
     if not hub or folder.parent.exists():
-        return _standing(folder)
+        return standing(folder)
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -219,28 +220,33 @@ def local_folder(place: str | Path) -> Path:
     return Path(snapshot_download(str(place), allow_patterns=HUB_FILES))
 
 
-def _standing(folder: Path) -> Path:
+def standing(folder: Path) -> Path:
+    """`folder`, or NAME.old where its writer is, or was killed, between its two renames."""
     if folder.exists():
         return folder
     old = folder.with_name(folder.name + ".old")
     return old if (old / MANIFEST).exists() else folder
 
 
-def save_pretrained(model: Blip3o, processor: Processor, folder: str | Path) -> None:
+def save_pretrained(
+    model: Blip3o, processor: Processor, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
+) -> None:
     """Write the model to `folder`, whole or not at all. Weights keep their dtype.
+
+    tensors   to be written in the place of the model's own
 
     Raises FileExistsError for a folder that is no model folder.
     """
     folder = Path(folder)
     staged = staging(folder)
     processor.save(staged / TOKENIZER)
-    _write_model(model, staged)
+    _write_model(model.config, model.state_dict() if tensors is None else tensors, staged)
     commit_folder(staged, folder)
 
 
-def _write_model(model: Blip3o, staged: Path) -> None:
-    (staged / CONFIG).write_text(json.dumps(to_dict(model.config), indent=2) + "\n")
-    write_shards(model.state_dict(), staged, SHARD)
+def _write_model(config: Blip3oConfig, tensors: Mapping[str, Tensor], staged: Path) -> None:
+    (staged / CONFIG).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_shards(tensors, staged, SHARD)
 
 
 def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", files: Sequence[Path] = ()) -> None:
@@ -257,7 +263,7 @@ def save_model(model: Blip3o, folder: str | Path, *, layout: Layout = "blip3o", 
         for file in files:
             shutil.copyfile(file, staged / file.name)
         if layout == "blip3o":
-            _write_model(model, staged)
+            _write_model(model.config, model.state_dict(), staged)
         else:
             values, tensors = released_files(model, staged)
             (staged / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
@@ -357,7 +363,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
-    place = check_folder(folder, CONFIG, *needed, *_weight_files(_standing(folder)))
+    place = check_folder(folder, CONFIG, *needed, *_weight_files(standing(folder)))
     values = read_json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from blip3o.layers import linear_cross_entropy
 from blip3o.model import Blip3o
 from blip3o.presets import preset
+from blip3o.train.batch import Batch
+from blip3o.train.devices import Devices
+from blip3o.train.recipe import Recipe
 
 ROWS = 8  # of a batch
 TOKENS = 12
@@ -41,10 +44,9 @@ def _start(rank: int, world: int, port: int, function: Callable[..., Any], argum
     return function(*arguments)
 
 
-@dataclass
-class Batch:
-    weight: float
-    ids: Tensor
+@dataclass(frozen=True)
+class Rows(Batch):
+    tokens: Tensor
     x: Tensor | None  # features of the rows that have a picture; the first ones
 
 
@@ -57,10 +59,18 @@ def tiny_model() -> Blip3o:
     return model
 
 
+def share(devices: Devices, part: int = 0, accumulate: int = 1) -> range:
+    """The rows of one part of a batch."""
+    size = ROWS // devices.world // accumulate
+    start = (devices.rank * accumulate + part) * size
+    return range(start, start + size)
+
+
 class Drawing:
     """The diffusion transformer and the queries learn; the language model is frozen."""
 
-    name = "generation"
+    name, unit = "generation", 1
+    recipe: Recipe  # which nothing here asks for
 
     def __init__(self, model: Blip3o) -> None:
         self.model = model
@@ -69,26 +79,30 @@ class Drawing:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {k: p for k, p in self.model.named_parameters() if k == "queries" or k.startswith("dit.")}
 
-    def batch(self, step: int, rows: range) -> Batch:
+    def batch(self, step: int, rows: range) -> Rows:
         generator = torch.Generator().manual_seed(step)
         ids = torch.randint(8, 100, (ROWS, TOKENS), generator=generator)
         x = torch.randn(ROWS, self.model.config.dit.grid**2, self.model.config.dit.in_channels, generator=generator)
         x = x[rows.start : rows.stop]
-        return Batch(float(x.numel()), ids[rows.start : rows.stop], x)
+        return Rows(float(x.numel()), [], ids[rows.start : rows.stop], x)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         model, x = self.model, batch.x
         assert x is not None
-        hidden = model.condition(batch.ids, torch.ones_like(batch.ids, dtype=torch.bool))
+        hidden = model.condition(batch.tokens, torch.ones_like(batch.tokens, dtype=torch.bool))
         context = model.dit.context(model.dit.project(hidden))
         loss = (model.dit(x, torch.full((len(x),), 500.0), context) - 1.0).square().sum()
-        return loss, {"loss": loss.detach()}
+        return loss, {}
+
+    def finish(self) -> None:
+        raise AssertionError("the loop alone finishes a stage")
 
 
 class Talking:
     """The language model and the projector learn. Only the first half of a batch has pictures."""
 
-    name = "understanding"
+    name, unit = "understanding", 1
+    recipe: Recipe
 
     def __init__(self, model: Blip3o) -> None:
         self.model = model
@@ -96,7 +110,7 @@ class Talking:
     def trainable(self) -> dict[str, nn.Parameter]:
         return {k: p for k, p in self.model.named_parameters() if k.startswith(("llm.", "image_projector."))}
 
-    def batch(self, step: int, rows: range) -> Batch:
+    def batch(self, step: int, rows: range) -> Rows:
         generator, config = torch.Generator().manual_seed(step), self.model.config
         count = config.feature_grid**2
         ids = torch.randint(8, 100, (ROWS, TOKENS + count), generator=generator)
@@ -105,15 +119,18 @@ class Talking:
         x = torch.randn(pictures, count, config.clip.width, generator=generator)[rows.start : rows.stop]
         asked = torch.randint(2, TOKENS, (ROWS,), generator=generator)  # how many tokens, row by row
         ids = torch.where(torch.arange(TOKENS + count) < count + asked[:, None], ids, 0)[rows.start : rows.stop]
-        return Batch(float((ids[:, count:] > 0).sum()), ids, x if len(x) else None)
+        return Rows(float((ids[:, count:] > 0).sum()), [], ids, x if len(x) else None)
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         count = self.model.config.feature_grid**2
-        asked = torch.zeros_like(batch.ids, dtype=torch.bool)
-        asked[:, count:] = batch.ids[:, count:] > 0
-        hidden = self.model.read(batch.ids, batch.x, asked)
-        loss = linear_cross_entropy(hidden, self.model.llm.output_weight, batch.ids[asked]) * len(hidden)
-        return loss, {"tokens": torch.tensor(float(len(hidden)))}
+        asked = torch.zeros_like(batch.tokens, dtype=torch.bool)
+        asked[:, count:] = batch.tokens[:, count:] > 0
+        hidden = self.model.read(batch.tokens, batch.x, asked)
+        loss = linear_cross_entropy(hidden, self.model.llm.output_weight, batch.tokens[asked]) * len(hidden)
+        return loss, {}
+
+    def finish(self) -> None:
+        raise AssertionError("the loop alone finishes a stage")
 
 
 STAGES: dict[str, Callable[[Blip3o], Drawing | Talking]] = {"generation": Drawing, "understanding": Talking}

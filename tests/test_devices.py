@@ -7,10 +7,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from on_processes import ROWS, STAGES, on_processes, tiny_model
+from on_processes import STAGES, on_processes, share, tiny_model
 from torch import Tensor, nn
 
-from blip3o.train.devices import Devices, Frozen, Parallel, start
+from blip3o.train import devices as module
+from blip3o.train.devices import Devices, Frozen, Parallel, clip, start
 
 STEPS = 4
 WAYS: dict[int, tuple[tuple[Parallel, int, Frozen], ...]] = {  # by processes: parallel, accumulate, frozen
@@ -21,21 +22,26 @@ Trained = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 def trained(
-    devices: Devices, kind: str, accumulate: int = 1, frozen: Frozen = "replicated", dtype: torch.dtype | None = None,
+    devices: Devices,
+    kind: str,
+    parallel: Parallel = "fsdp",
+    accumulate: int = 1,
+    frozen: Frozen = "replicated",
+    dtype: torch.dtype | None = None,
     compiled: bool = False,
-) -> Trained:  # fmt: skip
+) -> Trained:
     """The loss of each step, the norms of its gradients and, on rank 0, the weights after the last."""
     losses, norms = [], []
     stage = STAGES[kind](tiny_model())
     if compiled:
         for block in stage.model.dit.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, backend="eager")
-    loss_of = devices.wrap(stage, frozen=frozen, dtype=dtype)
+    loss_of = devices.wrap(stage, parallel, frozen, dtype)
     parameters = list(stage.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
     mixed = nullcontext() if dtype is None else torch.autocast("cpu", dtype)
     for step in range(STEPS):
-        parts = [stage.batch(step, devices.rows(ROWS, 1, accumulate, part)) for part in range(accumulate)]
+        parts = [stage.batch(step, share(devices, part, accumulate)) for part in range(accumulate)]
         (weight,) = devices.sum(sum(batch.weight for batch in parts))
         total = 0.0
         for part, batch in enumerate(parts):
@@ -43,7 +49,7 @@ def trained(
                 loss, _ = loss_of(batch, part == accumulate - 1)
             (loss / weight).backward()
             total += loss.item()
-        norms.append(devices.clip(parameters, 1.0))
+        norms.append(clip(parameters, 1.0))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(devices.sum(total)[0] / weight)
@@ -52,16 +58,15 @@ def trained(
 
 def in_all_ways(kind: str, world: int) -> list[Trained]:
     found = []
-    with start("ddp", "cpu") as devices:
+    with start() as devices:
         for parallel, accumulate, frozen in WAYS[world]:
-            devices.parallel = parallel
-            found.append(trained(devices, kind, accumulate, frozen))
+            found.append(trained(devices, kind, parallel, accumulate, frozen))
     return found
 
 
 @pytest.fixture
 def alone(one_thread: None) -> Devices:
-    return Devices(0, 1, torch.device("cpu"), None, None)
+    return module.alone()
 
 
 @pytest.mark.parametrize("world", WAYS)
@@ -78,7 +83,7 @@ def test_processes_train_as_one(kind: str, world: int, alone: Devices) -> None:
 
 
 def otherwise() -> tuple[Trained, Trained, list[float]]:
-    with start("fsdp", "cpu") as devices:
+    with start() as devices:
         compiled = trained(devices, "generation", compiled=True)
         rounded = trained(devices, "generation", dtype=torch.bfloat16)
         norms = [spoiled(devices, parallel) for parallel in ("ddp", "fsdp")]
@@ -87,15 +92,14 @@ def otherwise() -> tuple[Trained, Trained, list[float]]:
 
 def spoiled(devices: Devices, parallel: Parallel) -> float:
     """The norm of the gradients when one process alone has a NaN."""
-    devices.parallel = parallel
     stage = STAGES["generation"](tiny_model())
-    loss_of = devices.wrap(stage)
-    batch = stage.batch(0, devices.rows(ROWS))
+    loss_of = devices.wrap(stage, parallel)
+    batch = stage.batch(0, share(devices))
     assert batch.x is not None
     if devices.rank == 1:
         batch.x[0, 0, 0] = math.nan
-    loss_of(batch)[0].backward()
-    return devices.clip(list(stage.trainable().values()), 1.0)
+    loss_of(batch, True)[0].backward()
+    return clip(list(stage.trainable().values()), 1.0)
 
 
 def test_compiled_blocks_bfloat16_and_a_nan_on_one_process(alone: Devices) -> None:
@@ -108,7 +112,7 @@ def test_compiled_blocks_bfloat16_and_a_nan_on_one_process(alone: Devices) -> No
 
 
 def agreement() -> tuple[list[float], bool, bool, list[object], str]:
-    with start("ddp", "cpu") as devices:
+    with start() as devices:
         rank = devices.rank
         try:
             devices.agree("seed", 7)
@@ -135,28 +139,21 @@ def test_alone_every_call_is_the_plain_one(alone: Devices) -> None:
     assert alone.gather({"a": None}) == [{"a": None}]
     alone.agree("seed", 7)
     alone.wait()
-    with start("fsdp", "cpu") as devices:
-        assert (devices.rank, devices.world, devices.parallel) == (0, 1, None)
+    with start() as devices:
+        assert (devices.rank, devices.world, devices.group, devices.background) == (0, 1, None, devices)
 
 
-def test_rows_are_shared_out() -> None:
-    shared = [
-        row
-        for rank in range(3)
-        for part in range(2)
-        for row in Devices(rank, 3, torch.device("cpu"), "ddp", None).rows(24, 2, 2, part)
-    ]
-    assert shared == list(range(24))
-    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 12: 3 processes x 2 parts x 2 of 2 rows"):
-        Devices(0, 3, torch.device("cpu"), "ddp", None).rows(18, 2, 2)
-    with pytest.raises(ValueError, match=r"batch_size must be a multiple of 6: 3 processes x 2 parts; got 8"):
-        Devices(0, 3, torch.device("cpu"), "ddp", None).rows(8, 1, 2)
-
-
-def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match=r"parallel must be one of \('ddp', 'fsdp'\), got 'tp'"), start("tp"):  # type: ignore[arg-type]
-        pass
+def refused() -> str:
     stage = STAGES["generation"](tiny_model())
     stage.trainable = lambda: {"head.weight": nn.Parameter(torch.zeros(2))}  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"all that trains must be in the stage's model, got \['head.weight'\]"):
-        Devices(0, 2, torch.device("cpu"), "ddp", None).wrap(stage)
+    with start() as devices:
+        try:
+            devices.wrap(stage)
+        except ValueError as error:
+            return str(error)
+    raise AssertionError("a parameter outside the model was taken")
+
+
+def test_all_that_trains_is_in_the_model() -> None:
+    message = "on several processes all that trains must be in the stage's model, got ['head.weight']"
+    assert on_processes(1, refused) == [message]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,28 +26,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from blip3o.dit import DitBlock
+from blip3o.train.batch import Stage
 
 Parallel = Literal["ddp", "fsdp"]
 Frozen = Literal["replicated", "sharded"]
 Losses = tuple[Tensor, dict[str, Tensor]]
+Loss = Callable[[Any, bool], Losses]
 LEAVE_SECONDS = 5.0  # that a process which fails waits for the others to do so too
-
-
-class Trained(Protocol):
-    """What is asked of a stage: a model, what of it trains, and the loss of a batch as a sum over its elements."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-    def trainable(self) -> dict[str, nn.Parameter]: ...
-
-    def loss(self, batch: Any) -> Losses: ...
 
 
 class Objective(nn.Module):
     """A model and its loss as one module, so that all that the loss does with the model is one forward pass."""
 
-    def __init__(self, stage: Trained) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.model = stage.model
         self._loss = stage.loss
@@ -61,7 +52,7 @@ class ShardedObjective(Objective):
     processes, or they wait for ever: so a weight outside the blocks that only some of them used gets zeros on the rest.
     """
 
-    def __init__(self, stage: Trained, group: dist.ProcessGroup) -> None:
+    def __init__(self, stage: Stage, group: dist.ProcessGroup) -> None:
         super().__init__(stage)
         self._group = group
         self._outside: list[tuple[nn.Module, str]] = []  # owner and name: the parameter itself changes with each step
@@ -101,7 +92,6 @@ class Devices:
 
     rank, world   which one it is, of how many; rank 0 writes files and speaks
     device        where its model and batches belong
-    parallel      how the processes share the work; None for a process alone
     group         for what they tell each other beside gradients; None for a process alone
     background    the same processes, for a thread beside training, whose messages must not mix with the others
     """
@@ -111,32 +101,19 @@ class Devices:
         rank: int,
         world: int,
         device: torch.device,
-        parallel: Parallel | None,
         group: dist.ProcessGroup | None,
         background: "Devices | None" = None,
     ) -> None:
-        self.rank, self.world, self.device, self.parallel, self.group = rank, world, device, parallel, group
+        self.rank, self.world, self.device, self.group = rank, world, device, group
         self.background = background or self
 
-    def rows(self, batch_size: int, unit: int = 1, accumulate: int = 1, part: int = 0) -> range:
-        """This process's rows of a step's batch: part `part` of `accumulate`, of its 1 / world of 0..batch_size-1.
-
-        Raises ValueError unless batch_size can be cut into world x accumulate parts of whole units.
-        """
-        pieces = self.world * accumulate
-        if batch_size % (pieces * unit):
-            whole = f" of {unit} rows that stay together" if unit > 1 else ""
-            raise ValueError(
-                f"batch_size must be a multiple of {pieces * unit}: {self.world} processes x {accumulate} parts"
-                f"{f' x {unit}' if unit > 1 else ''}{whole}; got {batch_size}"
-            )
-        size = batch_size // pieces
-        start = (self.rank * accumulate + part) * size
-        return range(start, start + size)
-
     def wrap(
-        self, stage: Trained, *, frozen: Frozen = "replicated", dtype: torch.dtype | None = None
-    ) -> Callable[..., Losses]:
+        self,
+        stage: Stage,
+        parallel: Parallel = "ddp",
+        frozen: Frozen = "replicated",
+        dtype: torch.dtype | None = None,
+    ) -> Loss:
         """The stage's loss, to be called at every step as `loss(batch, last)`.
 
         `last` is False for all but the last part of a step's batch: only then must gradients be exchanged. Processes
@@ -145,38 +122,26 @@ class Devices:
         Blocks must be compiled before. FSDP puts other parameters into the model: ask the stage for those that train,
         and build the optimiser, afterwards.
 
-        frozen   replicated: every process holds all that does not train; sharded: of the language model a piece
+        frozen   fsdp: whether each process holds all that does not train, or of the language model a piece
         dtype    fsdp: of the weights while a block runs, and when they are sent; None: as they are stored. Gradients
                  are summed in float32
 
         Raises ValueError if something trains that is no part of the stage's model.
         """
-        if self.parallel is None:
-            return lambda batch, last=True: stage.loss(batch)
-        model, trainable = stage.model, stage.trainable()
-        parameters = set(model.parameters())
+        if self.group is None:
+            return lambda batch, last: stage.loss(batch)
+        trainable, parameters = stage.trainable(), set(stage.model.parameters())
         strange = [name for name, parameter in trainable.items() if parameter not in parameters]
         if strange:
             raise ValueError(f"on several processes all that trains must be in the stage's model, got {strange}")
         learning = set(trainable.values())
         for parameter in parameters:
             parameter.requires_grad_(parameter in learning)
-        if self.parallel == "ddp":
+        if parallel == "ddp":
             return _replicated(Objective(stage))
-        assert self.group is not None
         objective = ShardedObjective(stage, self.group)
         _shard(objective, init_device_mesh(self.device.type, (self.world,)), frozen, dtype)
-        return lambda batch, last=True: objective(batch)  # summed part by part: whole gradients would need the memory
-
-    def clip(self, parameters: Sequence[nn.Parameter], clip_norm: float) -> float:
-        """The norm of all gradients, the same on every process; larger ones are scaled down to `clip_norm`.
-
-        It is infinite or NaN if a gradient is, on whatever process.
-        """
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        nn.utils.clip_grads_with_norm_(parameters, clip_norm, whole)
-        return whole.item()
+        return lambda batch, last: objective(batch)  # summed part by part: whole gradients would need the memory
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes in float64; the same bits on all of them."""
@@ -225,14 +190,25 @@ class Devices:
         return found
 
 
-def _replicated(objective: Objective) -> Callable[..., Losses]:
+def clip(parameters: Sequence[nn.Parameter], clip_norm: float) -> float:
+    """The norm of all gradients, whole or sharded: the same on every process. Larger ones are scaled to `clip_norm`.
+
+    It is infinite or NaN if a gradient is, on whatever process.
+    """
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    nn.utils.clip_grads_with_norm_(parameters, clip_norm, whole)
+    return whole.item()
+
+
+def _replicated(objective: Objective) -> Loss:
     """Under DDP. A weight that no process used in a step keeps no gradient, as on one process."""
     replicas = DistributedDataParallel(
         objective, init_sync=False, find_unused_parameters=True, gradient_as_bucket_view=True
     )
     replicas.register_comm_hook(dist.group.WORLD, _summed)
 
-    def loss(batch: Any, last: bool = True) -> Losses:
+    def loss(batch: Any, last: bool) -> Losses:
         replicas.require_backward_grad_sync = last
         found: Losses = replicas(batch)
         return found
@@ -279,32 +255,31 @@ def _apart(block: nn.Module) -> list[nn.Module | list[nn.Module]]:
     return [block.modulation, [attention.condition_norm, attention.cross_kv, attention.cross_key_norm]]
 
 
+def alone(device: str = "cpu") -> Devices:
+    return Devices(0, 1, torch.device(device), None)
+
+
 @contextmanager
-def start(parallel: Parallel = "ddp", device: str | None = None, seconds: float = 1800.0) -> Iterator[Devices]:
+def start(device: str = "cpu", seconds: float = 1800.0) -> Iterator[Devices]:
     """Join the processes that torchrun started, or be alone where it did not; leave them at the end.
 
-    device    "cpu" or "cuda"; None: a GPU where there is one
+    device    "cpu", or "cuda": each process its own GPU
     seconds   how long a process waits for another before it gives up
-
-    Raises ValueError for a `parallel` that is unknown.
     """
-    if parallel not in get_args(Parallel):
-        raise ValueError(f"parallel must be one of {get_args(Parallel)}, got {parallel!r}")
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "WORLD_SIZE" not in os.environ:
-        yield Devices(0, 1, torch.device(kind), None, None)
+        yield alone(device)
         return
-    place = torch.device("cpu")
-    if kind == "cuda":
+    place = torch.device(device)
+    if place.type == "cuda":
         place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(place)
-    backend, limit = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timedelta(seconds=seconds)
-    dist.init_process_group(backend, timeout=limit)
+    limit = timedelta(seconds=seconds)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=limit)
     rank, world = dist.get_rank(), dist.get_world_size()
     group, other = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
     together = False
     try:
-        yield Devices(rank, world, place, parallel, group, Devices(rank, world, place, parallel, other))
+        yield Devices(rank, world, place, group, Devices(rank, world, place, other))
         together = True
     finally:
         _leave(group, limit if together else timedelta(seconds=LEAVE_SECONDS), together)

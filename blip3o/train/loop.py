@@ -6,6 +6,7 @@ have had: its state is the weights, the optimiser's moments and one integer.
 
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from blip3o.layers import keep_casts
 from blip3o.train.batch import Batch, Stage, ahead, micro_batches
+from blip3o.train.devices import Devices, Loss
 from blip3o.train.optimizer import descend, learning_rate, optimizer_for
 from blip3o.train.recipe import Recipe
 
@@ -31,9 +33,9 @@ BFLOAT16_PRODUCTS: bool = torch.cpu._is_amx_tile_supported()
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM arrived; the state up to `step`, it may be the stage's last, was handed to `save`."""
 
-    def __init__(self, stage: str, step: int) -> None:
+    def __init__(self, stage: str, step: int, number: int) -> None:
         super().__init__(f"stopped in stage {stage} after step {step}")
-        self.stage, self.step = stage, step
+        self.stage, self.step, self.signal = stage, step, number
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -46,16 +48,16 @@ def uses_bfloat16(recipe: Recipe) -> bool:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT and SIGTERM only raise a flag, which the loop reads between two steps.
+def _stop_requests() -> Iterator[Callable[[], int]]:
+    """Within the block, SIGINT and SIGTERM only leave their number, which the loop asks for between two steps.
 
     Only the main thread can change how a process takes signals; in another one there are no stop requests.
     """
-    asked = False
+    asked = 0
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
+    def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
-        asked = True
+        asked = number
 
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
@@ -92,42 +94,49 @@ def rewind_log(log: Path, stage: str, step: int) -> None:
 
 def train(
     stage: Stage,
+    devices: Devices,
     *,
     log: Path,
-    save: Callable[[torch.optim.AdamW, int], None],
+    save: Callable[[torch.optim.AdamW, int, bool], None],
     restore: Callable[[torch.optim.AdamW], int] = lambda optimizer: 0,
     save_every_seconds: float = 120.0,
 ) -> None:
-    """Run `stage` from the step that `restore` returns to its recipe's last.
+    """Run `stage` from the step that `restore` returns to its recipe's last. Rank 0 alone keeps the log.
 
     log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second,
              waiting (share of the time that the loop waited for batches) and seconds; lines of steps that have to be
              done again are dropped
-    save     called with the optimiser and the number of finished steps: now and then, at a stop, and at the end
+    save     called with the optimiser, the number of finished steps and whether a stop follows: now and then, at a
+             stop, and at the end
     restore  loads what `save` wrote into the optimiser and returns the number of finished steps
 
     Raises Interrupted after a clean stop, NonFiniteLoss before a step that would have poisoned the weights.
     """
-    recipe = stage.recipe
-    parts = micro_batches(stage)
+    recipe, first = stage.recipe, devices.rank == 0
+    parts = micro_batches(stage, devices.rank, devices.world)
+    kept = torch.bfloat16 if uses_bfloat16(recipe) else None
+    loss_of = devices.wrap(stage, recipe.parallel, recipe.frozen, kept)  # FSDP makes other parameters: before all else
     optimizer = optimizer_for(stage.trainable(), recipe)
     start = logged_step = restore(optimizer)
     began = saved = logged = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
-    rewind_log(log, stage.name, start)
-    bar = tqdm(total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True)
+    if first:
+        rewind_log(log, stage.name, start)
+    bar = tqdm(
+        total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True, disable=not first
+    )
 
     def make(step: int) -> list[Batch]:
-        return [stage.batch(step, rows) for rows in parts]
+        return [stage.batch(step, rows).to(devices.device) for rows in parts]
 
     with (
-        _stop_requests() as stop_asked, log.open("a") as lines, bar, keep_casts(),
+        _stop_requests() as stop_asked, (log if first else Path(os.devnull)).open("a") as lines, bar, keep_casts(),
         ahead(make, range(start, recipe.steps)) as batches,
     ):  # fmt: skip
         for step, micro in batches:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(recipe, step)
-            sums = gradients(stage, micro)
+            sums = gradients(stage, micro, devices, loss_of)
             loss = sums["loss"]
             norm = descend(optimizer, loss, recipe.clip_norm)
             if not math.isfinite(loss + norm):
@@ -150,23 +159,26 @@ def train(
                 logged, logged_step, batches.waiting = now, step + 1, 0.0
             if step + 1 == recipe.steps:
                 stage.finish()
-            if stop_asked() or now - saved > save_every_seconds or step + 1 == recipe.steps:
-                save(optimizer, step + 1)
+            asked, due = stop_asked(), first and now - saved > save_every_seconds
+            stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, due)  # all after the same step
+            if stops or due or step + 1 == recipe.steps:
+                save(optimizer, step + 1, stops > 0)
                 saved = time.perf_counter()
-            if stop_asked():
-                raise Interrupted(stage.name, step + 1)
+            if stops:
+                raise Interrupted(stage.name, step + 1, signal.SIGTERM if terminations else signal.SIGINT)
 
 
-def gradients(stage: Stage, batches: list[Batch]) -> dict[str, float]:
-    """Add up the gradients of a step's micro-batches: of the sum of their losses over the sum of their weights, which
-    is what the whole batch would give. Returns the loss, and what else the stage logs, of the step."""
-    weight = sum(batch.weight for batch in batches)
+def gradients(stage: Stage, batches: list[Batch], devices: Devices, loss_of: Loss) -> dict[str, float]:
+    """Add up the gradients of a step's micro-batches, on all processes: of the sum of their losses over the sum of
+    their weights, which is what the whole batch would give. Returns the loss, and what else the stage logs, of the
+    step."""
+    (weight,) = devices.sum(sum(batch.weight for batch in batches))
     found: dict[str, float] = {}
     for batch in batches:
-        with torch.autocast("cpu", torch.bfloat16, enabled=uses_bfloat16(stage.recipe)):
-            loss, more = stage.loss(batch)
+        with torch.autocast(devices.device.type, torch.bfloat16, enabled=uses_bfloat16(stage.recipe)):
+            loss, more = loss_of(batch, batch is batches[-1])
         mean = loss / weight
         mean.backward()
         for name, value in {"loss": mean.detach(), **{name: x / weight for name, x in more.items()}}.items():
             found[name] = found.get(name, 0.0) + value.float().item()
-    return found
+    return dict(zip(found, devices.sum(*found.values()), strict=True))

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from blip3o.train.devices import clip
 from blip3o.train.recipe import Recipe
 
 
@@ -13,7 +14,11 @@ def optimizer_for(parameters: dict[str, nn.Parameter], recipe: Recipe) -> torch.
     matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
     vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    for parameter in parameters.values():  # now, so that a checkpoint has them also of what no step has used yet
+        moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -28,10 +33,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 def descend(optimizer: torch.optim.Optimizer, loss: float, clip_norm: float) -> float:
     """One step down the gradients at hand, clipped; returns their norm before that, and forgets them.
 
-    No weight changes if the loss or the norm is infinite or NaN.
+    No weight changes, on any process, if the loss or the norm is infinite or NaN.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm).item()
+    norm = clip([parameter for group in optimizer.param_groups for parameter in group["params"]], clip_norm)
     if math.isfinite(loss + norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -4,6 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+# What may change when a run goes on: how a batch is cut into parts changes neither its samples nor its gradient.
+CUTTING = ("accumulate", "parallel", "frozen")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -16,6 +19,8 @@ class Recipe:
     betas                 AdamW's
     clip_norm             largest gradient norm
     dtype                 of products: "float32", "bfloat16", or "auto": bfloat16 where the chip multiplies it in tiles
+    parallel, frozen      how several processes share the work, and what they hold of that which does not train: see
+                          `Devices.wrap`
     seed                  every sample, noise and initial weight of the stage is a function of it and the step
     """
 
@@ -29,6 +34,8 @@ class Recipe:
     betas: tuple[float, float]
     clip_norm: float
     dtype: Literal["auto", "float32", "bfloat16"]
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    frozen: Literal["replicated", "sharded"] = "replicated"
     seed: int
 
     def __post_init__(self) -> None:
@@ -47,6 +54,10 @@ class Recipe:
         """The recipe as JSON holds it."""
         found: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return found
+
+    def fixed(self) -> dict[str, Any]:
+        """Of `plain`, what makes another run if it changes."""
+        return {name: value for name, value in self.plain().items() if name not in CUTTING}
 
     def _at_least_one(self, *names: str) -> None:
         for name in names:

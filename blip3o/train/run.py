@@ -7,7 +7,6 @@ RUN/log.jsonl     one line every few steps
 
 import fcntl
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from blip3o.config import to_dict
 from blip3o.data import scenes
@@ -24,23 +25,23 @@ from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
 from blip3o.train.batch import Stage
-from blip3o.train.recipe import STAGES, ClipRecipe, DecoderRecipe, GenerationRecipe, Recipe, UnderstandingRecipe
-from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
-from blip3o.weights import (
-    CorruptModel,
-    check_folder,
-    check_replaceable,
-    commit_folder,
-    read_tensors,
-    save_pretrained,
-    staging,
-    write_tensors,
+from blip3o.train.checkpoint import STATE, Checkpoint
+from blip3o.train.devices import Devices, alone
+from blip3o.train.recipe import (
+    CUTTING,
+    STAGES,
+    ClipRecipe,
+    DecoderRecipe,
+    GenerationRecipe,
+    Recipe,
+    UnderstandingRecipe,
 )
+from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
+from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
 BANK_SEED = 7  # the pictures behind the feature bank; evaluation uses other seeds
 WEIGHT_SEED = 0
 FINGERPRINT_QUESTIONS = 40  # of each type
-STATE, TENSORS = "training.json", "state.safetensors"  # the files of a checkpoint
 NEEDED: dict[str, tuple[str, ...]] = {  # the stages that must be finished before
     "clip": (),
     "understanding": ("clip",),
@@ -65,18 +66,24 @@ def fingerprint(model: Blip3o) -> str:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Lock `folder`, making it if need be, until the block or the process ends. BlockingIOError if another holds it."""
+def only_writer(folder: Path, devices: Devices) -> Iterator[None]:
+    """Lock `folder`, making it if need be, until the block or the processes end. BlockingIOError if others hold it."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"{folder} is being trained in by another process") from None
+        if devices.any(devices.rank == 0 and not _locked(descriptor)):
+            raise BlockingIOError(f"{folder} is being trained in by another process")
         yield
     finally:
         os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 class Run:
@@ -86,44 +93,42 @@ class Run:
     checkpoint, FileExistsError when it holds something else where the checkpoint or the model will be.
     """
 
-    def __init__(self, folder: Path, preset_name: str) -> None:
+    def __init__(self, folder: Path, preset_name: str, devices: Devices | None = None) -> None:
         self.folder = folder
-        self.checkpoint = folder / "checkpoint"
+        self.devices = devices or alone()
+        self.checkpoint = Checkpoint(folder / "checkpoint", self.devices)
         self.config = preset(preset_name)
-        for place in (self.checkpoint, folder / "model"):
+        for place in (self.checkpoint.folder, folder / "model"):
             check_replaceable(place)
         self.processor = Processor(image_size=self.config.clip.image_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(WEIGHT_SEED)
-            self.model = Blip3o(self.config)
+            self.model = Blip3o(self.config).to(self.devices.device)
         self.finished: dict[str, float] = {}  # seconds that each finished stage took
         self.stage, self.step, self.seconds = "", 0, 0.0  # of the stage in progress
         self.recipes: dict[str, dict[str, object]] = {}  # of the stages finished and in progress
         self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
         self._banks: dict[bool, FeatureBank] = {}
-        if self.checkpoint.exists() or self.checkpoint.with_name("checkpoint.old").exists():
+        if self.checkpoint.exists():
             self._load()
 
     def _load(self) -> None:
-        place = check_folder(self.checkpoint, STATE, TENSORS)
+        state = self.checkpoint.read_state()
         try:
-            state = json.loads((place / STATE).read_text(encoding="utf-8"))
             before, config = state["preset"], state["config"]
             self.finished, self.stage, self.understood = state["finished"], state["stage"], state["understood"]
             self.step, self.seconds, self.recipes = state["step"], state["seconds"], state["recipes"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptModel(f"{place / STATE} is of another version: {error!r}") from None
+        except KeyError as error:
+            raise CorruptModel(f"{self.checkpoint.folder / STATE} is of another version: {error!r}") from None
         if before != self.config.name:
             raise ValueError(f"{self.folder} holds a run of preset {before!r}, not {self.config.name!r}")
         changes = differences(config, to_dict(self.config))
         if changes:
             raise ValueError(f"{self.folder} holds a run of another {before}: {', '.join(changes)}")
-        tensors = read_tensors(place / TENSORS)
-        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        own = self.model.state_dict()
-        if own.keys() != weights.keys():
-            raise CorruptModel(f"{place} holds tensors of another version: {sorted(own.keys() ^ weights.keys())[:5]}")
-        self.model.load_state_dict(weights)
+        self._read_model()
+
+    def _read_model(self) -> None:
+        self.checkpoint.read_tensors({f"model.{name}": tensor for name, tensor in self.model.state_dict().items()})
 
     def bank(self, pictures: int, unnamed: bool = False) -> FeatureBank:
         """The frozen features of pictures, or of those whose colours have no name: computed once a process."""
@@ -140,7 +145,8 @@ class Run:
         """
         if name not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
-        changes = differences(self.recipes.get(name, recipe.plain()), recipe.plain())
+        begun = {key: value for key, value in self.recipes.get(name, recipe.plain()).items() if key not in CUTTING}
+        changes = differences(begun, recipe.fixed())
         if changes:
             raise ValueError(f"{self.folder} was begun with another recipe of stage {name}: {', '.join(changes)}")
         if name in self.finished:
@@ -153,25 +159,48 @@ class Run:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
         began = time.perf_counter() - (self.seconds if self.stage == name else 0.0)
 
-        def save(optimizer: torch.optim.Optimizer, step: int) -> None:
+        def save(optimizer: torch.optim.Optimizer, step: int, stop: bool) -> None:
             self.stage, self.step, self.seconds = name, step, time.perf_counter() - began
             self.recipes[name] = recipe.plain()
             if step == recipe.steps:
                 self.finished[name], self.stage, self.step = self.seconds, "", 0
                 if name == "understanding":
-                    self.understood = fingerprint(self.model)
-            self._save(stage, optimizer)
+                    self.understood = self._fingerprint()
+            self._save(stage, optimizer, last=stop or step == recipe.steps)
 
         def restore(optimizer: torch.optim.Optimizer) -> int:
             return self._restore(stage, optimizer) if self.stage == name else 0
 
-        with only_writer(self.folder):
+        with only_writer(self.folder, self.devices):
+            self.checkpoint.settle()
+            if self.devices.rank == 0:
+                settle(self.folder / "model")
             try:
                 self.model.train()
                 stage = self._stage(name, recipe)
-                loop.train(stage, log=self.folder / "log.jsonl", save=save, restore=restore)
+                loop.train(stage, self.devices, log=self.folder / "log.jsonl", save=save, restore=restore)
             finally:
+                self.checkpoint.wait()
                 self.model.requires_grad_(True).eval()
+            if self._sharded:  # FSDP cannot be taken off a model
+                self.model = Blip3o(self.config).to(self.devices.device).eval()
+                self._read_model()
+
+    @property
+    def _sharded(self) -> bool:
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    def _fingerprint(self) -> str:
+        """`fingerprint` of the model, which may be sharded; the same on every process."""
+        model: Blip3o | None = self.model
+        if self._sharded:
+            tensors = self.devices.whole(self.model.state_dict())
+            model = None
+            if self.devices.rank == 0:
+                model = Blip3o(self.config)
+                model.load_state_dict(tensors, assign=True)
+        found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
+        return found
 
     def _stage(self, name: str, recipe: Recipe) -> Stage:
         match recipe:
@@ -188,34 +217,37 @@ class Run:
     def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
         return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
 
-    def _save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
-        """The model folder first: were it last, a kill in between would leave it behind a finished run for good."""
-        save_pretrained(self.model, self.processor, self.folder / "model")
+    def _save(self, stage: Stage, optimizer: torch.optim.Optimizer, last: bool) -> None:
+        """While training goes on, unless it is the last time. The model folder is committed before the checkpoint: were
+        it after, a kill in between would leave it behind a finished run for good."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.stage:  # in the middle: what the optimiser knows, and parameters that training alone needs
-            for name, parameter in stage.trainable().items():
-                if f"model.{name}" not in tensors:
-                    tensors[f"trained.{name}"] = parameter
-                for key, value in optimizer.state[parameter].items():
-                    tensors[f"{key}.{name}"] = value
-        staged = staging(self.checkpoint)
-        write_tensors(tensors, staged / TENSORS)
+            tensors |= self._training_tensors(stage, optimizer)
         state = {
             "preset": self.config.name, "config": to_dict(self.config), "recipes": self.recipes, "stage": self.stage,
             "step": self.step, "seconds": self.seconds, "finished": self.finished, "understood": self.understood,
         }  # fmt: skip
-        (staged / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        commit_folder(staged, self.checkpoint)
+        model = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items() if name.startswith("model.")}
+
+        def write_model(read: Callable[[Mapping[str, Tensor]], None]) -> None:
+            read(model)
+            whole = {name.removeprefix("model."): tensor for name, tensor in model.items()}
+            save_pretrained(self.model, self.processor, self.folder / "model", whole)
+
+        snapshot = self.checkpoint.snapshot(tensors, state)
+        (self.checkpoint.write if last else self.checkpoint.write_behind)(snapshot, write_model)
+
+    def _training_tensors(self, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The optimiser's moments, and the parameters of the stage that are not the model's."""
+        own, found = self.model.state_dict(), {}
+        for name, parameter in stage.trainable().items():
+            if name not in own:
+                found[f"trained.{name}"] = parameter.detach()
+            found |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+        return found
 
     def _restore(self, stage: Stage, optimizer: torch.optim.Optimizer) -> int:
-        tensors = read_tensors(check_folder(self.checkpoint, STATE, TENSORS) / TENSORS)
-        with torch.no_grad():
-            for name, parameter in stage.trainable().items():
-                inside = f"model.{name}" in tensors
-                parameter.copy_(tensors[f"model.{name}" if inside else f"trained.{name}"])
-                optimizer.state[parameter] = {
-                    key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+        self.checkpoint.read_tensors(self._training_tensors(stage, optimizer))
         return self.step
 
 
