@@ -1,4 +1,4 @@
-"""The command line: blip3o demo | train | generate | ask | evaluate | convert | shards | bench | doctor.
+"""The command line: blip3o demo | train | plan | generate | ask | evaluate | convert | shards | bench | doctor.
 
 What a user can get wrong ends in one line on standard error and exit status 2; a stop by Ctrl-C ends in status 130.
 Anything else is a mistake of this program and keeps its traceback. torch is imported by the commands that need it.
@@ -31,6 +31,7 @@ def train(arguments: argparse.Namespace) -> None:
     from blip3o.train.devices import start
     from blip3o.train.recipe_files import load_recipe
     from blip3o.train.run import Run
+    from blip3o.train.trackers import trackers_of
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.stage not in (None, *recipe.stages):
@@ -38,10 +39,20 @@ def train(arguments: argparse.Namespace) -> None:
     folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
     with start(arguments.device) as devices:
         report = print if devices.rank == 0 else lambda _: None
-        run = Run(folder, recipe.model, devices)
-        for stage in [arguments.stage] if arguments.stage else recipe.stages:
-            run.run_stage(stage, recipe.stages[stage], report)
+        settings = {name: stage.plain() for name, stage in recipe.stages.items()}
+        with trackers_of(arguments.track if devices.rank == 0 else (), folder, settings) as trackers:
+            run = Run(folder, recipe.model, devices, trackers)
+            for stage in [arguments.stage] if arguments.stage else recipe.stages:
+                run.run_stage(stage, recipe.stages[stage], report)
         report(f"model in {folder / 'model'}")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    from blip3o.train.plan import table
+    from blip3o.train.recipe_files import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(table(recipe, arguments.devices, 1e12 * arguments.peak, arguments.mfu))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -237,7 +248,18 @@ def parser() -> argparse.ArgumentParser:
         metavar="key=value",
         help="changes to the recipe: generation.steps=100, or seed=3 for all",
     )
+    command.add_argument(
+        "--track", action="append", default=[], metavar="TRACKER", help="tell tensorboard, wandb or trackio too"
+    )
     command.set_defaults(run=train)
+
+    command = commands.add_parser("plan", help="memory of each GPU, and time, of a recipe's generation stage")
+    command.add_argument("recipe", metavar="RECIPE")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="GPUs (default: 8 32)")
+    command.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of one (default: %(default)s, an H100's)")
+    command.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
+    command.set_defaults(run=plan)
 
     model = Parser(add_help=False)
     model.add_argument("--model", type=Path, default=DEMO / "model", help="model folder (default: %(default)s)")
@@ -327,7 +349,7 @@ def add_shards(actions: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     top = parser()
     arguments, rest = top.parse_known_args(argv)
-    if rest and (arguments.command != "train" or any(item.startswith("-") for item in rest)):
+    if rest and (arguments.command not in ("train", "plan") or any(item.startswith("-") for item in rest)):
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides behind an option, which argparse does not take for the same list
         arguments.overrides += rest

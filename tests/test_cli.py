@@ -344,17 +344,17 @@ def steps_logged(folder: Path) -> int:
     return json.loads(log.read_text().splitlines()[-1])["step"] if log.exists() and log.read_text() else 0
 
 
-def test_ctrl_c_ends_training_in_status_130_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_a_signal_ends_training_with_its_status_and_the_same_command_goes_on(tmp_path: Path) -> None:
     command = ("train", "nano", "--stage", "clip", "--out", tmp_path, "clip.steps=100000", "clip.batch_size=2")
     stopped = 0
-    for _ in range(2):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         process, deadline = launch(*command), time.monotonic() + 300
         while steps_logged(tmp_path) <= stopped:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=300)
-        assert process.returncode == 130, err
+        assert process.returncode == status, err
         assert "Traceback" not in err
         last = err.splitlines()[-1]
         assert last.startswith("blip3o: stopped in stage clip after step ") and last.endswith("goes on from here")
@@ -380,6 +380,6 @@ def test_ctrl_c_elsewhere(
 
 def test_overrides_reach_the_recipe(tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Recipe] = []
-    monkeypatch.setattr(loop, "train", lambda stage, **_: seen.append(stage.recipe))
+    monkeypatch.setattr(loop, "train", lambda stage, *_, **__: seen.append(stage.recipe))
     assert run("train", TINY, "clip.steps=7", "--stage", "clip", "--out", tmp_path, "seed=5") == 0
     assert seen == [replace(tiny["clip"], steps=7, seed=5)]

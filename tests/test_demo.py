@@ -36,7 +36,8 @@ def test_demo(
     assert cli.main(["demo", str(TINY), "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "generation.overall" in out and str(tmp_path / "report.html") in out and str(tmp_path / "samples.png") in out
-    files = {"model", "checkpoint", "log.jsonl", "samples.png", "report.html", "metrics.json"}
+    files = {"model", "checkpoint", "log.jsonl", "recipe.toml", "run.json"}
+    files |= {"samples.png", "report.html", "metrics.json"}
     assert {path.name for path in tmp_path.iterdir()} == files
 
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -85,7 +86,7 @@ def test_ctrl_c_while_examining_costs_the_exam_alone(
     with monkeypatch.context() as patch:
         patch.setattr(exam, "answer_questions", interrupted)
         assert cli.main(command) == 130
-    assert {path.name for path in folder.iterdir()} == {"model", "checkpoint", "log.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"model", "checkpoint", "log.jsonl", "recipe.toml", "run.json"}
     assert cli.main(command) == 0
     assert json.loads((folder / "metrics.json").read_text())["understanding_unchanged"] is True
 

@@ -193,11 +193,12 @@ class Devices:
 def clip(parameters: Sequence[nn.Parameter], clip_norm: float) -> float:
     """The norm of all gradients, whole or sharded: the same on every process. Larger ones are scaled to `clip_norm`.
 
-    It is infinite or NaN if a gradient is, on whatever process.
+    It is infinite or NaN if a gradient is, on whatever process; then all stay as they are, so that it can be found.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    nn.utils.clip_grads_with_norm_(parameters, clip_norm, whole)
+    if whole.isfinite():
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, whole)
     return whole.item()
 
 

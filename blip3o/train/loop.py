@@ -4,25 +4,28 @@ The batch of step k is a function of (seed, k) alone, so a run that was stopped 
 have had: its state is the weights, the optimiser's moments and one integer.
 """
 
-import json
 import math
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from blip3o.layers import keep_casts
+from blip3o.train.bad_numbers import suspects
 from blip3o.train.batch import Batch, Stage, ahead, micro_batches
+from blip3o.train.blocks import prepared_blocks, training_blocks
 from blip3o.train.devices import Devices, Loss
-from blip3o.train.optimizer import descend, learning_rate, optimizer_for
+from blip3o.train.flops import peak_flops, step_flops
+from blip3o.train.log import BAD_BATCHES, Log
+from blip3o.train.optimizer import Ema, Training, descend, learning_rate, optimizer_for
 from blip3o.train.recipe import Recipe
+from blip3o.train.trackers import Tracker
 
 LOG_EVERY = 10  # steps
 # Whether the chip has tiles for products of bfloat16: on a Xeon with AMX they are 4 to 9 times as fast as float32 at
@@ -69,116 +72,112 @@ def _stop_requests() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def rewind_log(log: Path, stage: str, step: int) -> None:
-    """Drop what was logged of `stage` beyond `step`: a run that was killed has logged more than it saved.
-
-    The last line may have been cut short. Raises ValueError, which names the line, for any other that is no row.
-    """
-    if not log.exists():
-        return
-    *lines, last = log.read_text(encoding="utf-8").split("\n")  # what follows the last newline: nothing, or a cut line
-    kept = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            keep = row["stage"] != stage or row["step"] <= step
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{log}, line {number}: expected a row of the training log, got {line[:80]!r}") from None
-        if keep:
-            kept.append(line + "\n")
-    if last or len(kept) < len(lines):
-        shorter = log.with_name(log.name + ".new")
-        shorter.write_text("".join(kept), encoding="utf-8")
-        shorter.replace(log)
-
-
 def train(
     stage: Stage,
     devices: Devices,
     *,
-    log: Path,
-    save: Callable[[torch.optim.AdamW, int, bool], None],
-    restore: Callable[[torch.optim.AdamW], int] = lambda optimizer: 0,
+    folder: Path,
+    save: Callable[[Training, int, bool], None],
+    restore: Callable[[Training], int] = lambda training: 0,
+    draw: Callable[[Training, int], None] | None = None,
+    trackers: Sequence[Tracker] = (),
     save_every_seconds: float = 120.0,
 ) -> None:
     """Run `stage` from the step that `restore` returns to its recipe's last. Rank 0 alone keeps the log.
 
-    log      JSON lines, one every LOG_EVERY steps: stage, step, loss, learning_rate, grad_norm, samples_per_second,
-             waiting (share of the time that the loop waited for batches) and seconds; lines of steps that have to be
-             done again are dropped
-    save     called with the optimiser, the number of finished steps and whether a stop follows: now and then, at a
-             stop, and at the end
-    restore  loads what `save` wrote into the optimiser and returns the number of finished steps
+    folder    where log.jsonl and bad_batches.jsonl are, see `Log`; lines of steps that are done again are dropped
+    save      called with what training holds besides the weights, the number of finished steps and whether a stop
+              follows: now and then, at a stop, and at the end
+    restore   loads what `save` wrote and returns the number of finished steps
+    draw      called like `save` every `sample_every` steps, to draw pictures with the weights as they are then
+    trackers  are told what the log is
 
-    Raises Interrupted after a clean stop, NonFiniteLoss before a step that would have poisoned the weights.
+    Raises Interrupted after a clean stop, NonFiniteLoss where more steps than `max_bad_batches` have bad numbers.
     """
-    recipe, first = stage.recipe, devices.rank == 0
+    recipe = stage.recipe
     parts = micro_batches(stage, devices.rank, devices.world)
     kept = torch.bfloat16 if uses_bfloat16(recipe) else None
-    loss_of = devices.wrap(stage, recipe.parallel, recipe.frozen, kept)  # FSDP makes other parameters: before all else
-    optimizer = optimizer_for(stage.trainable(), recipe)
-    start = logged_step = restore(optimizer)
-    began = saved = logged = time.perf_counter()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if first:
-        rewind_log(log, stage.name, start)
-    bar = tqdm(
-        total=recipe.steps, initial=start, desc=f"{stage.name:>13}", unit="step", dynamic_ncols=True, disable=not first
-    )
 
     def make(step: int) -> list[Batch]:
         return [stage.batch(step, rows).to(devices.device) for rows in parts]
 
-    with (
-        _stop_requests() as stop_asked, (log if first else Path(os.devnull)).open("a") as lines, bar, keep_casts(),
-        ahead(make, range(start, recipe.steps)) as batches,
-    ):  # fmt: skip
-        for step, micro in batches:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(recipe, step)
-            sums = gradients(stage, micro, devices, loss_of)
-            loss = sums["loss"]
-            norm = descend(optimizer, loss, recipe.clip_norm)
-            if not math.isfinite(loss + norm):
-                raise NonFiniteLoss(
-                    f"stage {stage.name}: step {step} was not applied, its loss is {loss}, its gradient norm {norm}"
-                )
-            bar.update()
-            now = time.perf_counter()
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == recipe.steps:
-                steps, seconds = step + 1 - logged_step, max(now - logged, 1e-9)
-                rate = recipe.batch_size * steps / seconds
-                row = {
-                    "stage": stage.name, "step": step + 1, **sums, "grad_norm": norm,
-                    "learning_rate": learning_rate(recipe, step), "samples_per_second": rate,
-                    "waiting": batches.waiting / seconds, "seconds": now - began,
-                }  # fmt: skip
-                lines.write(json.dumps(row) + "\n")
-                lines.flush()
-                bar.set_postfix_str(f"loss {loss:.3f}  {rate:.0f} samples/s")
-                logged, logged_step, batches.waiting = now, step + 1, 0.0
-            if step + 1 == recipe.steps:
-                stage.finish()
-            asked, due = stop_asked(), first and now - saved > save_every_seconds
-            stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, due)  # all after the same step
-            if stops or due or step + 1 == recipe.steps:
-                save(optimizer, step + 1, stops > 0)
-                saved = time.perf_counter()
-            if stops:
-                raise Interrupted(stage.name, step + 1, signal.SIGTERM if terminations else signal.SIGINT)
+    with _stop_requests() as stop_asked, keep_casts(), prepared_blocks(training_blocks(stage), recipe):
+        loss_of = devices.wrap(stage, recipe.parallel, recipe.frozen, kept)  # FSDP makes other parameters: before these
+        parameters = stage.trainable()
+        training = Training(optimizer_for(parameters, recipe), Ema(parameters, recipe.ema) if recipe.ema else None)
+        start = restore(training)
+        saved = time.perf_counter()
+        with (
+            ahead(make, range(start, recipe.steps)) as batches,
+            Log(folder if devices.rank == 0 else None, stage.name, recipe, start, trackers) as log,
+        ):
+            for step, micro in batches:
+                if step == start:
+                    log.mfu = mfu(stage, micro, devices, loss_of)
+                rate = learning_rate(recipe, step)
+                for group in training.optimizer.param_groups:
+                    group["lr"] = rate
+                sums, losses = gradients(stage, micro, devices, loss_of)
+                norm = descend(training.optimizer, sums["loss"], recipe.clip_norm)
+                sound = math.isfinite(sums["loss"] + norm)
+                if sound and training.ema:
+                    training.ema.update()
+                elif not sound:
+                    what, ids = suspects(micro, losses, parameters, devices)
+                    training.optimizer.zero_grad(set_to_none=True)
+                    training.bad_batches += 1
+                    log.bad(step + 1, what, ids)
+                    if training.bad_batches > recipe.max_bad_batches:
+                        raise NonFiniteLoss(
+                            f"stage {stage.name}: step {step} was not applied, its loss is {sums['loss']}, its gradient "
+                            f"norm {norm}; bad: {what}, of {len(ids)} samples that {folder / BAD_BATCHES} names; "
+                            f"max_bad_batches is {recipe.max_bad_batches}"
+                        )
+                done, last = step + 1, step + 1 == recipe.steps
+                log.bar.update()
+                if sound and (done % LOG_EVERY == 0 or last):
+                    log.row(done, {**sums, "grad_norm": norm, "learning_rate": rate}, batches.waited())
+                if last:
+                    if training.ema:
+                        training.ema.replace_weights()
+                    stage.finish()
+                if draw is not None and done % recipe.sample_every == 0:
+                    draw(training, done)
+                asked, late = stop_asked(), devices.rank == 0 and time.perf_counter() - saved > save_every_seconds
+                stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, late)  # all at the same step
+                if stops or due or last:
+                    save(training, done, stops > 0)
+                    saved = time.perf_counter()
+                if stops:
+                    raise Interrupted(stage.name, done, signal.SIGTERM if terminations else signal.SIGINT)
 
 
-def gradients(stage: Stage, batches: list[Batch], devices: Devices, loss_of: Loss) -> dict[str, float]:
+def gradients(
+    stage: Stage, batches: list[Batch], devices: Devices, loss_of: Loss
+) -> tuple[dict[str, float], list[Tensor]]:
     """Add up the gradients of a step's micro-batches, on all processes: of the sum of their losses over the sum of
-    their weights, which is what the whole batch would give. Returns the loss, and what else the stage logs, of the
-    step."""
+    their weights, which is what the whole batch would give.
+
+    Returns the loss, and what else the stage logs, of the step; and the part of this loss from each micro-batch here.
+    """
     (weight,) = devices.sum(sum(batch.weight for batch in batches))
     found: dict[str, float] = {}
+    losses = []
     for batch in batches:
         with torch.autocast(devices.device.type, torch.bfloat16, enabled=uses_bfloat16(stage.recipe)):
             loss, more = loss_of(batch, batch is batches[-1])
         mean = loss / weight
         mean.backward()
-        for name, value in {"loss": mean.detach(), **{name: x / weight for name, x in more.items()}}.items():
+        losses.append(mean.detach())
+        for name, value in {"loss": losses[-1], **{name: x / weight for name, x in more.items()}}.items():
             found[name] = found.get(name, 0.0) + value.float().item()
-    return dict(zip(found, devices.sum(*found.values()), strict=True))
+    return dict(zip(found, devices.sum(*found.values()), strict=True)), losses
+
+
+def mfu(stage: Stage, batches: list[Batch], devices: Devices, loss_of: Loss) -> float:
+    """The MFU of this process at one sample a second of all, by the FLOPs of these batches; 0 where it is unknown."""
+    flops = step_flops(lambda: gradients(stage, batches, devices, loss_of))
+    for parameter in stage.trainable().values():
+        parameter.grad = None
+    peak = peak_flops(devices.device, torch.bfloat16 if uses_bfloat16(stage.recipe) else torch.float32) if flops else 0
+    return flops / (stage.recipe.batch_size * peak) if peak else 0.0

@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-# What may change when a run goes on: how a batch is cut into parts changes neither its samples nor its gradient.
-CUTTING = ("accumulate", "parallel", "frozen")
+# What may change when a run goes on: how a batch is cut into parts, and how its gradient is computed, changes neither
+# its samples nor, but for rounding, the gradient.
+CHANGEABLE = ("accumulate", "parallel", "frozen", "checkpointing", "compile", "max_bad_batches", "sample_every", "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,12 +16,20 @@ class Recipe:
     steps, batch_size     optimiser steps, and samples in each (pictures; for generation, drawings)
     accumulate            micro-batches of a step, one after the other: less memory, the same gradient
     learning_rate         peak; linear warm-up over `warmup_steps`, then a cosine down to `final_learning_rate`
-    weight_decay          on matrices only; gains, biases and embeddings-like vectors are not decayed
+    weight_decay          on the matrices of products; gains, biases, embeddings and queries are not decayed
+    decay_embeddings      embeddings and queries are, as any matrix is: so nano's numbers were found
     betas                 AdamW's
     clip_norm             largest gradient norm
-    dtype                 of products: "float32", "bfloat16", or "auto": bfloat16 where the chip multiplies it in tiles
+    ema                   decay of the moving average of the weights, which is what the stage leaves behind; 0: none
+    dtype                 of products: "float32", "bfloat16", or "auto": bfloat16 where the chip multiplies it in tiles.
+                          What trains, its moments and its average are float32 all the same
+    checkpointing         what is computed again in the backward pass, for less memory: "none", or the "blocks" that
+                          train
+    compile               the blocks that train go through torch.compile
     parallel, frozen      how several processes share the work, and what they hold of that which does not train: see
                           `Devices.wrap`
+    max_bad_batches       steps that may be left out because a number in them is infinite or NaN; one more is an error
+    sample_every          steps between pictures drawn from `prompts`, for the eye; 0: none
     seed                  every sample, noise and initial weight of the stage is a function of it and the step
     """
 
@@ -31,11 +40,18 @@ class Recipe:
     final_learning_rate: float
     warmup_steps: int
     weight_decay: float
+    decay_embeddings: bool = False
     betas: tuple[float, float]
     clip_norm: float
+    ema: float = 0.0
     dtype: Literal["auto", "float32", "bfloat16"]
+    checkpointing: Literal["none", "blocks"] = "none"
+    compile: bool = False
     parallel: Literal["ddp", "fsdp"] = "ddp"
     frozen: Literal["replicated", "sharded"] = "replicated"
+    max_bad_batches: int = 0
+    sample_every: int = 0
+    prompts: tuple[str, ...] = ()
     seed: int
 
     def __post_init__(self) -> None:
@@ -44,7 +60,10 @@ class Recipe:
             raise ValueError(
                 f"learning_rate and clip_norm must be positive, got {self.learning_rate} and {self.clip_norm}"
             )
-        for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+        self._shares("ema")
+        if self.sample_every and not self.prompts:
+            raise ValueError(f"prompts must hold at least one, as sample_every is {self.sample_every}; got none")
+        for name in ("final_learning_rate", "warmup_steps", "weight_decay", "max_bad_batches", "sample_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -57,7 +76,7 @@ class Recipe:
 
     def fixed(self) -> dict[str, Any]:
         """Of `plain`, what makes another run if it changes."""
-        return {name: value for name, value in self.plain().items() if name not in CUTTING}
+        return {name: value for name, value in self.plain().items() if name not in CHANGEABLE}
 
     def _at_least_one(self, *names: str) -> None:
         for name in names:

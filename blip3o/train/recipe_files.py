@@ -12,7 +12,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -164,18 +164,18 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def to_toml(recipe: RunRecipe) -> str:
-    """The recipe in full, as TOML that `load_recipe` reads back to the same."""
-    lines = [f"model = {_written(recipe.model)}"]
-    for stage, chosen in recipe.stages.items():
-        lines += ["", f"[{stage}]", *(f"{key} = {_written(value)}" for key, value in asdict(chosen).items())]
+def to_toml(model: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A recipe in full, from the `plain` form of each stage's, as TOML that `load_recipe` reads back to the same."""
+    lines = [f"model = {_written(model)}"]
+    for stage, table in stages.items():
+        lines += ["", f"[{stage}]", *(f"{key} = {_written(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"
 
 
 def _written(value: Any) -> str:
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {_written(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"[{', '.join(map(_written, value))}]"
     if isinstance(value, str):  # JSON's texts are TOML's, but for this one character
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

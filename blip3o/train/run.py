@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,8 +27,11 @@ from blip3o.train import loop
 from blip3o.train.batch import Stage
 from blip3o.train.checkpoint import STATE, Checkpoint
 from blip3o.train.devices import Devices, alone
+from blip3o.train.optimizer import Training
+from blip3o.train.pictures import draw_prompts, save_picture
+from blip3o.train.provenance import write_provenance
 from blip3o.train.recipe import (
-    CUTTING,
+    CHANGEABLE,
     STAGES,
     ClipRecipe,
     DecoderRecipe,
@@ -37,6 +40,7 @@ from blip3o.train.recipe import (
     UnderstandingRecipe,
 )
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
+from blip3o.train.trackers import Tracker
 from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
 BANK_SEED = 7  # the pictures behind the feature bank; evaluation uses other seeds
@@ -93,8 +97,10 @@ class Run:
     checkpoint, FileExistsError when it holds something else where the checkpoint or the model will be.
     """
 
-    def __init__(self, folder: Path, preset_name: str, devices: Devices | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, preset_name: str, devices: Devices | None = None, trackers: Sequence[Tracker] = ()
+    ) -> None:
+        self.folder, self.trackers = folder, trackers
         self.devices = devices or alone()
         self.checkpoint = Checkpoint(folder / "checkpoint", self.devices)
         self.config = preset(preset_name)
@@ -105,7 +111,7 @@ class Run:
             torch.manual_seed(WEIGHT_SEED)
             self.model = Blip3o(self.config).to(self.devices.device)
         self.finished: dict[str, float] = {}  # seconds that each finished stage took
-        self.stage, self.step, self.seconds = "", 0, 0.0  # of the stage in progress
+        self.stage, self.step, self.seconds, self.bad_batches = "", 0, 0.0, 0  # of the stage in progress
         self.recipes: dict[str, dict[str, object]] = {}  # of the stages finished and in progress
         self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
         self._banks: dict[bool, FeatureBank] = {}
@@ -118,6 +124,7 @@ class Run:
             before, config = state["preset"], state["config"]
             self.finished, self.stage, self.understood = state["finished"], state["stage"], state["understood"]
             self.step, self.seconds, self.recipes = state["step"], state["seconds"], state["recipes"]
+            self.bad_batches = state["bad_batches"]
         except KeyError as error:
             raise CorruptModel(f"{self.checkpoint.folder / STATE} is of another version: {error!r}") from None
         if before != self.config.name:
@@ -145,7 +152,7 @@ class Run:
         """
         if name not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
-        begun = {key: value for key, value in self.recipes.get(name, recipe.plain()).items() if key not in CUTTING}
+        begun = {key: value for key, value in self.recipes.get(name, recipe.plain()).items() if key not in CHANGEABLE}
         changes = differences(begun, recipe.fixed())
         if changes:
             raise ValueError(f"{self.folder} was begun with another recipe of stage {name}: {', '.join(changes)}")
@@ -157,19 +164,33 @@ class Run:
             raise ValueError(f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it")
         if self.stage and self.stage != name:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
+        if recipe.sample_every and (self.config.decoder is None or "decoder" not in self.finished):
+            raise ValueError(
+                f"sample_every must be 0 in stage {name}: pictures need a visual decoder that is trained before, in a "
+                "stage of its own"
+            )
         began = time.perf_counter() - (self.seconds if self.stage == name else 0.0)
 
-        def save(optimizer: torch.optim.Optimizer, step: int, stop: bool) -> None:
+        def save(training: Training, step: int, stop: bool) -> None:
             self.stage, self.step, self.seconds = name, step, time.perf_counter() - began
+            self.bad_batches = training.bad_batches
             self.recipes[name] = recipe.plain()
             if step == recipe.steps:
                 self.finished[name], self.stage, self.step = self.seconds, "", 0
                 if name == "understanding":
                     self.understood = self._fingerprint()
-            self._save(stage, optimizer, last=stop or step == recipe.steps)
+            self._save(stage, training, last=stop or step == recipe.steps)
 
-        def restore(optimizer: torch.optim.Optimizer) -> int:
-            return self._restore(stage, optimizer) if self.stage == name else 0
+        def restore(training: Training) -> int:
+            return self._restore(stage, training) if self.stage == name else 0
+
+        def draw(training: Training, step: int) -> None:
+            with training.ema.in_place() if training.ema else nullcontext():
+                model = self.whole_model()
+                if model is not None and self.devices.rank == 0:
+                    sheet = draw_prompts(model.eval(), self.processor, recipe.prompts)
+                    save_picture(sheet, self.folder / "samples" / f"{name}-{step:06}.png")
+            self.model.train()
 
         with only_writer(self.folder, self.devices):
             self.checkpoint.settle()
@@ -178,7 +199,11 @@ class Run:
             try:
                 self.model.train()
                 stage = self._stage(name, recipe)
-                loop.train(stage, self.devices, log=self.folder / "log.jsonl", save=save, restore=restore)
+                self._describe(name, recipe)
+                loop.train(
+                    stage, self.devices, folder=self.folder, save=save, restore=restore,
+                    draw=draw if recipe.sample_every else None, trackers=self.trackers,
+                )  # fmt: skip
             finally:
                 self.checkpoint.wait()
                 self.model.requires_grad_(True).eval()
@@ -190,15 +215,22 @@ class Run:
     def _sharded(self) -> bool:
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
+    def whole_model(self) -> Blip3o | None:
+        """The model in one piece, to be used outside of the loss: all processes must ask. None on the ranks above 0
+        where FSDP shares the weights out."""
+        if not self._sharded:
+            return self.model
+        tensors = self.devices.whole(self.model.state_dict())
+        if self.devices.rank > 0:
+            return None
+        with torch.device("meta"):
+            model = Blip3o(self.config)
+        model.load_state_dict(tensors, assign=True)
+        return model.to(self.devices.device)
+
     def _fingerprint(self) -> str:
-        """`fingerprint` of the model, which may be sharded; the same on every process."""
-        model: Blip3o | None = self.model
-        if self._sharded:
-            tensors = self.devices.whole(self.model.state_dict())
-            model = None
-            if self.devices.rank == 0:
-                model = Blip3o(self.config)
-                model.load_state_dict(tensors, assign=True)
+        """`fingerprint` of the model; the same on every process."""
+        model = self.whole_model()
         found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
         return found
 
@@ -217,37 +249,54 @@ class Run:
     def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
         return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None
 
-    def _save(self, stage: Stage, optimizer: torch.optim.Optimizer, last: bool) -> None:
+    def _describe(self, name: str, recipe: Recipe) -> None:
+        """Keep with the run what it is made with."""
+        if self.devices.rank == 0:
+            stages = {**self.recipes, name: recipe.plain()}
+            products = "bfloat16" if loop.uses_bfloat16(recipe) else "float32"
+            write_provenance(
+                self.folder, self.config.name, stages, stage=name, step=self.step, processes=self.devices.world,
+                device=str(self.devices.device), products=products,
+            )  # fmt: skip
+
+    def _save(self, stage: Stage, training: Training, last: bool) -> None:
         """While training goes on, unless it is the last time. The model folder is committed before the checkpoint: were
         it after, a kill in between would leave it behind a finished run for good."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.stage:  # in the middle: what the optimiser knows, and parameters that training alone needs
-            tensors |= self._training_tensors(stage, optimizer)
+            tensors |= self._training_tensors(stage, training)
         state = {
             "preset": self.config.name, "config": to_dict(self.config), "recipes": self.recipes, "stage": self.stage,
-            "step": self.step, "seconds": self.seconds, "finished": self.finished, "understood": self.understood,
+            "step": self.step, "seconds": self.seconds, "bad_batches": self.bad_batches, "finished": self.finished,
+            "understood": self.understood,
         }  # fmt: skip
-        model = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items() if name.startswith("model.")}
+        kept = ("model.", "ema.")
+        model = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items() if name.startswith(kept)}
 
         def write_model(read: Callable[[Mapping[str, Tensor]], None]) -> None:
             read(model)
-            whole = {name.removeprefix("model."): tensor for name, tensor in model.items()}
+            whole = {name.removeprefix("model."): x for name, x in model.items() if name.startswith("model.")}
+            for name in whole:  # the average, where there is one, is what the stage would leave behind
+                whole[name] = model.get(f"ema.{name}", whole[name])
             save_pretrained(self.model, self.processor, self.folder / "model", whole)
 
         snapshot = self.checkpoint.snapshot(tensors, state)
         (self.checkpoint.write if last else self.checkpoint.write_behind)(snapshot, write_model)
 
-    def _training_tensors(self, stage: Stage, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """The optimiser's moments, and the parameters of the stage that are not the model's."""
+    def _training_tensors(self, stage: Stage, training: Training) -> dict[str, Tensor]:
+        """The optimiser's moments, the average, and the parameters of the stage that are not the model's."""
         own, found = self.model.state_dict(), {}
         for name, parameter in stage.trainable().items():
             if name not in own:
                 found[f"trained.{name}"] = parameter.detach()
-            found |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
+            found |= {f"{key}.{name}": value for key, value in training.optimizer.state[parameter].items()}
+            if training.ema:
+                found[f"ema.{name}"] = training.ema.averages[name]
         return found
 
-    def _restore(self, stage: Stage, optimizer: torch.optim.Optimizer) -> int:
-        self.checkpoint.read_tensors(self._training_tensors(stage, optimizer))
+    def _restore(self, stage: Stage, training: Training) -> int:
+        self.checkpoint.read_tensors(self._training_tensors(stage, training))
+        training.bad_batches = self.bad_batches
         return self.step
 
 
