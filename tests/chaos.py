@@ -23,6 +23,8 @@ ROWS = {
     "kill": ("kills", 100, 8),
     "corrupt": ("corruptions", 10_000, 250),
     "data": ("samples", 4_000, 400),
+    "numbers": ("cases", 36, 4),
+    "preempt": ("signals", 50, 1),
     "leak": ("steps", 10_000, 300),
 }
 

@@ -34,8 +34,8 @@ class Torchrun:
         self.mark, self.errors = f"{os.getpid()}-{time.monotonic_ns()}", errors
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES),
-            str(Path(__file__).with_name("chaos_worker.py")), str(TINY), f"steps={STEPS}", "clip.steps=3",
-            "--out", str(run),
+            str(Path(__file__).with_name("chaos_worker.py")), str(run.parent / "recipe.toml"), f"steps={STEPS}",
+            "clip.steps=3", *(f"{stage}.ema={chaos_run.EMA}" for stage in STAGES), "--out", str(run),
         ]  # fmt: skip
         with errors.open("w") as output:
             self.process = subprocess.Popen(
@@ -80,6 +80,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     saved = Line("every step that was logged is in the checkpoint, which is whole; nothing is left beside it")
     ends = Line("a run that was stopped ends as the one that was not, bit for bit")
     seconds: list[float] = []
+    (folder / "recipe.toml").write_text(TINY.read_text().partition("[decoder]")[0])
     uncut = chaos_run.begun(folder / "uncut")
     running = Torchrun(uncut, folder / "uncut.err")
     if running.end(10 * PATIENCE) != 0:

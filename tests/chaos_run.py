@@ -21,12 +21,15 @@ from conftest import register
 from safetensors.torch import load_file
 
 from blip3o.train import loop
+from blip3o.train.checkpoint import STATE
+from blip3o.train.devices import Devices
 from blip3o.train.recipe import Recipe
-from blip3o.train.run import STATE, Run
+from blip3o.train.run import Run
 from blip3o.weights import MANIFEST
 
 STAGES = ("understanding", "generation")  # the paper's two; clip has come before
-TIMES = ("seconds", "samples_per_second", "waiting")  # what two runs of the same thing may differ in
+TIMES = ("seconds", "samples_per_second", "waiting", "mfu")  # what two runs of the same thing may differ in
+EMA = 0.9
 RECIPES: dict[str, Recipe] = {}
 _clip = Path()
 
@@ -54,24 +57,35 @@ def begun(folder: Path) -> Path:
     return Path(shutil.copytree(_clip, folder))
 
 
-def train(folder: Path, stages: tuple[str, ...], *, steps: int, save_every_seconds: float = 0.0) -> None:
-    """Go on with the run in `folder`, to the end of the last of `stages`, as a new process would; saves after each
-    step by default."""
+def train(
+    folder: Path,
+    chosen: tuple[str, ...],
+    *,
+    steps: int,
+    save_every_seconds: float = 0.0,
+    devices: Devices | None = None,
+    **changes: Any,
+) -> None:
+    """Go on with the run in `folder`, to the end of the last of the `chosen` stages, as a new process would.
+
+    It saves after each step by default. changes: of the recipes of the two stages.
+    """
     loop.train.__kwdefaults__["save_every_seconds"] = save_every_seconds
-    run = Run(folder, "tiny")
-    for stage in stages:
-        run.run_stage(stage, replace(RECIPES[stage], steps=steps), lambda _: None)
+    run = Run(folder, "tiny", devices)
+    for stage in chosen:
+        more = {"ema": EMA, **changes} if stage in STAGES else {}
+        run.run_stage(stage, replace(RECIPES[stage], steps=steps, **more), lambda _: None)
 
 
-def digest(folder: Path) -> str:
-    """SHA-256 of a commit's content: names and bits of its tensors, its JSON without times."""
+def digest(folder: Path, state: bool = True) -> str:
+    """SHA-256 of a commit's content: names and bits of its tensors, and with `state` its JSON without times."""
     total = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors":
             for name, tensor in sorted(load_file(path).items()):
                 total.update(f"{path.name} {name} {tensor.dtype} {list(tensor.shape)}\n".encode())
                 total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif path.suffix == ".json" and path.name != MANIFEST:
+        elif state and path.suffix == ".json" and path.name != MANIFEST:
             content = json.dumps(without_times(json.loads(path.read_text())), sort_keys=True)
             total.update(f"{path.name} {content}\n".encode())
     return total.hexdigest()
