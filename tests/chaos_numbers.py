@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import chaos_run
+import torch
 from chaos_process import Child, Say, tail
 from chaos_run import STAGES, digest
 from chaos_table import Line
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from blip3o.train import stages
 from blip3o.train.devices import start
@@ -45,12 +48,16 @@ class Case:
 
 
 def poison(case: Case, rank: int, say: Say) -> None:
-    """From now on the stage's steps BAD are poisoned on rank `case.sick`; that rank says which samples they were."""
+    """From now on the stage's steps BAD are poisoned on rank `case.sick`, which says their samples' ids. Each rank says
+    the digest of its weights before these steps."""
     kind, calls = KINDS[case.stage], itertools.count()
     loss = kind.loss
 
     def poisoned(self: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        bad = next(calls) in BAD and rank == case.sick
+        step = next(calls)
+        if step in BAD:
+            say(f"weights {weights(self.model)}")
+        bad = step in BAD and rank == case.sick
         if bad:
             say(f"ids {json.dumps(batch.ids)}")
         network = self.model.llm if case.stage == "understanding" else self.model.dit
@@ -65,6 +72,15 @@ def poison(case: Case, rank: int, say: Say) -> None:
         return loss(self, batch)
 
     kind.loss = poisoned
+
+
+def weights(model: nn.Module) -> str:
+    """SHA-256 of what this process holds of a model's parameters."""
+    total = hashlib.sha256()
+    for parameter in model.parameters():
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        total.update(held.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def to_output(value: float, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
@@ -102,7 +118,8 @@ def cases(times: int, seed: int) -> list[Case]:
 
 
 def measure(times: int, seed: int, folder: Path) -> list[Line]:
-    skipped = Line("a step with a bad number changes nothing: weights, moments, EMA as before it, on disk")
+    skipped = Line("a step with a bad number changes nothing on disk: weights, moments, EMA")
+    still = Line("nor a weight in the memory of any process")
     moved = Line("steps before it do")
     written = Line("the ids of its samples are written down")
     stopped = Line("above the limit all processes stop, and say why")
@@ -122,6 +139,9 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
         said = [child.wait() for child in children]
         commits = [line.removeprefix("commit ") for line in said[0] if line.startswith("commit ")]
         names = [json.loads(line.removeprefix("ids ")) for line in said[case.sick] if line.startswith("ids ")]
+        for rank, lines in enumerate(said):
+            before = [line for line in lines if line.startswith("weights ")]
+            still.hold(len(before) == 2 and before[0] == before[1], f"{case}: rank {rank} moved")
         moved.hold(len(set(commits[: BAD[0]])) == BAD[0], f"{case}: {len(commits)} commits\n{tail(errors[0])}")
         skipped.hold(commits[BAD[0] - 1 : BAD[1]] == commits[BAD[0] - 1 : BAD[0]] * 2, f"{case}: {commits}")
         rows = [json.loads(line) for line in (run / BAD_BATCHES).read_text().splitlines()]
@@ -134,4 +154,4 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
             text = error.read_text()
             stopped.hold(child.status != 0 and "NonFiniteLoss" in text, f"{case}: status {child.status}\n{tail(error)}")
         shutil.rmtree(run)
-    return [skipped, moved, written, stopped]
+    return [skipped, still, moved, written, stopped]
