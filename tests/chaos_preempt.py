@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import chaos_run
-from chaos_process import tail
+import chaos_worker
+from chaos_process import Child, tail
 from chaos_run import STAGES, digest, leftovers, log_of
 from chaos_table import Line
 from conftest import TINY
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from blip3o.weights import CorruptModel, check_folder
 
@@ -34,20 +36,20 @@ class Torchrun:
         self.mark, self.errors = f"{os.getpid()}-{time.monotonic_ns()}", errors
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES),
-            str(Path(__file__).with_name("chaos_worker.py")), str(run.parent / "recipe.toml"), f"steps={STEPS}",
-            "clip.steps=3", *(f"{stage}.ema={chaos_run.EMA}" for stage in STAGES), "--out", str(run),
+            str(Path(__file__).with_name("chaos_worker.py")), *arguments(run),
         ]  # fmt: skip
         with errors.open("w") as output:
             self.process = subprocess.Popen(
                 command, env={**os.environ, MARK: self.mark}, stdout=output, stderr=output, start_new_session=True
             )
+        self.pid = self.process.pid
 
     def processes(self) -> list[int]:
         """Those that are alive: torchrun and its workers, wherever they have gone."""
         found = []
-        for place in Path("/proc").iterdir():
+        for place in Path("/proc").glob("[0-9]*"):
             try:
-                if place.name.isdigit() and f"{MARK}={self.mark}".encode() in (place / "environ").read_bytes():
+                if f"{MARK}={self.mark}".encode() in (place / "environ").read_bytes():
                     found.append(int(place.name))
             except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is no business of ours
                 continue
@@ -64,7 +66,55 @@ class Torchrun:
         """What is left of it."""
         for number in self.processes():
             os.kill(number, signal.SIGKILL)
-        self.process.wait()
+        self.end(PATIENCE)
+
+
+class Forked(Torchrun):
+    """What torchrun is a command for, the agent that starts the workers and hands signals on, in forks of this process:
+    a start costs no imports."""
+
+    def __init__(self, run: Path, errors: Path) -> None:
+        self.errors = errors
+        self.child = Child(lambda say: agent(arguments(run)), errors)
+        self.pid = self.child.pid
+
+    def processes(self) -> list[int]:
+        """Those of the agent's session."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                state, _, _, session = (place / "stat").read_text().rpartition(")")[2].split()[:4]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if session == str(self.child.pid) and state != "Z":
+                found.append(int(place.name))
+        return found
+
+    def end(self, seconds: float) -> int | None:
+        deadline = time.monotonic() + seconds
+        while self.child.status is None:
+            pid, status = os.waitpid(self.child.pid, os.WNOHANG)
+            if pid:
+                self.child.status = status
+            elif time.monotonic() > deadline:
+                return None
+            else:
+                time.sleep(0.005)
+        return os.waitstatus_to_exitcode(self.child.status)
+
+
+def agent(words: list[str]) -> None:
+    os.setsid()
+    config = LaunchConfig(
+        1, 1, PROCESSES, run_id="chaos", rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork"
+    )
+    elastic_launch(config, chaos_worker.main)(words)
+
+
+def arguments(run: Path) -> list[str]:
+    """Of `blip3o train`."""
+    changes = [f"steps={STEPS}", "clip.steps=3", *(f"{stage}.ema={chaos_run.EMA}" for stage in STAGES)]
+    return [str(run.parent / "recipe.toml"), *changes, "--out", str(run)]
 
 
 def rows(run: Path) -> int:
@@ -72,7 +122,7 @@ def rows(run: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def measure(times: int, seed: int, folder: Path) -> list[Line]:
+def measure(times: int, seed: int, folder: Path, start: type[Torchrun] = Torchrun) -> list[Line]:
     choices = random.Random(seed)
     prompt = Line(f"it ends within {MOST:.0f} s of SIGTERM")
     status = Line("its exit status says that it did not come to its end")
@@ -82,7 +132,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     seconds: list[float] = []
     (folder / "recipe.toml").write_text(TINY.read_text().partition("[decoder]")[0])
     uncut = chaos_run.begun(folder / "uncut")
-    running = Torchrun(uncut, folder / "uncut.err")
+    running = start(uncut, folder / "uncut.err")
     if running.end(10 * PATIENCE) != 0:
         running.kill()
         raise RuntimeError(f"the run that nobody stops failed:\n{tail(folder / 'uncut.err')}")
@@ -90,7 +140,7 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
     while signals < times or number == 0:
         run, number = chaos_run.begun(folder / f"run{number}"), number + 1
         while True:
-            running = Torchrun(run, folder / "run.err")
+            running = start(run, folder / "run.err")
             wanted = rows(run) + choices.randint(0, AHEAD)
             deadline = time.monotonic() + PATIENCE
             while signals < times and rows(run) < wanted and time.monotonic() < deadline:
@@ -98,19 +148,19 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
                     break
             if signals < times:
                 time.sleep(choices.uniform(0, 0.2))
-            if signals >= times or running.process.poll() is not None:
+            if signals >= times or running.end(0) is not None:
                 code = running.end(PATIENCE * 10)
                 same = code == 0 and states(run) == states(uncut)
                 ends.hold(same, f"status {code}\n{tail(running.errors)}" if code else f"run {number} ends otherwise")
                 running.kill()
                 break
             signals += 1
-            start = time.monotonic()
+            told = time.monotonic()
             # To torchrun, or to all at once, as Slurm does it by default.
-            for process in [running.process.pid] if choices.random() < 0.5 else running.processes():
+            for process in {running.pid, *(running.processes() if choices.random() < 0.5 else ())}:
                 os.kill(process, signal.SIGTERM)
             code = running.end(PATIENCE)
-            seconds.append(time.monotonic() - start)
+            seconds.append(time.monotonic() - told)
             prompt.hold(code is not None and seconds[-1] < MOST, f"{seconds[-1]:.1f} s")
             status.hold(code not in (0, None), f"status {code}\n{tail(running.errors)}")
             left = running.processes()

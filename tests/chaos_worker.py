@@ -12,9 +12,12 @@ import chaos_run
 from blip3o import cli
 from blip3o.train import loop
 
-if __name__ == "__main__":
+
+def main(words: list[str]) -> None:
     chaos_run.register_tiny()
-    loop.train.__kwdefaults__["save_every_seconds"] = (
-        1e9  # what is saved, is saved because the process was told to stop
-    )
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    loop.train.__kwdefaults__["save_every_seconds"] = 1e9  # a save is made because a stop was asked for, or not at all
+    sys.exit(cli.main(["train", *words]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
