@@ -106,10 +106,17 @@ def measure(sides: Sequence[int], threads: Sequence[int], seconds: float, batch:
             for count in threads:
                 found, used = rate(source, target, count, seconds, batch)
                 share = waiting(source, target, count, seconds, batch, batch / alone)
-                yield (
-                    f"| {side} x {side} | {size} | {count} | {found:.0f} | {1e3 * used:.2f} | {1e3 * batch / alone:.0f} | "
-                    f"{share:.1%} |"
+                step = 1e3 * batch / alone
+                columns = (
+                    f"{side} x {side}",
+                    size,
+                    count,
+                    f"{found:.0f}",
+                    f"{1e3 * used:.2f}",
+                    f"{step:.0f}",
+                    f"{share:.1%}",
                 )
+                yield "| " + " | ".join(map(str, columns)) + " |"
         stored = with_features(Path(name) / str(sides[-1]))
         for count in threads:
             found, used = rate(stored, 448, count, seconds, batch)

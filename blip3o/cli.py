@@ -11,7 +11,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, TextIO
+
+from blip3o.commands import Parser, given
+from blip3o.commands_shards import add_shards
+from blip3o.commands_train import add_train
 
 DEMO = Path("runs/demo")
 NANO_SCALE = 8  # of pictures of 32 pixels
@@ -25,34 +29,6 @@ def demo(arguments: argparse.Namespace) -> None:
     metrics = demo(arguments.out, arguments.recipe)
     print(scores_table(metrics))
     print(f"open {arguments.out / 'report.html'}; pictures in {arguments.out / 'samples.png'}")
-
-
-def train(arguments: argparse.Namespace) -> None:
-    from blip3o.train.devices import start
-    from blip3o.train.recipe_files import load_recipe
-    from blip3o.train.run import Run
-    from blip3o.train.trackers import trackers_of
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    if arguments.stage not in (None, *recipe.stages):
-        raise ValueError(f"stage must be one of {', '.join(recipe.stages)}, got {arguments.stage!r}")
-    folder = arguments.out or Path("runs") / Path(arguments.recipe).stem
-    with start(arguments.device) as devices:
-        report = print if devices.rank == 0 else lambda _: None
-        settings = {name: stage.plain() for name, stage in recipe.stages.items()}
-        with trackers_of(arguments.track if devices.rank == 0 else (), folder, settings) as trackers:
-            run = Run(folder, recipe.model, devices, trackers)
-            for stage in [arguments.stage] if arguments.stage else recipe.stages:
-                run.run_stage(stage, recipe.stages[stage], report)
-        report(f"model in {folder / 'model'}")
-
-
-def plan(arguments: argparse.Namespace) -> None:
-    from blip3o.train.plan import table
-    from blip3o.train.recipe_files import load_recipe
-
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    print(table(recipe, arguments.devices, 1e12 * arguments.peak, arguments.mfu))
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -97,10 +73,6 @@ def draw(arguments: argparse.Namespace) -> tuple[Any, int]:
         arguments.prompt, num_images_per_prompt=arguments.n, seeds=arguments.seed, output_type="pt", **options
     )
     return drawn, arguments.scale or 1
-
-
-def given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def ask(arguments: argparse.Namespace) -> None:
@@ -155,41 +127,6 @@ def evaluate(arguments: argparse.Namespace) -> None:
         scores.write_metrics(arguments.json, metrics)
 
 
-def write_shards(arguments: argparse.Namespace) -> None:
-    from blip3o.data.scene_shards import scene_samples
-    from blip3o.data.shard_files import write_shards
-
-    options = given(turns=arguments.turns, side=arguments.side)
-    samples = scene_samples(arguments.seed, arguments.samples, arguments.picture, **options)
-    paths = write_shards(arguments.out, samples, arguments.per_shard)
-    print(f"{arguments.out}: {arguments.samples} samples in {len(paths)} shards")
-
-
-def verify_shards(arguments: argparse.Namespace) -> None:
-    from blip3o.data.shard_files import verify
-    from blip3o.data.shards import Shards
-
-    options = given(needs=arguments.needs, max_pixels=arguments.max_pixels)
-    faults = 0
-    with Shards(*arguments.places, cache=arguments.cache, **options) as shards:
-        for fault in verify(shards):
-            faults += 1
-            print(fault)
-        print(f"{len(shards)} samples in {len(shards.indices)} shards, {faults} faults")
-    if faults:
-        raise SystemExit(1)
-
-
-def summarise_shards(arguments: argparse.Namespace) -> None:
-    from blip3o.data.shard_files import summarise
-    from blip3o.data.shards import Shards
-
-    with Shards(*arguments.places, cache=arguments.cache) as shards:
-        found = summarise(shards)
-    lines = (f"{key:24} {value}" for key, value in found.items())
-    print(json.dumps(found, indent=2) if arguments.json else "\n".join(lines))
-
-
 def bench(arguments: argparse.Namespace) -> None:
     named = arguments.options[:1] if arguments.options[:1] and arguments.options[0] in BENCHES else []
     script = BENCHMARKS / f"{named[0] if named else BENCHES[0]}.py"
@@ -221,13 +158,6 @@ def scores_table(metrics: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage is for --help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"blip3o: {message} (see {self.prog} --help)\n")
-
-
 def parser() -> argparse.ArgumentParser:
     top = Parser(prog="blip3o", description="Train, draw with and ask a BLIP3-o model.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -237,29 +167,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, default=DEMO, help="folder of the run (default: %(default)s)")
     command.set_defaults(run=demo)
 
-    command = commands.add_parser("train", help="train one stage of a recipe, or all of them in order")
-    command.add_argument("recipe", metavar="RECIPE", help="a TOML file, or the name of a recipe that comes along: nano")
-    command.add_argument("--stage", help="one of the recipe's (default: all)")
-    command.add_argument("--out", type=Path, help="folder of the run (default: runs/NAME)")
-    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
-    command.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="changes to the recipe: generation.steps=100, or seed=3 for all",
-    )
-    command.add_argument(
-        "--track", action="append", default=[], metavar="TRACKER", help="tell tensorboard, wandb or trackio too"
-    )
-    command.set_defaults(run=train)
-
-    command = commands.add_parser("plan", help="memory of each GPU, and time, of a recipe's generation stage")
-    command.add_argument("recipe", metavar="RECIPE")
-    command.add_argument("overrides", nargs="*", metavar="key=value")
-    command.add_argument("--devices", type=int, nargs="+", default=[8, 32], help="GPUs (default: 8 32)")
-    command.add_argument("--peak", type=float, default=989.0, help="TFLOP/s of one (default: %(default)s, an H100's)")
-    command.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is reached (default: 0.4)")
-    command.set_defaults(run=plan)
+    add_train(commands)
 
     model = Parser(add_help=False)
     model.add_argument("--model", type=Path, default=DEMO / "model", help="model folder (default: %(default)s)")
@@ -319,31 +227,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true")
     command.set_defaults(run=doctor)
     return top
-
-
-def add_shards(actions: Any) -> None:
-    command = actions.add_parser("write", help="shards of nano's world")
-    command.add_argument("out", metavar="OUT", type=Path, help="folder")
-    command.add_argument("--samples", type=int, default=1000, help="default: %(default)s")
-    command.add_argument("--per-shard", type=int, default=500, help="samples of a shard (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--picture", choices=("png", "jpg", "webp"), default="png", help="default: %(default)s")
-    command.add_argument("--side", type=int, help="of the pictures in pixels (default: as the world draws them, 32)")
-    command.add_argument("--turns", type=int, help="questions about each picture, in JSON (default: 3)")
-    command.set_defaults(run=write_shards)
-
-    places = Parser(add_help=False)
-    places.add_argument("places", nargs="+", metavar="PLACE", type=Path, help="tar files, or folders of *.tar")
-    places.add_argument("--cache", type=Path, help="folder for the indices (default: beside the shards)")
-
-    command = actions.add_parser("verify", help="name every fault; status 1 if there is one", parents=[places])
-    command.add_argument("--needs", nargs="+", choices=("picture", "text", "json"), help="default: picture text")
-    command.add_argument("--max-pixels", type=int, help="of a picture (default: 64 million)")
-    command.set_defaults(run=verify_shards)
-
-    command = actions.add_parser("summarise", help="samples, bytes, picture sizes, caption lengths", parents=[places])
-    command.add_argument("--json", action="store_true")
-    command.set_defaults(run=summarise_shards)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

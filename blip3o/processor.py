@@ -203,7 +203,8 @@ def square(image: Image.Image, side: int, crop: Crop) -> Tensor:
     """An RGB image as float32 [3, S, S] in 0..1, resized bicubically: all of it ("squash") or its middle ("center")."""
     if crop == "center":
         short = min(image.size)
-        image = _middle(image, *(min(length, WIDEST * short) for length in image.size))
+        if max(image.size) > WIDEST * short:
+            image = _middle(image, *(min(length, WIDEST * short) for length in image.size))
         scale = side / short
         width, height = (max(side, round(length * scale)) for length in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)

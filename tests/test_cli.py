@@ -361,7 +361,7 @@ def test_a_signal_ends_training_with_its_status_and_the_same_command_goes_on(tmp
         saved = json.loads((tmp_path / "checkpoint" / "training.json").read_text())
         assert saved["step"] > stopped and f"after step {saved['step']};" in last
         stopped = saved["step"]
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "model", "log.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", "model", "log.jsonl", "recipe.toml", "run.json"}
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(10, stopped + 1, 10))
 

@@ -34,6 +34,8 @@ LEVELS = (
     ("evaluate",),
     ("train",),
     ("demo", "doctor"),
+    ("commands",),
+    ("commands_shards", "commands_train"),
     ("cli",),
 )
 # Against the arrows, when a function runs: Blip3o.from_pretrained is where people look for it.

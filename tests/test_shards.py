@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import loading
 import pytest
 import torch
 
 from blip3o import cli
 from blip3o.data import scenes, shard_files, shard_index, shards, tar
 from blip3o.data.loading import FaultySample, Loader, TooManyFaults
-from blip3o.data.order import Order, permuted
 from blip3o.data.scene_shards import scene_samples
 from blip3o.data.shard_files import write_shards
 from blip3o.data.shard_index import JSON, PICTURE, TEXT, IndexRebuilt
@@ -89,51 +89,6 @@ def test_writing_refuses(tmp_path: Path, clean: Path) -> None:
 
 
 # --- order ------------------------------------------------------------------------------------------------------------
-
-
-def test_permutations() -> None:
-    for n in (1, 2, 3, 4, 5, 16, 17, 100, 1000):
-        for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-            assert sorted(permuted(i, n, seed, epoch) for i in range(n)) == list(range(n))
-    orders = {tuple(permuted(i, 100, seed, epoch) for i in range(100)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-    # Every place is as likely for every sample, and neighbours do not stay neighbours: chi-square, 99.99 % quantiles.
-    places = Counter((i, permuted(i, 7, 0, epoch)) for epoch in range(7000) for i in (0, 3))
-    assert sum((places[i, k] - 1000) ** 2 / 1000 for i in (0, 3) for k in range(7)) < 2 * 27.9
-    steps = Counter((permuted(1, 11, 0, epoch) - permuted(0, 11, 0, epoch)) % 11 for epoch in range(10_000))
-    assert sum((steps[k] - 1000) ** 2 / 1000 for k in range(1, 11)) < 33.7
-    with pytest.raises(ValueError, match=r"0\.\.6"):
-        permuted(7, 7, 0, 0)
-
-
-@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1], [3, 1, 2], [0.5, 0.125, 0.375]])
-def test_mixture_shares_are_exact(weights: list[float]) -> None:
-    sizes = [40, 15, 23]
-    order = Order(sizes, weights, seed=9)
-    blocks = 60
-    drawn = [order[p] for p in range(blocks * order.period)]
-    for k in range(blocks):
-        counts = Counter(source for source, _ in drawn[k * order.period : (k + 1) * order.period])
-        assert [counts[source] / order.period for source in range(3)] == pytest.approx(
-            [weight / sum(weights) for weight in weights], abs=1e-12
-        )
-    for source, share in enumerate(order.shares):
-        places = sorted(order.source(p)[1] for p in range(blocks * order.period) if drawn[p][0] == source)
-        assert places == list(range(blocks * share))
-        for epoch in range(blocks * share // sizes[source]):  # each sample once in each epoch of its source
-            numbers = {order.sample(source, epoch * sizes[source] + k) for k in range(sizes[source])}
-            assert numbers == set(range(sizes[source]))
-    assert len({tuple(s for s, _ in drawn[k * order.period : (k + 1) * order.period]) for k in range(blocks)}) > 1
-
-
-def test_mixture_refuses() -> None:
-    for weights in ([1], [1, 0], [1, -1], [1, float("nan")]):
-        with pytest.raises(ValueError, match="2 positive"):
-            Order([3, 4], weights, seed=0)
-    with pytest.raises(ValueError, match="round them"):
-        Order([3, 4], [0.123456789, 1], seed=0)
-    with pytest.raises(ValueError, match="with samples"):
-        Order([3, 0], [1, 1], seed=0)
 
 
 def test_order_is_the_same_for_any_processes_and_any_cut(clean: Path) -> None:
@@ -393,7 +348,9 @@ def test_reading_stops_above_the_rate(clean: Path, tmp_path: Path) -> None:
         Sick(folder / "00000.tar", 3 * i).noise()
     told: list[Fault] = []
     with Loader([Shards(folder)], seed=3, max_faults=0.02, report=told.append, prepare=key_of) as loader:
-        with pytest.raises(TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); the last one: .*byte"):
+        with pytest.raises(
+            TooManyFaults, match=r"at most 4 are borne \(max_faults 0.02\); .* so far: picture 5; the last one: .*byte"
+        ):
             loader.samples(range(COUNT))
         assert len(told) == 5 and loader.faults == {"picture": 5}
     with warnings.catch_warnings(record=True) as seen:
@@ -525,6 +482,20 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     assert isinstance(result, Fault)
 
 
+def test_reading_does_not_grow(clean: Path, tmp_path: Path) -> None:
+    """8 % of the samples faulty, epoch after epoch."""
+    infect(clean, tmp_path / "ill")
+    with Loader([Shards(tmp_path / "ill")], seed=3, prepare=key_of, max_faults=0.2, report=lambda _: None) as loader:
+
+        def resident_after(epochs: range) -> int:
+            for epoch in epochs:
+                loader.samples(range(epoch * COUNT, (epoch + 1) * COUNT))
+            return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        before = resident_after(range(4))
+        assert resident_after(range(4, 16)) - before < 1 << 20
+
+
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
@@ -608,23 +579,44 @@ def run(*arguments: object) -> int:
 
 def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5) == 0
+    assert run("shards", "write", out, "--samples", 30, "--per-shard", 20, "--seed", 5, "--side", 48, "--turns", 2) == 0
     assert "30 samples in 2 shards" in capsys.readouterr().out
     assert run("shards", "verify", out) == 0
     assert "30 samples in 2 shards, 0 faults" in capsys.readouterr().out
     assert run("shards", "summarise", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["samples"] == 30 and found["width"] == [32, 32, 32] and found["pictures"] == {"PNG": 30}
+    assert found["samples"] == 30 and found["width"] == [48, 48, 48] and found["pictures"] == {"PNG": 30}
     assert found["bytes"] == sum(path.stat().st_size for path in out.glob("*.tar"))
     low, middle, high = found["caption words"]
     assert 1 < low <= middle <= high < 40
+    sample = Shards(out).read(0)
+    assert isinstance(sample, Sample) and sample.json is not None and len(sample.json["conversations"]) == 4
 
     Sick(out / "00001.tar", 3).noise()
     assert run("shards", "verify", out, "--cache", tmp_path / "cache") == 1
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and printed[1].endswith("1 faults")
     assert printed[0].startswith(f"{out}/00001.tar at byte ") and "'00000023' picture: " in printed[0]
+    for options in (("--captions", "long"), ("--captions", "long", "--needs", "text"), ("--conversations",)):
+        assert run("shards", "verify", out / "00000.tar", *options) == 0
+    capsys.readouterr()
+    assert (
+        run("shards", "verify", out / "00000.tar", "--captions", "middling", "--conversations", "--needs", "text") == 1
+    )
+    assert capsys.readouterr().out.count("missing: no caption 'middling'") == 20
+    write_shards(tmp_path / "dumb", [("a", {"json": b"{}"}), ("b", {"txt": b"b"})], 2)
+    assert run("shards", "verify", tmp_path / "dumb", "--conversations") == 1
+    assert [line.split(": ")[-2].split()[-1] for line in capsys.readouterr().out.splitlines()[:2]] == [
+        "conversation",
+        "missing",
+    ]
     assert run("shards", "verify", tmp_path / "absent") == 2
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
     assert "choose another folder" in capsys.readouterr().err
+
+
+def test_the_benchmark_of_loading() -> None:
+    head, _, *rows = loading.measure([32], [0, 2], seconds=0.02, batch=4)
+    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
+    assert all(float(row.split("|")[4]) > 0 for row in rows)

@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def opened(folder: Path, model: Blip3o, cache: Path, dtype: str = "float32", **options: object) -> Shards:
     shards = Shards(folder, cache=cache, **options)  # type: ignore[arg-type]
-    cache_features(shards, model, cache, dtype)
+    shards.features = cache_features(shards, model, cache, dtype)
     return shards
 
 
@@ -84,8 +84,10 @@ def test_features_are_computed_once(
     monkeypatch.setattr(
         feature_cache, "_rows", lambda shards, which, *rest: made.append(which) or rows(shards, which, *rest)
     )
+    (tmp_path / ".lock").unlink()
     opened(folder, lively, tmp_path)
     assert not made
+    assert not (tmp_path / ".lock").exists()  # nothing was to be made
     lost = files(tmp_path)[1]
     lost.rename(lost.with_name(lost.name + ".part"))  # what a kill leaves behind
     opened(folder, lively, tmp_path)
@@ -204,3 +206,16 @@ def test_a_picture_of_one_row_is_no_bomb() -> None:
         left = Image.new("RGB", (40, 10), "white")
         left.paste((255, 0, 0), (15, 0, 25, 10))
         assert bool((square(left, 10, "center")[0] == 1).all())
+
+
+def test_a_picture_too_large_to_be_read_is_not_read(
+    lively: Blip3o, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path / "shards", scene_samples(5, 3), 3)
+    monkeypatch.setattr("blip3o.data.shards.MAX_BYTES", (100, 1 << 20, 1 << 20))
+    monkeypatch.setattr(feature_cache, "MAX_BYTES", (100, 1 << 20, 1 << 20))
+    monkeypatch.setattr(Shards, "pread", lambda *_: pytest.fail("read"))
+    shards = Shards(tmp_path / "shards")
+    for _ in range(2):  # made, and opened
+        found = cache_features(shards, lively, tmp_path, "float32")[0].read(1)
+        assert isinstance(found, Fault) and found.kind == "size"

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         table = {"conversations": [{"from": who, "value": value} for who, value in said[: 2 + 2 * (i % 2)]]}
         samples.append((f"{i}", {"png": file.getvalue(), "txt": answer.encode(), "json": json.dumps(table).encode()}))
     write_shards(place, samples, 10)
-    text = {"conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    text = {
+        "conversations": [
+            {"from": "system", "value": "Be."},
+            {"from": "human", "value": "Hi"},
+            {"from": "gpt", "value": "Ho"},
+        ]
+    }
     write_shards(place / "text", [("t", {"json": json.dumps(text).encode()})], 1)
     return place
 
@@ -106,7 +113,7 @@ def test_packed_conversations_have_the_loss_of_each_alone(pipeline: Pipeline, fo
     starts, patches = batch.cu_seqlens.tolist(), 0
     grids = iter(batch.grids)
     alone = torch.zeros(())
-    for start, end in zip(starts[: len(batch.ids)], starts[1:], strict=False):
+    for start, end in pairwise(starts[: len(batch.ids) + 1]):
         ids, targets = batch.tokens[:, start:end], batch.targets[0, start:end]
         seen, own = None, []
         if bool((ids == model.config.image_token).any()):
@@ -135,9 +142,16 @@ def test_features_are_of_the_middle_of_the_picture(pipeline: Pipeline, folder: P
         losses.append(stage.loss(batch)[0].detach())
         if batch.features is not None:
             rows = [int(name.split(":")[1]) for name in batch.ids]
-            pixels = [torch.randint(0, 256, (*SIZES[i][::-1], 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8) for i in rows]
+            pixels = [
+                torch.randint(
+                    0, 256, (*SIZES[i][::-1], 3), generator=torch.Generator().manual_seed(i), dtype=torch.uint8
+                )
+                for i in rows
+            ]
             pictures = [Image.fromarray(each.numpy()) for each in pixels]
-            torch.testing.assert_close(batch.features, pipeline.image_features(pictures, crop="center"), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                batch.features, pipeline.image_features(pictures, crop="center"), rtol=1e-4, atol=1e-4
+            )
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
     model.requires_grad_(False)
 

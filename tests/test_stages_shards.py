@@ -1,7 +1,12 @@
-"""The stages that read shards: what a batch holds, that it depends on (seed, step, rows) alone, and what is aimed at."""
+"""The stages that read shards: a batch depends on (seed, step, rows) alone; what it holds, and what is aimed at."""
 
 import json
+import os
+import shutil
+import signal
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blip3o.data import text
+from blip3o.data.loading import FaultySample
 from blip3o.data.scene_shards import scene_samples
 from blip3o.data.shard_files import write_shards
 from blip3o.data.shards import Sample, Shards
@@ -18,8 +24,17 @@ from blip3o.data.tar import Fault
 from blip3o.layers import linear_cross_entropy
 from blip3o.model import Blip3o
 from blip3o.processor import Processor, to_tensor
+from blip3o.train.loop import Interrupted
+from blip3o.train.recipe import Recipe
 from blip3o.train.recipe_shards import CaptionSource, ShardGenerationRecipe, ShardUnderstandingRecipe, Source
-from blip3o.train.stages_shards import DialogueBatch, DrawingBatch, ShardGenerationStage, ShardUnderstandingStage
+from blip3o.train.run import Run
+from blip3o.train.stages_shards import (
+    DialogueBatch,
+    DrawingBatch,
+    ShardGenerationStage,
+    ShardUnderstandingStage,
+    same_data,
+)
 
 COUNT, SIZE = 40, 8
 COMMON: dict[str, Any] = {
@@ -67,6 +82,25 @@ def same(one: DrawingBatch | DialogueBatch, other: DrawingBatch | DialogueBatch)
     return all(values)
 
 
+@contextmanager
+def stop_after(steps: int) -> Iterator[None]:
+    """Ask a stage on shards to stop while it makes a batch some steps on."""
+    kept = {kind: kind.loss for kind in (ShardGenerationStage, ShardUnderstandingStage)}
+    done = 0
+
+    def stopping(self: Any, batch: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return kept[type(self)](self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in kept:
+            patch.setattr(kind, "loss", stopping)
+        yield
+
+
 @pytest.mark.parametrize("kind", [generation, understanding])
 def test_a_batch_is_a_function_of_seed_step_and_rows(folder: Path, model: Blip3o, kind: Any) -> None:
     source = (CaptionSource if kind is generation else Source)(path=str(folder))
@@ -74,7 +108,7 @@ def test_a_batch_is_a_function_of_seed_step_and_rows(folder: Path, model: Blip3o
     steps = {step: first.batch(step, range(SIZE)) for step in (0, 3, 9)}
     assert same(again.batch(9, range(SIZE)), steps[9]) and same(again.batch(0, range(SIZE)), steps[0])
     assert not same(steps[0], replace(steps[3])) and len({tuple(batch.ids) for batch in steps.values()}) == 3
-    halves = [first.batch(3, range(0, 4)), first.batch(3, range(4, 8))]
+    halves = [first.batch(3, range(4)), first.batch(3, range(4, 8))]
     assert halves[0].ids + halves[1].ids == steps[3].ids
     assert halves[0].weight + halves[1].weight == steps[3].weight
     assert not same(kind(model, source, seed=6).batch(3, range(SIZE)), steps[3])
@@ -215,24 +249,29 @@ def test_packed_conversations_have_the_loss_of_each_alone(folder: Path, model: B
 def test_samples_that_cannot_be_framed_are_named_and_replaced(folder: Path, model: Blip3o, tmp_path: Path) -> None:
     samples = list(scene_samples(5, COUNT))
     samples[3][1]["txt"] = b"a dodecahedron"
-    table = json.loads(samples[4][1]["json"])
-    samples[4][1]["json"] = json.dumps({**table, "conversations": table["conversations"][:1]}).encode()
-    samples[9][1]["json"] = json.dumps({**table, "conversations": table["conversations"] * 20}).encode()
-    write_shards(tmp_path / "ill", samples, 20)
-    expected = {(generation, "text", "00000003"), (understanding, "conversation", "00000004")}
-    expected |= {(understanding, "conversation", "00000009")}
-    found = set()
-    for kind, source in ((generation, CaptionSource), (understanding, Source)):
-        told: list[Fault] = []
-        sick = kind(model, source(path=str(tmp_path / "ill")), max_faults=0.2, report=told.append, draws_per_prompt=1) \
-            if kind is generation else kind(model, source(path=str(tmp_path / "ill")), max_faults=0.2, report=told.append)
-        well = kind(model, source(path=str(folder)), draws_per_prompt=1) if kind is generation else kind(model, source(path=str(folder)))
-        names, right = ([n for step in range(5) for n in stage.batch(step, range(SIZE)).ids] for stage in (sick, well))
-        ill = {fault.name for fault in told}
-        assert [mine == other or other.split(":")[1] in ill for mine, other in zip(names, right, strict=True)] == [True] * COUNT
-        assert not {name.split(":")[1] for name in names} & ill
-        found |= {(kind, fault.kind, fault.name) for fault in told}
-    assert found == expected
+    turns = json.loads(samples[4][1]["json"])["conversations"]
+    for i, said in ((4, turns[:1]), (9, turns + turns[2:] * 20)):
+        samples[i][1]["json"] = json.dumps({"conversations": said}).encode()
+    ill = tmp_path / "ill"
+    write_shards(ill, samples, 20)
+
+    def names(stage: Any) -> list[str]:
+        return [name for step in range(COUNT // SIZE) for name in stage.batch(step, range(SIZE)).ids]
+
+    told: list[Fault] = []
+    changes: dict[str, Any] = {"max_faults": 0.2, "report": told.append}
+    pairs = [
+        (generation(model, CaptionSource(path=str(place)), draws_per_prompt=1, **options),
+         understanding(model, Source(path=str(place)), **options))
+        for place, options in ((ill, changes), (folder, {}))
+    ]  # fmt: skip
+    for sick, well, bad in zip(*pairs, ({"3"}, {"4", "9"}), strict=True):
+        found, right = names(sick), names(well)
+        assert {name[-1] for mine, name in zip(found, right, strict=True) if mine != name} == bad
+        assert not {f"00000.tar:0000000{i}" for i in bad} & set(found)
+    assert {(fault.kind, fault.name) for fault in told} == {
+        ("text", "00000003"), ("conversation", "00000004"), ("tokens", "00000009")
+    }  # fmt: skip
 
 
 def test_recipes_refuse(folder: Path) -> None:
@@ -251,3 +290,61 @@ def test_recipes_refuse(folder: Path) -> None:
             ShardGenerationRecipe(**choices)
     with pytest.raises(ValueError, match="weight must be positive"):
         Source(path="a", weight=0.0)
+
+
+def test_a_run_learns_from_shards_and_names_their_faults(
+    folder: Path, tiny: dict[str, Recipe], snapshots: Path, tmp_path: Path
+) -> None:
+    """Both stages, from a table with `data`; stopped and gone on with, the log is that of a run in one go."""
+    ill = list(scene_samples(5, COUNT))
+    ill[3][1]["png"] = b"noise"
+    write_shards(tmp_path / "ill", ill, 20)
+    recipes = {
+        "understanding": ShardUnderstandingRecipe(
+            data=(Source(path=str(tmp_path / "ill")),), pack=64, max_tokens=128, max_faults=0.1,
+            **{**COMMON, "steps": 30, "learning_rate": 4e-3},
+        ),
+        "generation": ShardGenerationRecipe(
+            data=(CaptionSource(path=str(folder)),), condition_drop=0.1, max_tokens=64, features="float32",
+            cache=str(tmp_path / "cache"), **{**COMMON, "steps": 30, "learning_rate": 4e-3},
+        ),
+    }  # fmt: skip
+    logs = []
+    for name in ("whole", "stopped"):
+        shutil.copytree(snapshots / "clip", tmp_path / name)
+        for stage, recipe in recipes.items():
+            if name == "stopped":
+                with stop_after(12), pytest.raises(Interrupted), warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FaultySample)
+                    Run(tmp_path / name, "tiny").run_stage(stage, recipe, lambda _: None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FaultySample)
+                Run(tmp_path / name, "tiny").run_stage(stage, recipe, lambda _: None)
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        logs.append([(row["stage"], row["step"], row["loss"]) for row in rows if row["stage"] in recipes])
+        told = [json.loads(line) for line in (tmp_path / name / "faults.jsonl").read_text().splitlines()]
+        assert {(fault["kind"], fault["name"]) for fault in told} == {("picture", "00000003")}
+    assert logs[0] == logs[1]
+    (tmp_path / "ill" / "00001.tar").unlink()
+    with pytest.raises(ValueError, match=r"not those it began with: .*ill"):
+        Run(tmp_path / "stopped", "tiny")._stage("understanding", recipes["understanding"])
+    for stage, least in (("understanding", 0.8), ("generation", 0.9)):
+        losses = [loss for name, _, loss in logs[0] if name == stage]
+        assert sum(losses[-10:]) < least * sum(losses[:10]), (stage, losses)
+
+
+def test_a_run_goes_on_with_its_own_shards(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "data.json"
+    same_data(place, "generation", [Shards(folder)])
+    same_data(place, "understanding", [Shards(folder / "00000.tar"), Shards(folder)])
+    kept = place.read_text()
+    same_data(place, "generation", [Shards(folder)])
+    assert place.read_text() == kept and set(json.loads(kept)) == {"generation", "understanding"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
+    for stage, sources in (
+        ("generation", [Shards(folder / "00000.tar")]),
+        ("understanding", [Shards(folder), Shards(folder / "00000.tar")]),
+        ("understanding", [Shards(folder / "00000.tar")]),
+    ):
+        with pytest.raises(ValueError, match=f"shards of stage {stage} are not those it began with"):
+            same_data(place, stage, sources)

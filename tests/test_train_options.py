@@ -12,22 +12,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_train import assert_same_run, copied, interrupt, log_of, quiet, tensors_of, train, at_step, with_loss
+from test_train import assert_same_run, at_step, copied, interrupt, log_of, quiet, tensors_of, train, with_loss
 from torch import Tensor, nn
 
 from blip3o import cli
 from blip3o.model import Blip3o
-from blip3o.train import flops, loop, provenance, stages, trackers
+from blip3o.presets import preset
+from blip3o.train import loop, provenance, stages, trackers
 from blip3o.train.batch import Batch, Stage
 from blip3o.train.blocks import prepared_blocks, training_blocks
 from blip3o.train.flops import peak_flops, step_flops
 from blip3o.train.loop import Interrupted, NonFiniteLoss
 from blip3o.train.optimizer import Ema
-from blip3o.train.plan import measured, plan, table
+from blip3o.train.plan import measured, plan
 from blip3o.train.recipe import Recipe
 from blip3o.train.recipe_files import load_recipe
 from blip3o.train.run import Run
-from blip3o.weights import from_pretrained
 
 # the average of the weights
 
@@ -61,8 +61,7 @@ def test_the_average_is_what_a_stage_leaves_behind(tiny: dict[str, Recipe], tmp_
     train(cut, recipes, "decoder")
     assert_same_run(tmp_path / "uncut", cut)
     plain = train(copied(snapshots, "generation", tmp_path / "plain"), tiny, "decoder")
-    without = lambda folder: [{**row, "loss": row["loss"]} for row in log_of(folder)]  # noqa: E731
-    assert without(tmp_path / "plain") == without(tmp_path / "uncut")
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "uncut")
     assert not all(map(torch.equal, plain.model.decoder.parameters(), uncut.model.decoder.parameters()))
 
 
@@ -102,7 +101,9 @@ def test_compiled_blocks_train_alike(tiny: dict[str, Recipe], tmp_path: Path, sn
         patch.setattr(torch, "compile", spy)
         run = train(folder, {"decoder": replace(tiny["decoder"], steps=2, compile=True)}, "decoder")
     assert compiled == [block.forward for block in run.model.decoder.blocks]
-    train(copied(snapshots, "generation", tmp_path / "eager"), {"decoder": replace(tiny["decoder"], steps=2)}, "decoder")
+    train(
+        copied(snapshots, "generation", tmp_path / "eager"), {"decoder": replace(tiny["decoder"], steps=2)}, "decoder"
+    )
     for row, other in zip(log_of(folder), log_of(tmp_path / "eager"), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
@@ -268,14 +269,25 @@ def test_flops_and_peak(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_is_of_the_model_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "4b", "--devices", "8", "generation.accumulate=8"]) == 0
-    out = capsys.readouterr().out
-    found = plan(load_recipe("4b", ["generation.accumulate=8"]), 8)
-    assert found.rows == 8 and f"| 8 | 8 | {found.states / 2**30:.1f} |" in out
-    assert 1.3e9 < found.trained < 1.5e9 and 7e9 < found.frozen < 9e9
-    whole = plan(load_recipe("4b", ["accumulate=8", "checkpointing=none"]), 8)
-    assert found.activations < 0.3 * whole.activations and found.flops == whole.flops
-    with pytest.raises(ValueError, match="a plan is of stage generation; the recipe has clip"):
-        plan(load_recipe("nano").__class__("nano", {"clip": load_recipe("nano").stages["clip"]}), 8)
-    with pytest.raises(ValueError, match="batch_size must be a multiple of devices x accumulate 8, got 512 and 7"):
-        plan(load_recipe("4b", ["accumulate=8"]), 7)
+    recipe = ["generation.batch_size=512", "generation.accumulate=2", "generation.parallel=fsdp"]
+    assert cli.main(["plan", "nano-shards", *recipe[:1], "--devices", "8", *recipe[1:]]) == 0
+    found = plan(load_recipe("nano-shards", recipe), 8)
+    model = Blip3o(preset("nano"))
+    trained = sum(x.numel() for x in model.dit.parameters()) + model.queries.numel()
+    frozen = sum(x.numel() for x in model.parameters()) - trained
+    assert (found.rows, found.trained, found.frozen) == (32, trained, frozen)
+    assert found.states == 16 * trained / 8 + 2 * frozen  # a weight, its gradient and two moments; of the rest, halves
+    assert f"| 8 | 32 | {found.states / 2**30:.1f} |" in capsys.readouterr().out
+    tokens, queries = model.config.feature_grid**2, model.config.num_queries
+    least = 6 * tokens * sum(x.numel() for block in model.dit.blocks for x in block.mlp.parameters())
+    least += 2 * queries * sum(x.numel() for block in model.llm.blocks for x in block.parameters()) / 4
+    assert least < found.flops < 20 * least
+    less = plan(load_recipe("nano-shards", [*recipe, "generation.checkpointing=blocks"]), 8)
+    assert less.activations < 0.8 * found.activations and less.flops == found.flops
+
+
+def test_what_has_no_plan() -> None:
+    with pytest.raises(ValueError, match="batch_size must be a multiple of devices x accumulate 1, got 256 and 7"):
+        plan(load_recipe("nano-shards"), 7)
+    with pytest.raises(ValueError, match="a plan is of a stage generation on shards; the recipe has clip, underst"):
+        plan(load_recipe("nano"), 8)

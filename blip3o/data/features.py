@@ -90,7 +90,8 @@ class Features:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"its footer is damaged ({error})") from error
         if of != key.of(index):
-            differing = [name for name, value in key.of(index).items() if of.get(name) != value]
+            held = of if isinstance(of, dict) else {}
+            differing = [name for name, value in key.of(index).items() if held.get(name) != value]
             raise ValueError(f"it belongs to another {', '.join(differing) or 'key'}")
         rows = len(index) * key.row_bytes
         if start != rows + 8 * len(index):

@@ -80,9 +80,11 @@ class Loader(Generic[Prepared]):
         self.close()
 
     def close(self) -> None:
-        """Stop the threads; the sources stay open."""
+        """Stop the threads and close the sources' files; reading a source by itself opens them again."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
+        for source in self.sources:
+            source.close()
 
     def samples(self, positions: Sequence[int]) -> list[Prepared]:
         """What is prepared of the samples at positions of the run. Raises TooManyFaults, and what reading raises."""
@@ -116,9 +118,11 @@ class Loader(Generic[Prepared]):
         while self._recent and self._recent[0] <= self._read - self.window:
             self._recent.popleft()
         if len(self._recent) > self.allowed or len(faults) > self.allowed:
+            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(self.faults.items()))
             raise TooManyFaults(
                 f"{max(len(self._recent), len(faults))} faulty samples among the last {self.window}, at most "
-                f"{self.allowed} are borne (max_faults {self.max_faults}); the last one: {faults[-1]}"
+                f"{self.allowed} are borne (max_faults {self.max_faults}); different ones so far: "
+                f"{counts}; the last one: {faults[-1]}"
             )
 
     def _tell(self, faults: Iterable[Fault]) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from blip3o.data.llava import read_turns
 from blip3o.data.shard_index import EXTENSIONS, PICTURE, TEXT, make_index
-from blip3o.data.shards import FORMATS, MAX_BYTES, UNDECODABLE, Shards
+from blip3o.data.shards import FORMATS, MAX_BYTES, UNDECODABLE, Shards, Wrong
 from blip3o.data.tar import Fault
 
 
@@ -63,10 +64,11 @@ def add_sample(tar: tarfile.TarFile, key: str, parts: Mapping[str, bytes], keys:
         tar.addfile(info, io.BytesIO(data))
 
 
-def verify(shards: Shards) -> Iterator[Fault]:
+def verify(shards: Shards, conversations: bool = False) -> Iterator[Fault]:
     """Every fault of the shards: what a fresh walk through their headers shows, then what decoding every sample does.
 
-    Also named is an index that differs from a fresh one. Raises OSError.
+    Also named is an index that differs from a fresh one; and, if `conversations` are asked for, a sample whose JSON is
+    none that training can read. Raises OSError.
     """
     for index in shards.indices:
         fresh = make_index(index.shard)
@@ -79,6 +81,11 @@ def verify(shards: Shards) -> Iterator[Fault]:
             found = shards.read(i)
             if isinstance(found, Fault):
                 yield found
+            elif conversations:
+                try:
+                    read_turns(found.json, found.picture is not None)
+                except Wrong as error:
+                    yield Fault(found.shard, found.offset, error.kind, found.key, str(error))
 
 
 def summarise(shards: Shards) -> dict[str, object]:

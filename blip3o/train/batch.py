@@ -32,11 +32,11 @@ class Batch:
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def to(self, device: torch.device) -> Self:
-        """The batch with its tensors on `device`; itself if they are."""
+        """On that device; itself where it is there already."""
         tensors = self.tensors()
-        if all(tensor.device == device for tensor in tensors.values()):
+        if all(x.device == device for x in tensors.values()):
             return self
-        moved: dict[str, Any] = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        moved: dict[str, Any] = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         return replace(self, **moved)
 
 
@@ -101,23 +101,21 @@ def micro_batches(stage: Stage, rank: int = 0, processes: int = 1) -> list[range
 
 
 class Ahead(Generic[Made]):
-    """Calls `make` for each of `steps` in turn, for the next one in a thread while its result is not yet asked for."""
+    """Calls `make` for each of `steps` in turn, for the next one in a thread while its result is not yet asked for.
+
+    waiting   seconds that whoever asked had to wait, since it was last set to 0
+    """
 
     def __init__(self, make: Callable[[int], Made], steps: range, pool: ThreadPoolExecutor) -> None:
         self.make, self.steps, self.pool = make, steps, pool
-        self._waited = 0.0
-
-    def waited(self) -> float:
-        """Seconds that whoever asks for results had to wait for them, since this was last called."""
-        seconds, self._waited = self._waited, 0.0
-        return seconds
+        self.waiting = 0.0
 
     def __iter__(self) -> Iterator[tuple[int, Made]]:
         coming: Future[Made] | None = None
         for step in self.steps:
             began = time.perf_counter()
             made = (coming or self.pool.submit(self.make, step)).result()
-            self._waited += time.perf_counter() - began
+            self.waiting += time.perf_counter() - began
             coming = self.pool.submit(self.make, step + 1) if step + 1 in self.steps else None
             yield step, made
 

@@ -25,12 +25,10 @@ def prepared_blocks(blocks: Sequence[nn.Module], recipe: Recipe) -> Iterator[Non
     """Until its end, the blocks are compiled and checkpointed as the recipe says. FSDP comes after, around them."""
     if recipe.compile:
         for block in blocks:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+            block.forward = torch.compile(block.forward)
     if recipe.checkpointing == "blocks":
         for block in blocks:
-            block.forward = partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     try:
         yield
     finally:

@@ -6,16 +6,17 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from blip3o.data.features import FeatureKey, Features, features_path, write_features
 from blip3o.data.shard_index import PICTURE, Index
-from blip3o.data.shards import Shards
+from blip3o.data.shards import MAX_BYTES, Shards
 from blip3o.data.tar import Fault
 from blip3o.model import Blip3o
 from blip3o.processor import square
@@ -46,49 +47,53 @@ def feature_key(model: Blip3o, max_pixels: int, dtype: str) -> FeatureKey:
     return FeatureKey(tower_sum(model), transform, (config.feature_grid**2, config.clip.width), dtype)
 
 
-def cache_features(shards: Shards, model: Blip3o, folder: Path, dtype: str, threads: int = 2) -> None:
-    """Give `shards` what the CLIP tower sees in their pictures, raw (not standardised), as it is stored in `folder`.
+def cache_features(shards: Shards, model: Blip3o, folder: Path, dtype: str, threads: int = 2) -> list[Features]:
+    """What the CLIP tower sees in the pictures of each shard, raw (not standardised), as it is stored in `folder`.
 
-    What is missing there is computed first; what does not fit is replaced, with the warning FeaturesRebuilt. A start
-    that was killed loses one shard at most. Processes that start together share the work.
+    In the dtype of the weights, without autocast. What is missing is computed first; what does not fit is replaced,
+    with the warning FeaturesRebuilt. A start that was killed loses one shard at most. Processes that start together
+    share the work.
     Raises ValueError for an unknown dtype, OSError of the disk.
     """
     key = feature_key(model, shards.max_pixels, dtype)
+    paths = [features_path(folder, index, key) for index in shards.indices]
     found: dict[int, Features] = {}
-    with tqdm(total=len(shards.indices), desc="features", unit="shard", delay=1.0, leave=False) as bar:
+    for which, path in enumerate(paths):  # what is there needs no lock, and no folder that can be written to
+        with suppress(FileNotFoundError, ValueError):
+            found[which] = _stored(path, shards, which, key)
+    with tqdm(total=len(paths), initial=len(found), desc="features", unit="shard", delay=1.0, leave=False) as bar:
         for wait in (False, True):  # first those that no other process is making
-            for which, index in enumerate(shards.indices):
-                path = features_path(folder, index, key)
+            for which, path in enumerate(paths):
                 if which in found:
                     continue
                 with _lock(path, wait) as held:
                     if held:
-                        found[which] = _open_or_make(path, shards, which, model, key, threads)
+                        found[which] = _stored_or_made(path, shards, which, model, key, threads)
                         bar.update()
-    shards.features = [found[which] for which in range(len(found))]
+    return [found[which] for which in range(len(paths))]
 
 
-def _open_or_make(path: Path, shards: Shards, which: int, model: Blip3o, key: FeatureKey, threads: int) -> Features:
+def _stored(path: Path, shards: Shards, which: int, key: FeatureKey) -> Features:
+    """Raises FileNotFoundError; ValueError for a file that does not fit, or if some pictures of the shard are not those
+    that were seen: an index knows no pixels."""
     index = shards.indices[which]
+    features = Features(path, index, key)
+    pictured = np.flatnonzero((index.rows["fault"] < 0) & (index.rows["part"][:, PICTURE, 0] >= 0)).tolist()
+    for row in pictured[:: max(1, len(pictured) // CHECKED)]:
+        if _picture_sum(shards, which, row) != features.picture_sums[row]:
+            raise ValueError(f"the shard's picture {index.key(row)!r} is another one now")
+    return features
+
+
+def _stored_or_made(path: Path, shards: Shards, which: int, model: Blip3o, key: FeatureKey, threads: int) -> Features:
     try:
-        features = Features(path, index, key)
-        _check_pictures(features, shards, which)
-        return features
+        return _stored(path, shards, which, key)
     except FileNotFoundError:
         pass
     except ValueError as error:
         warnings.warn(f"{path} is made anew: {error}", FeaturesRebuilt, stacklevel=3)
-    write_features(path, index, key, _rows(shards, which, model, threads))
-    return Features(path, index, key)
-
-
-def _check_pictures(features: Features, shards: Shards, which: int) -> None:
-    """Raise ValueError if some pictures of the shard are not those that were seen: an index knows no pixels."""
-    index = shards.indices[which]
-    pictured = [row for row in range(len(index)) if _has_picture(index, row)]
-    for row in pictured[:: max(1, len(pictured) // CHECKED)]:
-        if zlib.crc32(shards.pread(which, *_place(index, row))) != features.picture_sums[row]:
-            raise ValueError(f"the shard's picture {index.key(row)!r} is another one now")
+    write_features(path, shards.indices[which], key, _rows(shards, which, model, threads))
+    return Features(path, shards.indices[which], key)
 
 
 def _rows(shards: Shards, which: int, model: Blip3o, threads: int) -> Iterator[tuple[Tensor | Fault | None, int]]:
@@ -101,7 +106,7 @@ def _rows(shards: Shards, which: int, model: Blip3o, threads: int) -> Iterator[t
             return None, 0
         found = shards.part(which, row, PICTURE)
         pixels = found if isinstance(found, Fault) else square(found, side, "center")
-        return pixels, zlib.crc32(shards.pread(which, *_place(index, row)))
+        return pixels, _picture_sum(shards, which, row)
 
     chunks = [range(start, min(start + size, len(index))) for start in range(0, len(index), size)]
     weight = next(model.clip.vision.parameters())
@@ -124,9 +129,10 @@ def _has_picture(index: Index, row: int) -> bool:
     return bool(index.rows[row]["fault"] < 0 <= index.rows[row]["part"][PICTURE][0])
 
 
-def _place(index: Index, row: int) -> tuple[int, int]:
-    start, size = (int(x) for x in index.rows[row]["part"][PICTURE])
-    return start, size
+def _picture_sum(shards: Shards, which: int, row: int) -> int:
+    """CRC-32 of a picture's file; 0 of one that is too large to be read."""
+    start, size = (int(x) for x in shards.indices[which].rows[row]["part"][PICTURE])
+    return 0 if size > MAX_BYTES[PICTURE] else zlib.crc32(shards.pread(which, start, size))
 
 
 @contextmanager

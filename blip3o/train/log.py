@@ -80,14 +80,15 @@ class Log:
         now = time.perf_counter()
         seconds = max(now - self.logged, 1e-9)
         rate = self.recipe.batch_size * (step - self.step) / seconds
-        row = {"stage": self.stage, "step": step, **values, "samples_per_second": rate, "waiting": waiting / seconds}
+        numbers = {**values, "samples_per_second": rate, "waiting": waiting / seconds}
         if self.mfu:
-            row["mfu"] = self.mfu * rate
-        self.lines.write(json.dumps({**row, "seconds": now - self.began}) + "\n")
+            numbers["mfu"] = self.mfu * rate
+        numbers["seconds"] = now - self.began
+        self.lines.write(json.dumps({"stage": self.stage, "step": step, **numbers}) + "\n")
         self.lines.flush()
         for tracker in self.trackers:
-            tracker.log(self.stage, step, {name: x for name, x in row.items() if isinstance(x, float)})
-        share = f"  MFU {100 * row['mfu']:.1f} %" if self.mfu else ""
+            tracker.log(self.stage, step, numbers)
+        share = f"  MFU {100 * self.mfu * rate:.1f} %" if self.mfu else ""
         self.bar.set_postfix_str(
             f"loss {values['loss']:.3f}  norm {values['grad_norm']:.2f}  {rate:.0f} samples/s{share}", refresh=False
         )

@@ -129,23 +129,24 @@ def train(
                     log.bad(step + 1, what, ids)
                     if training.bad_batches > recipe.max_bad_batches:
                         raise NonFiniteLoss(
-                            f"stage {stage.name}: step {step} was not applied, its loss is {sums['loss']}, its gradient "
-                            f"norm {norm}; bad: {what}, of {len(ids)} samples that {folder / BAD_BATCHES} names; "
-                            f"max_bad_batches is {recipe.max_bad_batches}"
+                            f"stage {stage.name}: step {step} was not applied, its loss is {sums['loss']}, "
+                            f"its gradient norm {norm}; bad: {what}, of {len(ids)} samples that "
+                            f"{folder / BAD_BATCHES} names; max_bad_batches is {recipe.max_bad_batches}"
                         )
                 done, last = step + 1, step + 1 == recipe.steps
                 log.bar.update()
                 if sound and (done % LOG_EVERY == 0 or last):
-                    log.row(done, {**sums, "grad_norm": norm, "learning_rate": rate}, batches.waited())
+                    log.row(done, {**sums, "grad_norm": norm, "learning_rate": rate}, batches.waiting)
+                    batches.waiting = 0.0
                 if last:
                     if training.ema:
                         training.ema.replace_weights()
                     stage.finish()
                 if draw is not None and done % recipe.sample_every == 0:
                     draw(training, done)
-                asked, late = stop_asked(), devices.rank == 0 and time.perf_counter() - saved > save_every_seconds
-                stops, terminations, due = devices.sum(asked > 0, asked == signal.SIGTERM, late)  # all at the same step
-                if stops or due or last:
+                asked, due = stop_asked(), devices.rank == 0 and time.perf_counter() - saved > save_every_seconds
+                stops, terminations, saves = devices.sum(asked > 0, asked == signal.SIGTERM, due)  # all at one step
+                if stops or saves or last:
                     save(training, done, stops > 0)
                     saved = time.perf_counter()
                 if stops:

@@ -1,4 +1,4 @@
-"""How weights move: AdamW's groups, the learning rate of a step, a step that bad numbers cannot take, and the average."""
+"""How weights move: AdamW's groups, a step's learning rate, a step that bad numbers cannot take, and the average."""
 
 import math
 from collections.abc import Iterator

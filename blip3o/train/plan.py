@@ -1,16 +1,17 @@
 """What a recipe will need: memory of each GPU and time, from the model's own figures.
 
-The networks of a stage are run without data, on torch's meta device, for one micro-batch: torch's counter gives the
-FLOPs, and what autograd keeps for the backward pass gives the memory of activations. Weights, gradients, moments and
-averages are counted parameter by parameter. What remains unknown is how much of its peak a GPU reaches: `mfu`.
+The networks of a stage are run on torch's fake tensors, which have shapes and no memory, for one micro-batch: torch's
+counter gives the FLOPs, and what autograd keeps for the backward pass gives the memory of activations (a little too
+much: a norm before a linear layer is computed again in truth, and kept here). Weights, gradients, moments and averages
+are counted parameter by parameter. What remains unknown is how much of its peak a GPU reaches: `mfu`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from blip3o.flow import TIMESTEPS
@@ -18,6 +19,7 @@ from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.train.blocks import prepared_blocks
 from blip3o.train.recipe import RunRecipe
+from blip3o.train.recipe_shards import ShardGenerationRecipe
 
 GIB = 2**30
 
@@ -55,8 +57,8 @@ class Plan:
 def plan(recipe: RunRecipe, devices: int) -> Plan:
     """The plan of a recipe's generation stage on `devices` GPUs. ValueError if it has none, or does not divide."""
     stage = recipe.stages.get("generation")
-    if stage is None:
-        raise ValueError(f"a plan is of stage generation; the recipe has {', '.join(recipe.stages)}")
+    if not isinstance(stage, ShardGenerationRecipe):
+        raise ValueError(f"a plan is of a stage generation on shards; the recipe has {', '.join(recipe.stages)}")
     parts = devices * stage.accumulate
     if devices < 1 or stage.batch_size % parts:
         raise ValueError(
@@ -64,8 +66,17 @@ def plan(recipe: RunRecipe, devices: int) -> Plan:
             f"{devices} devices"
         )
     rows = stage.batch_size // parts
-    with torch.device("meta"):
-        model = Blip3o(preset(recipe.model))
+    with FakeTensorMode():
+        return _plan(recipe.model, stage, devices, rows)
+
+
+def _plan(name: str, stage: ShardGenerationRecipe, devices: int, rows: int) -> Plan:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if stage.dtype == "bfloat16" else default)
+    try:
+        model = Blip3o(preset(name))  # as autocast would have its products
+    finally:
+        torch.set_default_dtype(default)
     trained = [x for name, x in model.named_parameters() if name == "queries" or name.startswith("dit.")]
     model.requires_grad_(False)
     for x in trained:
@@ -75,7 +86,6 @@ def plan(recipe: RunRecipe, devices: int) -> Plan:
     shards = devices if stage.parallel == "fsdp" else 1
     states = learning * (4 + 4 + 8 + (4 if stage.ema else 0)) / shards
     states += 2 * frozen / (devices if stage.frozen == "sharded" else 1)
-    model = model.bfloat16()
     whole = measured(lambda: drawing_pass(model, rows, stage))
     kept = whole.kept
     if stage.checkpointing == "blocks":
@@ -86,23 +96,21 @@ def plan(recipe: RunRecipe, devices: int) -> Plan:
     return Plan(devices, rows, learning, frozen, states, kept, whole.flops / rows)
 
 
-def drawing_pass(model: Blip3o, rows: int, recipe: Any) -> Tensor:
-    """What generation does with a micro-batch of `rows` drawings, on the model's device; a scalar to go back from."""
-    config, draws = model.config, recipe.draws_per_prompt
-    prompts, words = rows // draws, recipe.max_tokens - config.num_queries
-    dtype, device = model.queries.dtype, model.queries.device
-    made: dict[str, Any] = {"dtype": dtype, "device": device}
+def drawing_pass(model: Blip3o, rows: int, recipe: ShardGenerationRecipe) -> Tensor:
+    """What generation does with a micro-batch of `rows` drawings; a scalar to go back from."""
+    config, dtype = model.config, model.queries.dtype
+    prompts, words = rows // recipe.draws_per_prompt, recipe.max_tokens - config.num_queries
     with torch.no_grad():
         if recipe.features == "none":
             side = config.clip.image_size
-            model.clip.vision(torch.empty(prompts, 3, side, side, **made))
+            model.clip.vision(torch.empty(prompts, 3, side, side, dtype=dtype))
         cache = model.cache(prompts, words + config.num_queries)
-        text = torch.empty(prompts, words, config.llm.width, **made)
-        model.llm(text, None, None, cache, asked=torch.empty(0, dtype=torch.int64, device=device))
+        text = torch.empty(prompts, words, config.llm.width, dtype=dtype)
+        model.llm(text, None, None, cache, asked=torch.empty(0, dtype=torch.int64))
     condition = model.llm(model.queries.expand(prompts, -1, -1), None, None, cache)
     context = model.dit.context(model.dit.project(condition))
-    x = torch.empty(rows, config.feature_grid**2, config.dit.in_channels, **made)
-    sigma = torch.empty(rows, dtype=torch.float32, device=device)
+    x = torch.empty(rows, config.feature_grid**2, config.dit.in_channels, dtype=dtype)
+    sigma = torch.empty(rows)
     return model.dit(x, sigma * TIMESTEPS, context).float().square().mean()
 
 

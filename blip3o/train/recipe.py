@@ -4,9 +4,21 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-# What may change when a run goes on: how a batch is cut into parts, and how its gradient is computed, changes neither
-# its samples nor, but for rounding, the gradient.
-CHANGEABLE = ("accumulate", "parallel", "frozen", "checkpointing", "compile", "max_bad_batches", "sample_every", "prompts")
+# What may change when a run goes on: how a batch is read and cut into parts, and how its gradient is computed, changes
+# neither its samples nor, but for rounding, the gradient.
+CHANGEABLE = (
+    "accumulate",
+    "parallel",
+    "frozen",
+    "checkpointing",
+    "compile",
+    "max_bad_batches",
+    "sample_every",
+    "prompts",
+    "threads",
+    "cache",
+    "max_faults",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

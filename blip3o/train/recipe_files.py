@@ -16,7 +16,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from blip3o.train.recipe import KINDS, RunRecipe
+from blip3o.train.recipe import KINDS, Recipe, RunRecipe
+from blip3o.train.recipe_shards import ON_SHARDS
 
 FOLDER = Path(__file__).parents[1] / "recipes"  # the packaged ones
 
@@ -60,15 +61,15 @@ def _override(table: dict[str, Any], key: str, text: str) -> None:
     if dot:
         if not isinstance(table.get(stage), dict):
             raise ValueError(f"unknown stage {stage!r} in {key!r}{_nearest(stage, _stages(table))}")
-        table[stage][name] = _parsed(_known(stage), name, text)
+        table[stage][name] = _parsed(_known(table, stage), name, text)
     elif key == "model":
         table[key] = text
     else:
-        knowing = [stage for stage in _stages(table) if key in _known(stage)]
+        knowing = [stage for stage in _stages(table) if key in _known(table, stage)]
         if not knowing:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, _shared(_stages(table)))}")
+            raise ValueError(f"unknown key {key!r}{_nearest(key, _shared(table))}")
         for stage in knowing:
-            table[stage][key] = _parsed(_known(stage), key, text)
+            table[stage][key] = _parsed(_known(table, stage), key, text)
 
 
 def _parsed(hints: Mapping[str, Any], name: str, text: str) -> Any:
@@ -88,17 +89,17 @@ def _run_recipe(table: Mapping[str, Any]) -> RunRecipe:
     for key, value in shared.items():
         if isinstance(value, dict):
             raise ValueError(f"unknown stage {key!r}{_nearest(key, KINDS)}")
-        if key not in _shared(stages):
-            raise ValueError(f"unknown key {key!r}{_nearest(key, ['model', *_shared(stages)])}")
+        if key not in _shared(table):
+            raise ValueError(f"unknown key {key!r}{_nearest(key, ['model', *_shared(table)])}")
     if not isinstance(table.get("model"), str):
         raise ValueError(f"model must be the name of a preset, got {table.get('model')!r}")
     if not stages:
         raise ValueError(f"a recipe must have a table of at least one stage: {', '.join(KINDS)}")
     recipes = {}
     for stage in stages:
-        own = {key: value for key, value in shared.items() if key in _known(stage)}
+        own = {key: value for key, value in shared.items() if key in _known(table, stage)}
         try:
-            recipes[stage] = _recipe(KINDS[stage], {**own, **table[stage]})
+            recipes[stage] = _recipe(_kind(table, stage), {**own, **table[stage]})
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from None
     return RunRecipe(table["model"], recipes)
@@ -108,12 +109,17 @@ def _stages(table: Mapping[str, Any]) -> list[str]:
     return [key for key, value in table.items() if key in KINDS and isinstance(value, dict)]
 
 
-def _known(stage: str) -> dict[str, Any]:
-    return get_type_hints(KINDS[stage])
+def _kind(table: Mapping[str, Any], stage: str) -> type[Recipe]:
+    """A stage whose table names `data` reads shards."""
+    return (ON_SHARDS if "data" in table[stage] and stage in ON_SHARDS else KINDS)[stage]
 
 
-def _shared(stages: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(key for stage in stages for key in _known(stage)))
+def _known(table: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    return get_type_hints(_kind(table, stage))
+
+
+def _shared(table: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key for stage in _stages(table) for key in _known(table, stage)))
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

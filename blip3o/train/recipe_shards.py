@@ -100,3 +100,10 @@ class ShardGenerationRecipe(ShardsRecipe):
             )
         if not self.data:
             raise ValueError("data must name at least one source")
+
+
+# The kinds of a stage whose table has the key `data`.
+ON_SHARDS: dict[str, type[Recipe]] = {
+    "understanding": ShardUnderstandingRecipe,
+    "generation": ShardGenerationRecipe,
+}

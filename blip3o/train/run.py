@@ -3,14 +3,18 @@
 RUN/checkpoint/   everything that going on needs: weights, the optimiser's moments, stage and step; one commit
 RUN/model/        the model folder that `generate`, `ask` and `evaluate` read; written at every stop and stage end
 RUN/log.jsonl     one line every few steps
+RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a line; a run that goes on tells them again
+RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
 import fcntl
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +23,8 @@ from torch.distributed.tensor import DTensor
 
 from blip3o.config import to_dict
 from blip3o.data import scenes
+from blip3o.data.loading import warn
+from blip3o.data.tar import Fault
 from blip3o.evaluate.exam import answer_questions
 from blip3o.model import Blip3o
 from blip3o.presets import preset
@@ -39,7 +45,9 @@ from blip3o.train.recipe import (
     Recipe,
     UnderstandingRecipe,
 )
+from blip3o.train.recipe_shards import ShardGenerationRecipe, ShardUnderstandingRecipe
 from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, GenerationStage, UnderstandingStage
+from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage, same_data
 from blip3o.train.trackers import Tracker
 from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
 
@@ -244,7 +252,21 @@ class Run:
                 return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case DecoderRecipe():
                 return DecoderStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
+            case ShardUnderstandingRecipe():
+                reading = ShardUnderstandingStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, reading.loader.sources)
+                return reading
+            case ShardGenerationRecipe():
+                drawing = ShardGenerationStage(self.model, recipe, self.processor, self._report_fault)
+                same_data(self.folder / "data.json", name, drawing.loader.sources)
+                return drawing
         raise ValueError(f"stage {name} has no recipe of its kind, got {type(recipe).__name__}")
+
+    def _report_fault(self, fault: Fault) -> None:
+        """Say it, and keep it in RUN/faults.jsonl."""
+        with (self.folder / "faults.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(fault), default=str) + "\n")
+        warn(fault)
 
     def _unnamed(self, recipe: GenerationRecipe | DecoderRecipe) -> FeatureBank | None:
         return self.bank(recipe.pictures, unnamed=True) if recipe.unnamed else None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip3o.data import scenes, text
+from blip3o.dit import Context
 from blip3o.flow import TIMESTEPS, draw_sigma, training_loss
 from blip3o.layers import linear_cross_entropy
 from blip3o.model import Blip3o
@@ -190,19 +191,29 @@ class UnderstandingStage:
         pass
 
 
+def prompt_context(
+    model: Blip3o, ids: Tensor, mask: Tensor, seen: Tensor | None, kept: Tensor, pooled: Tensor
+) -> Context:
+    """What the diffusion transformer needs of P prompts, ids and mask [P, T].
+
+    seen [., F, C]: what the pictures among the prompts show. kept, pooled bool [P]: whose condition, and whose pooled
+    condition, is not zeroed.
+    """
+    condition = model.condition(ids, mask, seen)  # [P, Q, W]
+    context = model.dit.context(model.dit.project(condition * kept[:, None, None]))
+    return replace(context, pooled=context.pooled * pooled[:, None])
+
+
 def generation_loss(
     model: Blip3o, ids: Tensor, mask: Tensor, seen: Tensor | None, kept: Tensor, pooled: Tensor, x: Tensor,
     noise: Tensor, sigma: Tensor,
 ) -> Tensor:  # fmt: skip
-    """The flow's loss of features x [B, F, C] at noise levels sigma [B], drawn from P prompts, ids and mask [P, T].
+    """The flow's loss of features x [B, F, C] at noise levels sigma [B], drawn from P prompts; see `prompt_context`.
 
     B is a multiple of P: B / P rows that follow each other share their prompt's pass of the language model and its keys
-    and values. seen [., F, C]: what the pictures among the prompts show. kept, pooled bool [P]: whose condition, and
-    whose pooled condition, is not zeroed.
+    and values.
     """
-    condition = model.condition(ids, mask, seen)  # [P, Q, W]
-    context = model.dit.context(model.dit.project(condition * kept[:, None, None]))
-    context = replace(context, pooled=context.pooled * pooled[:, None])
+    context = prompt_context(model, ids, mask, seen, kept, pooled)
 
     def predict(noisy: Tensor, level: Tensor) -> Tensor:
         return model.dit(noisy, level * TIMESTEPS, context)

@@ -2,8 +2,11 @@
 says which sample comes, which noise is drawn and what is dropped.
 """
 
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip3o.data import scenes
+from blip3o.data.features import Features
 from blip3o.data.llava import read_turns
 from blip3o.data.loading import Loader
 from blip3o.data.packing import pack
@@ -94,17 +98,41 @@ def load(
 ) -> Loader[Prepared]:
     """The samples of a stage's sources, with stored features if the recipe wants them."""
     cache = Path(recipe.cache) if recipe.cache else None
-    sources = []
+    sources: list[Shards] = []
+    stored: dict[str, Sequence[Features]] = {}  # by path: a source may come twice, with other captions
     for source in data:
         captions = {"captions": source.captions} if isinstance(source, CaptionSource) else {}
         shards = Shards(source.path, cache=cache, needs=needs, max_pixels=recipe.max_pixels, **captions)
         if cache is not None and recipe.features != "none":
-            cache_features(shards, model, cache, recipe.features, recipe.threads)
+            if source.path not in stored:
+                stored[source.path] = cache_features(shards, model, cache, recipe.features, recipe.threads)
+            shards.features = stored[source.path]
         sources.append(shards)
     return Loader(
         sources, [source.weight for source in data], prepare=prepare, seed=recipe.seed, threads=recipe.threads,
         max_faults=recipe.max_faults, report=report,
     )  # fmt: skip
+
+
+def same_data(place: Path, stage: str, sources: Sequence[Shards]) -> None:
+    """Keep the sums of a stage's shards in the JSON file `place`. Raises ValueError if it holds others of that stage:
+    the order of samples would be another one, and so would be the run."""
+    known = json.loads(place.read_text(encoding="utf-8")) if place.exists() else {}
+    found = [source.sum for source in sources]
+    if stage in known and known[stage] != found:
+        changed = [
+            str(source.indices[0].shard.parent)
+            for source, before in zip_longest(sources, known[stage])
+            if source is not None and source.sum != before
+        ]
+        raise ValueError(
+            f"the shards of stage {stage} are not those it began with: {', '.join(changed) or 'some are gone'}; bring "
+            f"them back, or train in another folder than {place.parent}"
+        )
+    if stage not in known:
+        staged = place.with_name(f"{place.name}.{os.getpid()}")
+        staged.write_text(json.dumps({**known, stage: found}, indent=2) + "\n", encoding="utf-8")
+        staged.replace(place)
 
 
 def learn_only(model: Blip3o, names: Callable[[str], bool]) -> dict[str, nn.Parameter]:
