@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test parity bench bench-networks gpu fuzz check-gpu-code check-faults lint clean
+.PHONY: demo test chaos parity bench bench-networks gpu fuzz check-gpu-code check-faults lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/blip3o demo
 
 test: $(INSTALLED)
 	$(BIN)/pytest
+
+# What training promises, put to the test: kill -9, damaged files and the rest. One row: make chaos ROWS="kill --times 20"
+ROWS ?=
+chaos: $(INSTALLED)
+	$(BIN)/python tests/chaos.py $(ROWS)
 
 # The released model's parts beside transformers, diffusers and EVA-CLIP by hand: the largest differences.
 parity: $(INSTALLED)
