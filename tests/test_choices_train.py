@@ -294,7 +294,7 @@ def test_choices_on_shards(shards: Path, image_target: ImageTarget, objective: O
             condition = model.condition(batch.tokens, batch.mask)
             answers = regress_targets(model, condition)
             assert loss == pytest.approx((answers - targets).square().sum().item(), rel=1e-4)
-        halves = [stage.batch(1, range(0, SIZE // 2)), stage.batch(1, range(SIZE // 2, SIZE))]
+        halves = [stage.batch(1, range(SIZE // 2)), stage.batch(1, range(SIZE // 2, SIZE))]
         assert sum(stage.loss(half)[0].item() for half in halves) == pytest.approx(loss, rel=1e-5)
     names = [name for name, _ in model.named_parameters() if name.startswith(("dit.", "queries"))]
     assert list(stage.trainable()) == names
