@@ -142,17 +142,24 @@ def test_alone_every_call_is_the_plain_one(alone: Devices) -> None:
         assert (devices.rank, devices.world, devices.group, devices.background) == (0, 1, None, devices)
 
 
-def refused() -> str:
-    stage = STAGES["generation"](tiny_model())
-    stage.trainable = lambda: {"head.weight": nn.Parameter(torch.zeros(2))}  # type: ignore[method-assign]
+def refused() -> list[str]:
+    found = []
     with start() as devices:
-        try:
-            devices.wrap(stage)
-        except ValueError as error:
-            return str(error)
-    raise AssertionError("a parameter outside the model was taken")
+        for parallel, parameters in (
+            ("ddp", lambda stage: {"head.weight": nn.Parameter(torch.zeros(2))}),
+            ("fsdp", lambda stage: {"queries": stage.model.queries}),
+        ):
+            stage = STAGES["generation"](tiny_model())
+            remembered = parameters(stage)
+            stage.trainable = lambda remembered=remembered: remembered  # type: ignore[method-assign]
+            try:
+                devices.wrap(stage, parallel)
+            except ValueError as error:
+                found.append(str(error))
+    return found
 
 
-def test_all_that_trains_is_in_the_model() -> None:
-    message = "on several processes all that trains must be in the stage's model, got ['head.weight']"
-    assert on_processes(1, refused) == [message]
+def test_stages_that_cannot_be_shared_out() -> None:
+    outside, remembered = on_processes(1, refused)[0]
+    assert outside == "on several processes all that trains must be in the stage's model, got ['head.weight']"
+    assert remembered.startswith("trainable() of stage generation must give the model's parameters as they are now")

@@ -55,7 +55,7 @@ class Stage(Protocol):
     def recipe(self) -> Recipe: ...
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that the optimiser moves, by name."""
+        """The parameters that the optimiser moves, by name: as they are now, since FSDP puts others into the model."""
 
     def batch(self, step: int, rows: range) -> Any:
         """The Batch of some rows, of 0..batch_size-1, of step `step`: a function of (seed, step, rows) alone.

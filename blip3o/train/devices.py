@@ -126,7 +126,7 @@ class Devices:
         dtype    fsdp: of the weights while a block runs, and when they are sent; None: as they are stored. Gradients
                  are summed in float32
 
-        Raises ValueError if something trains that is no part of the stage's model.
+        Raises ValueError if something trains that is no part of the stage's model, or is not what FSDP put there.
         """
         if self.group is None:
             return lambda batch, last: stage.loss(batch)
@@ -141,6 +141,12 @@ class Devices:
             return _replicated(Objective(stage))
         objective = ShardedObjective(stage, self.group)
         _shard(objective, init_device_mesh(self.device.type, (self.world,)), frozen, dtype)
+        whole = [name for name, parameter in stage.trainable().items() if not isinstance(parameter, DTensor)]
+        if whole:
+            raise ValueError(
+                f"trainable() of stage {stage.name} must give the model's parameters as they are now, got "
+                f"those from before FSDP put its own there: {whole[:3]}"
+            )
         return lambda batch, last: objective(batch)  # summed part by part: whole gradients would need the memory
 
     def sum(self, *values: float) -> list[float]:

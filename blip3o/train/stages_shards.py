@@ -138,12 +138,13 @@ def same_data(place: Path, stage: str, sources: Sequence[Shards]) -> None:
         staged.replace(place)
 
 
-def learn_only(model: Blip3o, names: Callable[[str], bool]) -> dict[str, nn.Parameter]:
-    """Freeze all of the model but the parameters whose names are chosen; returns these."""
-    learning = {name: parameter for name, parameter in model.named_parameters() if names(name)}
-    model.requires_grad_(False)
-    for parameter in learning.values():
-        parameter.requires_grad_(True)
+def learn_only(model: Blip3o, chosen: Callable[[str], bool]) -> set[str]:
+    """Freeze all of the model but the parameters whose names are chosen; returns these names."""
+    learning = set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+        if chosen(name):
+            learning.add(name)
     return learning
 
 
@@ -191,7 +192,7 @@ class ShardGenerationStage:
         self.loader = load(recipe, recipe.data, ("picture", "text"), model, self._prepare, report)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return self.learning
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in self.learning}
 
     def _prepare(self, sample: Sample) -> Drawing:
         assert sample.text is not None
@@ -274,7 +275,7 @@ class ShardUnderstandingStage:
         self.loader = load(recipe, recipe.data, ("json",), model, self._prepare, report)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return self.learning
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in self.learning}
 
     def _prepare(self, sample: Sample) -> tuple[str, Dialogue, Tensor | None]:
         turns = read_turns(sample.json, pictured=sample.picture is not None or sample.features is not None)
