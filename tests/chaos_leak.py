@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from blip3o.train import loop
 
 LOOKS = 40  # at memory, in a stage
-# Of those: after the first saves, and at the end. In each the least counts: a save may be under way.
+# Of those: after the first saves, if any, and at the end. In each the least counts: a save may be under way.
 EARLY, LATE = slice(20, 28), slice(32, 40)
 MOST = 1.0  # MB that 1,000 steps may add
-SAVE_EVERY = 20  # steps: what a save leaks shows, too
+SAVE_EVERY = 500  # steps: each save costs some KB for good, as safetensors forgets to free what slices it was asked for
 
 
 def open_files() -> set[str]:
