@@ -76,6 +76,8 @@ def uncut_run(start: Path, folder: Path, line: Line) -> Uncut:
     for _, *lacking in (words for words in said if words[0] == "synced"):
         line.hold(lacking == [""], f"{', '.join(lacking)} not synced before the rename")
     commits = [words for words in said if words[0] == "checkpoint"]
+    if not commits:
+        raise RuntimeError(f"no save renames a folder to {folder / SAVED[0]}")
     moments = [float(words[2]) for words in commits]
     return Uncut(
         [digest(start / "checkpoint"), *(words[1] for words in commits)],

@@ -17,10 +17,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from blip3o.train import loop
 
 LOOKS = 40  # at memory, in a stage
-# Of those: after the first save, and at the end. In each the least counts: a save may be under way.
+# Of those: after the first saves, if any, and at the end. In each the least counts: a save may be under way.
 EARLY, LATE = slice(20, 28), slice(32, 40)
 MOST = 1.0  # MB that 1,000 steps may add
-SAVE_EVERY = 50  # steps: what a save leaks shows, too
+SAVE_EVERY = 500  # steps: each save costs some KB for good, as safetensors forgets to free what slices it was asked for
 
 
 def open_files() -> set[str]:
@@ -46,6 +46,7 @@ def watched(folder: Path, steps: int, say: Say) -> None:
             say(f"memory {status_mb('RssAnon')}")
             say(f"files {len(open_files())}")
 
+    gc.freeze()  # what is there already need not be looked through each time
     register_optimizer_step_post_hook(after_step)
     loop.time = SimpleNamespace(perf_counter=lambda: done)  # type: ignore[assignment]  # saves come by steps
     before = open_files()

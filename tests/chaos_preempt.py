@@ -32,6 +32,8 @@ MARK = "BLIP3O_CHAOS"  # in the environment of all processes of a run
 class Torchrun:
     """torchrun, and what it has started."""
 
+    EARLIEST = 0  # steps, before it is told to stop: while it starts, too
+
     def __init__(self, run: Path, errors: Path) -> None:
         self.mark, self.errors = f"{os.getpid()}-{time.monotonic_ns()}", errors
         command = [
@@ -71,7 +73,9 @@ class Torchrun:
 
 class Forked(Torchrun):
     """What torchrun is a command for, the agent that starts the workers and hands signals on, in forks of this process:
-    a start costs no imports."""
+    a start costs no imports. A forked worker has the agent's own way with signals until training begins."""
+
+    EARLIEST = 1
 
     def __init__(self, run: Path, errors: Path) -> None:
         self.errors = errors
@@ -141,7 +145,7 @@ def measure(times: int, seed: int, folder: Path, start: type[Torchrun] = Torchru
         run, number = chaos_run.begun(folder / f"run{number}"), number + 1
         while True:
             running = start(run, folder / "run.err")
-            wanted = rows(run) + choices.randint(0, AHEAD)
+            wanted = rows(run) + choices.randint(start.EARLIEST, AHEAD)
             deadline = time.monotonic() + PATIENCE
             while signals < times and rows(run) < wanted and time.monotonic() < deadline:
                 if running.end(0.01) is not None:
