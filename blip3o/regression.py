@@ -1,8 +1,8 @@
 """The objective `mse`: the target in one pass, by mean squared error; what `flow.py` is to the objective `flow`.
 
 The network is the same, and sees nothing: ones in the place of the noisy target, at the time of pure noise. What it
-says is then a function of the condition alone, its best answer is the mean of all targets that the condition allows, and
-every seed draws the same. Zeros would not do: with gates and last layer at 0 as well, no weight would ever move.
+says is then a function of the condition alone, its best answer is the mean of all targets that the condition allows,
+and every seed draws the same. Zeros would not do: with gates and last layer at 0 as well, no weight would ever move.
 This file knows no network: it comes in as a function.
 
 In the paper (arXiv 2505.09568) the loss is |X - W Q|^2, X the CLIP features and Q the hidden states at the queries;
