@@ -84,7 +84,7 @@ class Native:
         return generate.answer_ids(self.model, ids, mask, None, limit=limit, words=self.model.config.end_token)
 
     def draw(self, ids: Tensor, mask: Tensor, picture: Picture) -> Tensor:
-        features = generate.draw_features(
+        features = generate.draw_targets(
             self.model, ids, mask, picture.features, guidance=GUIDANCE, steps=picture.steps
         )
         return features if picture.pixels is None else generate.decode(self.model, features, picture.pixels)

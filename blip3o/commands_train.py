@@ -19,7 +19,9 @@ def train(arguments: argparse.Namespace) -> None:
         report = print if devices.rank == 0 else lambda _: None
         settings = {name: stage.plain() for name, stage in recipe.stages.items()}
         with trackers_of(arguments.track if devices.rank == 0 else (), folder, settings) as trackers:
-            run = Run(folder, recipe.model, devices, trackers)
+            run = Run(
+                folder, recipe.model, devices, trackers, image_target=recipe.image_target, objective=recipe.objective
+            )
             for stage in [arguments.stage] if arguments.stage else recipe.stages:
                 run.run_stage(stage, recipe.stages[stage], report)
         report(f"model in {folder / 'model'}")

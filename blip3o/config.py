@@ -15,7 +15,9 @@ from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get
 from blip3o.flow import FlowConfig
 
 Config = TypeVar("Config")
-
+# The choices that the paper compares: what the diffusion transformer makes, and by which loss it learns to.
+ImageTarget = Literal["clip", "vae", "pixels"]
+Objective = Literal["flow", "mse"]
 
 MOST_BLOCKS = 4096  # more is damage, and would fill the memory before it is found out by the weights
 
@@ -33,6 +35,12 @@ def _require_positive(config: object, *names: str) -> None:
 def _require_multiple(config: object, name: str, value: int, of: int, of_name: str) -> None:
     if value % of:
         raise ValueError(f"{type(config).__name__}.{name} must be a multiple of {of_name} = {of}, got {value}")
+
+
+def _require_one_of(config: object, name: str, options: Any) -> None:
+    value = getattr(config, name)
+    if value not in get_args(options):
+        raise ValueError(f"{type(config).__name__}.{name} must be one of {get_args(options)}, got {value!r}")
 
 
 def _require_equal(config: object, name: str, value: object, expected: object, expected_name: str) -> None:
@@ -199,22 +207,49 @@ class DecoderConfig:
         )
 
 
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The autoencoder that `nano` trains for the image target `vae`: pictures to latents and back."""
+
+    image_size: int
+    channels: int  # of a latent
+    halvings: int  # of a picture's side
+    width: int
+
+    def __post_init__(self) -> None:
+        _require_positive(self, *(field.name for field in fields(self)))
+        _require_multiple(self, "image_size", self.image_size, self.factor, "2^halvings")
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a side for each latent."""
+        return int(2**self.halvings)
+
+
 TOKENS = ("pad_token", "end_token", "image_token", "query_start_token")
 
 
 @dataclass(frozen=True)
 class Blip3oConfig:
-    """The whole system. The released models take their decoder from diffusers (None here)."""
+    """The whole system. The large models take decoder and autoencoder from diffusers (None here).
+
+    image_target   what the diffusion transformer makes. "clip": CLIP features, which the visual decoder draws; "vae":
+                   an autoencoder's latents; "pixels": the picture. These two in square patches, dit.grid along a side
+    objective      "flow": flow matching; "mse": the target itself, by mean squared error
+    """
 
     name: str
+    image_target: ImageTarget
+    objective: Objective
     clip: ClipConfig
     vision: VisionConfig | None  # None: the language model reads CLIP's tokens
     llm: LlmConfig
     dit: DitConfig
     decoder: DecoderConfig | None
+    autoencoder: AutoencoderConfig | None
     num_queries: int
     feature_grid: int  # CLIP's patch tokens are pooled to feature_grid x feature_grid features
-    flow: FlowConfig  # how the diffusion transformer's features are noised, and what it predicts
+    flow: FlowConfig  # objective "flow": how what the diffusion transformer makes is noised, and what it predicts
     pad_token: int
     end_token: int  # ends a turn
     image_token: int  # stands for one token of a picture that is shown
@@ -223,8 +258,9 @@ class Blip3oConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "num_queries", "feature_grid")
         _require_multiple(self, "clip.image_size / clip.patch_size", self.clip.grid, self.feature_grid, "feature_grid")
-        _require_equal(self, "dit.in_channels", self.dit.in_channels, self.clip.width, "clip.width")
-        _require_equal(self, "dit.grid", self.dit.grid, self.feature_grid, "feature_grid")
+        _require_one_of(self, "image_target", ImageTarget)
+        _require_one_of(self, "objective", Objective)
+        self._check_target()
         _require_equal(self, "dit.condition_width", self.dit.condition_width, self.llm.width, "llm.width")
         if self.vision is not None:
             _require_equal(self, "vision.out_width", self.vision.out_width, self.llm.width, "llm.width")
@@ -237,6 +273,29 @@ class Blip3oConfig:
                 raise ValueError(f"Blip3oConfig.{name} must lie in 0..{self.llm.vocab_size - 1}, got {token}")
         if len(set(ids.values())) != len(ids):
             raise ValueError(f"Blip3oConfig's special tokens must differ from each other, got {ids}")
+
+    def _check_target(self) -> None:
+        """The diffusion transformer's sizes are those of what it makes; nothing is there that would not be used."""
+        target, dit, side = self.image_target, self.dit, self.clip.image_size
+        if target != "clip" and self.decoder is not None:
+            raise ValueError(f"Blip3oConfig.decoder must be None: it draws CLIP features, image_target is {target!r}")
+        if target != "vae" and self.autoencoder is not None:
+            raise ValueError(f"Blip3oConfig.autoencoder must be None: image_target is {target!r}, not 'vae'")
+        if target == "clip":
+            _require_equal(self, "dit.in_channels", dit.in_channels, self.clip.width, "clip.width")
+            _require_equal(self, "dit.grid", dit.grid, self.feature_grid, "feature_grid")
+        elif target == "pixels":
+            self._check_patches("clip.image_size", 3, side)
+        elif self.autoencoder is not None:  # a foreign one is checked when it is given
+            own = self.autoencoder
+            _require_equal(self, "autoencoder.image_size", own.image_size, side, "clip.image_size")
+            self._check_patches("autoencoder.image_size / 2^halvings", own.channels, side // own.factor)
+
+    def _check_patches(self, name: str, channels: int, side: int) -> None:
+        """dit.grid x dit.grid patches must make up [channels, side, side]; `name` is the side's."""
+        _require_multiple(self, name, side, self.dit.grid, "dit.grid")
+        values = channels * (side // self.dit.grid) ** 2
+        _require_equal(self, "dit.in_channels", self.dit.in_channels, values, "the values of a patch")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from blip3o import flow
+from blip3o import flow, regression
 from blip3o.data import text
 from blip3o.flow import TIMESTEPS
 from blip3o.llm import needed
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
 
-GUIDANCE = 3.0
+GUIDANCE = 3.0  # of nano's sampler
 STEPS = 40
 DECODER_STEPS = 4
 LONGEST_ANSWER = 40  # tokens
@@ -20,23 +20,26 @@ Predictions = Callable[[Tensor, float], tuple[Tensor, Tensor | None]]
 
 
 def noise_for(model: Blip3o, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Starting noise of drawings, one per seed: features [B, F, C] and pixels [B, 3, S, S].
+    """Starting noise of drawings, one per seed: of the target [B, N, V] and of the visual decoder's pixels
+    [B, 3, S, S], S being 0 where the target has its own way back to a picture.
 
     A drawing's noise depends on its own seed alone, so it looks the same alone and in any batch. ValueError for a model
-    without a decoder, for no seeds, or for a seed outside 0..2^63 - 1.
+    that cannot draw pictures by itself, for no seeds, or for a seed outside 0..2^63 - 1.
     """
     config, weight = model.config, model.llm.output_weight
-    if config.decoder is None:
+    if config.image_target == "clip" and config.decoder is None:
         raise ValueError(f"model {config.name!r} has no visual decoder of its own")
+    if config.image_target == "vae":
+        model.require_autoencoder()
     if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
         raise ValueError(f"seeds must be at least one number, each in 0..2^63 - 1, got {list(seeds)}")
-    side = config.decoder.image_size
-    features, pixels = [], []
+    side = config.decoder.image_size if config.decoder else 0
+    targets, pixels = [], []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        features.append(torch.randn(config.feature_grid**2, config.clip.width, generator=generator))
+        targets.append(torch.randn(config.dit.grid**2, config.dit.in_channels, generator=generator))
         pixels.append(torch.randn(3, side, side, generator=generator))
-    return torch.stack(features).to(weight), torch.stack(pixels).to(weight)
+    return torch.stack(targets).to(weight), torch.stack(pixels).to(weight)
 
 
 @torch.inference_mode()
@@ -46,30 +49,50 @@ def draw(
     mask: Tensor,
     seeds: Sequence[int],
     *,
-    guidance: float = GUIDANCE,
-    steps: int = STEPS,
-    decoder_steps: int = DECODER_STEPS,
+    guidance: float | None = None,
+    steps: int | None = None,
+    decoder_steps: int | None = None,
 ) -> Tensor:
     """Pictures [S, 3, H, W] in 0..1 for prompts `ids`, `mask` [B, T] (padded on the left), one for each of S `seeds`.
 
     S is a multiple of B: then S / B seeds that follow each other belong to one prompt, which is read once.
+    guidance, steps   of the sampler; None: GUIDANCE and STEPS. An "mse" model has no sampler, and refuses both
+    decoder_steps     of the visual decoder's; None: DECODER_STEPS. Targets with their own way back refuse it
     """
     if not seeds or len(seeds) % len(ids):
         raise ValueError(f"seeds must be a multiple of the {len(ids)} prompts, got {len(seeds)}")
-    feature_noise, pixel_noise = noise_for(model, seeds)
-    features = draw_features(model, ids, mask, feature_noise, guidance=guidance, steps=steps)
-    return decode(model, features, pixel_noise, steps=decoder_steps)
+    noise, pixel_noise = noise_for(model, seeds)
+    targets = draw_targets(model, ids, mask, noise, guidance=guidance, steps=steps)
+    return decode(model, targets, pixel_noise, steps=decoder_steps)
 
 
 @torch.inference_mode()
-def draw_features(
-    model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float = GUIDANCE, steps: int = STEPS
+def draw_targets(
+    model: Blip3o, ids: Tensor, mask: Tensor, noise: Tensor, *, guidance: float | None = None, steps: int | None = None
 ) -> Tensor:
-    """CLIP features [S, F, C] for prompts `ids`, `mask` [B, T], from noise [S, F, C]; S / B rows for each prompt."""
-    return sample_features(model, model.condition(ids, mask), noise, guidance=guidance, steps=steps)
+    """Standardised targets [S, N, V] for prompts `ids`, `mask` [B, T], from noise like them; S / B rows a prompt.
+
+    guidance, steps   see `draw`
+    """
+    regressed = model.config.objective == "mse"
+    if regressed and not (guidance is None and steps is None):
+        raise ValueError("guidance and steps are a sampler's, and a model of objective 'mse' has none")
+    condition = model.condition(ids, mask)
+    if regressed:
+        return regress_targets(model, condition).repeat_interleave(len(noise) // len(condition), 0)
+    guidance, steps = GUIDANCE if guidance is None else guidance, STEPS if steps is None else steps
+    return sample_targets(model, condition, noise, guidance=guidance, steps=steps)
 
 
-def sample_features(
+def regress_targets(model: Blip3o, condition: Tensor) -> Tensor:
+    """Objective "mse": targets [B, N, V] under what the queries have read, `condition` [B, Q, W]."""
+    dit = model.dit
+    context = dit.context(dit.project(condition))
+    like = condition.new_empty(len(condition), dit.config.grid**2, dit.config.in_channels)
+    return regression.regress(lambda x, sigma: dit(x, sigma * TIMESTEPS, context), like)
+
+
+def sample_targets(
     model: Blip3o,
     condition: Tensor,
     noise: Tensor,
@@ -79,10 +102,10 @@ def sample_features(
     whole_times: bool = False,
     after: Callable[[int, float, Tensor], object] | None = None,
 ) -> Tensor:
-    """Features [S, F, C] from noise [S, F, C] under what the queries have read, `condition` [B, Q, W].
+    """Objective "flow": targets [S, N, V] from noise [S, N, V] under what the queries have read, `condition` [B, Q, W].
 
     whole_times   see `predictor`
-    after         called after every step with its number, its noise level, and the features so far
+    after         called after every step with its number, its noise level, and the targets so far
     """
     predictions = predictor(model, condition, len(noise), guidance, flow.sigmas(steps)[:-1], whole_times)
     return flow.integrate(model.config.flow, predictions, noise, steps=steps, guidance=guidance, after=after)
@@ -115,13 +138,20 @@ def predictor(
 
 
 @torch.inference_mode()
-def decode(model: Blip3o, features: Tensor, noise: Tensor, *, steps: int = DECODER_STEPS) -> Tensor:
-    """Standardised CLIP features [B, F, C] -> pictures [B, 3, S, S] in 0..1, from pixel noise [B, 3, S, S]."""
+def decode(model: Blip3o, targets: Tensor, noise: Tensor, *, steps: int | None = None) -> Tensor:
+    """Standardised targets [B, N, V] -> pictures [B, 3, S, S] in 0..1; CLIP features from pixel noise [B, 3, S, S]."""
+    if model.config.image_target != "clip":
+        if steps is not None:
+            raise ValueError(f"steps are the visual decoder's; {model.config.image_target} have no need of one")
+        return model.pictures(targets)
     decoder = model.decoder
     if decoder is None:
         raise ValueError(f"model {model.config.name!r} has no visual decoder of its own")
     pixels = flow.sample(
-        decoder.config.flow, lambda x, sigma: decoder(x, sigma * TIMESTEPS, features), noise, steps=steps
+        decoder.config.flow,
+        lambda x, sigma: decoder(x, sigma * TIMESTEPS, targets),
+        noise,
+        steps=DECODER_STEPS if steps is None else steps,
     )
     return ((pixels + 1) / 2).clamp(0, 1)
 
@@ -168,12 +198,13 @@ def generate(
     *,
     n: int = 1,
     seed: int = 0,
-    guidance: float = GUIDANCE,
-    steps: int = STEPS,
+    guidance: float | None = None,
+    steps: int | None = None,
 ) -> Tensor:
     """Draw each prompt `n` times: pictures [len(prompts) * n, 3, S, S] in 0..1, the drawings of a prompt side by side.
 
-    Drawing k of a prompt starts from noise `seed + k`. Raises ValueError for an empty prompt or unknown words.
+    Drawing k of a prompt starts from noise `seed + k`. guidance, steps: see `draw`.
+    Raises ValueError for an empty prompt or unknown words.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")

@@ -7,6 +7,7 @@ stay separate.
 Shapes: D the width of a token; [..., D] any leading dimensions.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,6 +56,7 @@ __all__ = [
     "swiglu",
     "text_rope_table",
     "timestep_embedding",
+    "unpatchify",
 ]
 
 
@@ -192,7 +194,7 @@ class _LinearAfter(torch.autograd.Function):
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """images [B, 3, S, S] -> [B, N, 3 P^2]: square patches, row by row, each as (channel, row, column).
+    """images [B, C, S, S] -> [B, N, C P^2]: square patches, row by row, each as (channel, row, column).
 
     A linear layer on these is a convolution whose kernel equals its stride.
     """
@@ -200,6 +202,14 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     rows, columns = height // patch_size, width // patch_size
     patches = images.view(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify`: patches [B, N, C P^2] of a square -> images [B, C, S, S], S = P sqrt(N)."""
+    batch, count, values = patches.shape
+    grid, channels = math.isqrt(count), values // patch_size**2
+    images = patches.view(batch, grid, grid, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return images.reshape(batch, channels, grid * patch_size, grid * patch_size)
 
 
 TABLES = 64  # that are kept, the newest: batches may be of any size

@@ -2,10 +2,13 @@
 transformer what to draw.
 
     understand   picture -> CLIP features -> language model -> answer
-    generate     prompt -> language model -> hidden states at the queries -> diffusion transformer -> CLIP features
-                 -> visual decoder -> picture
+    generate     prompt -> language model -> hidden states at the queries -> diffusion transformer -> target
+                 -> picture
 
-Shapes: B batch, T tokens, W language-model width, Q queries, F features of a picture, C their width, S picture side.
+The target is `image_target`: CLIP features, which the visual decoder draws; an autoencoder's latents; or the picture.
+
+Shapes: B batch, T tokens, W language-model width, Q queries, F features of a picture, C their width, S picture side,
+N = dit.grid^2 tokens of a target, V their width (of CLIP features N = F, V = C).
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from blip3o.autoencoder import Autoencoder, Latents
 from blip3o.clip import Clip, pool_features
 from blip3o.config import Blip3oConfig
 from blip3o.decoder import Decoder
 from blip3o.dit import Dit
+from blip3o.layers import patchify, unpatchify
 from blip3o.llm import KvCache, Llm, needed, scatter_features
 from blip3o.vision import QwenVision
 
@@ -69,9 +74,19 @@ class Absent(nn.Module):
         raise ValueError(self.reason)
 
 
+def _set_statistics(mean: Tensor, std: Tensor, tokens: Tensor) -> None:
+    """Of tokens [B, N, V], per channel, into mean and std [V]."""
+    flat = tokens.flatten(0, 1)
+    mean.copy_(flat.mean(0))
+    std.copy_(flat.std(0).clamp_min(1e-4))
+
+
 class Blip3o(nn.Module):
     feature_mean: Tensor
     feature_std: Tensor
+    target_mean: Tensor  # these two where the target is no CLIP features
+    target_std: Tensor
+    autoencoder: Latents | None
 
     def __init__(self, config: Blip3oConfig) -> None:
         super().__init__()
@@ -84,9 +99,13 @@ class Blip3o(nn.Module):
         # The tower of the released models ends in the language model's width; a model without one reads CLIP features.
         self.image_projector = None if config.vision else ImageProjector(config)
         self.decoder = Decoder(config.decoder) if config.decoder else None
+        self.autoencoder = Autoencoder(config.autoencoder) if config.autoencoder else None
         # What the diffusion transformer sees has mean 0 and variance 1 per channel; 0 and 1 leave features as they are.
         self.register_buffer("feature_mean", torch.zeros(config.clip.width))
         self.register_buffer("feature_std", torch.ones(config.clip.width))
+        if config.image_target != "clip":
+            self.register_buffer("target_mean", torch.zeros(config.dit.in_channels))
+            self.register_buffer("target_std", torch.ones(config.dit.in_channels))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -138,9 +157,7 @@ class Blip3o(nn.Module):
 
     def set_feature_statistics(self, features: Tensor) -> None:
         """Standardise by these raw features' [N, F, C] mean and deviation per channel, from now on."""
-        flat = features.flatten(0, 1)
-        self.feature_mean.copy_(flat.mean(0))
-        self.feature_std.copy_(flat.std(0).clamp_min(1e-4))
+        _set_statistics(self.feature_mean, self.feature_std, features)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The CLIP tower's tokens [B, N, C], averaged over square blocks: [B, F, C]."""
@@ -156,6 +173,56 @@ class Blip3o(nn.Module):
         """Pictures [B, 3, S, S] in 0..1 -> standardised pooled CLIP features [B, F, C]: what is generated and read."""
         pooled = self.pool(self.clip.vision(self.normalize(pictures)))
         return (pooled - self.feature_mean) / self.feature_std
+
+    # pictures to targets, and back
+
+    def targets(self, pictures: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S] in 0..1 -> standardised [B, N, V]: what the diffusion transformer learns to make."""
+        if self.config.image_target == "clip":
+            return self.features(pictures)
+        image = self.require_autoencoder().encode(pictures) if self.config.image_target == "vae" else 2 * pictures - 1
+        patches = patchify(image, image.shape[-1] // self.config.dit.grid)
+        return (patches - self.target_mean) / self.target_std
+
+    def pictures(self, targets: Tensor) -> Tensor:
+        """The inverse of `targets`: [B, N, V] -> pictures [B, 3, S, S] in 0..1. ValueError for CLIP features."""
+        if self.config.image_target == "clip":
+            raise ValueError("CLIP features have no inverse: the visual decoder draws them, see generate.decode")
+        patches = targets * self.target_std + self.target_mean
+        side = self.config.clip.image_size // self.config.dit.grid
+        if self.config.image_target == "vae":
+            autoencoder = self.require_autoencoder()
+            return autoencoder.decode(unpatchify(patches, side // autoencoder.factor))
+        image = unpatchify(patches, side)
+        return ((image + 1) / 2).clamp(0, 1)
+
+    def set_target_statistics(self, targets: Tensor) -> None:
+        """Standardise by these raw targets' [B, N, V] mean and deviation per channel, from now on; not for CLIP's."""
+        _set_statistics(self.target_mean, self.target_std, targets)
+
+    def use_autoencoder(self, autoencoder: Latents) -> None:
+        """Take latents from a foreign autoencoder, which is no part of the model's weights and files.
+
+        ValueError for a model that has its own or makes no latents, and where patches of its latents do not fit.
+        """
+        config = self.config
+        if config.image_target != "vae" or config.autoencoder is not None:
+            own = "has its own autoencoder" if config.autoencoder else f"makes {config.image_target}"
+            raise ValueError(f"model {config.name!r} takes no foreign autoencoder: it {own}")
+        side, grid = config.clip.image_size // autoencoder.factor, config.dit.grid
+        values = autoencoder.channels * (side // grid) ** 2
+        if config.clip.image_size % (autoencoder.factor * grid) or values != config.dit.in_channels:
+            raise ValueError(
+                f"autoencoder's latents, {autoencoder.channels} x {side} x {side}, must be {grid} x {grid} patches of "
+                f"{config.dit.in_channels} values (dit.grid, dit.in_channels)"
+            )
+        self.autoencoder = autoencoder
+
+    def require_autoencoder(self) -> Latents:
+        """Its own, or the one it was given. ValueError where it was given none."""
+        if self.autoencoder is None:
+            raise ValueError(f"model {self.config.name!r} needs an autoencoder: give one to use_autoencoder")
+        return self.autoencoder
 
     # reading
 

@@ -152,6 +152,12 @@ class Pipeline:
         ValueError names a wrong argument.
         """
         _check_output_type(output_type)
+        config = self.model.config
+        if (config.image_target, config.objective) != ("clip", "flow"):
+            raise ValueError(
+                f"a pipeline draws CLIP features by flow matching; image_target {config.image_target!r} with objective "
+                f"{config.objective!r} is drawn by blip3o.generate.draw"
+            )
         if (prompts is None) == (condition is None):
             raise ValueError("either prompts or condition must be given")
         counts = {"num_images_per_prompt": num_images_per_prompt, "num_inference_steps": num_inference_steps}
@@ -161,7 +167,7 @@ class Pipeline:
         if condition is None:
             assert prompts is not None
             condition = self.encode_prompt(prompts, template=template, padding_side=padding_side)
-        expected = (self.model.config.num_queries, self.model.config.llm.width)
+        expected = (config.num_queries, config.llm.width)
         if not isinstance(condition, Tensor):
             raise TypeError(f"condition must be a tensor, got {type(condition).__name__}")
         if condition.dim() != 3 or condition.shape[1:] != expected or not len(condition):
@@ -217,7 +223,7 @@ class Pipeline:
             if callback is not None:
                 callback("features", step, level * TIMESTEPS, features)
 
-        features = generate.sample_features(
+        features = generate.sample_targets(
             self.model, condition.to(noise), noise, guidance=guidance_scale, steps=steps, whole_times=whole_times,
             after=after,
         )  # fmt: skip

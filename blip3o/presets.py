@@ -1,12 +1,17 @@
 """The presets: `nano`, small enough to train on two CPU cores; `4b` and `8b`, shapes of the released checkpoints."""
 
+from dataclasses import replace
+
 from blip3o.config import (
+    AutoencoderConfig,
     Blip3oConfig,
     ClipConfig,
     ClipTextConfig,
     DecoderConfig,
     DitConfig,
+    ImageTarget,
     LlmConfig,
+    Objective,
     VisionConfig,
 )
 from blip3o.flow import FlowConfig
@@ -65,6 +70,8 @@ def _released_dit(condition_width: int) -> DitConfig:
 PRESETS: dict[str, Blip3oConfig] = {
     "nano": Blip3oConfig(
         name="nano",
+        image_target="clip",
+        objective="flow",
         clip=ClipConfig(
             image_size=32,
             patch_size=16,
@@ -118,6 +125,7 @@ PRESETS: dict[str, Blip3oConfig] = {
             rope_theta=1e4,
             flow=FlowConfig(prediction="sample", sigma="logit_normal", sigma_mean=0.8, sigma_std=1.0),
         ),
+        autoencoder=None,
         num_queries=16,
         feature_grid=2,
         flow=FlowConfig(prediction="sample", sigma="logit_normal", sigma_mean=0.8, sigma_std=1.0),
@@ -128,6 +136,8 @@ PRESETS: dict[str, Blip3oConfig] = {
     ),
     "4b": Blip3oConfig(
         name="4b",
+        image_target="clip",
+        objective="flow",
         clip=EVA_CLIP,
         vision=_qwen_vision(out_width=2048),
         llm=LlmConfig(  # Qwen2.5-VL-3B
@@ -146,6 +156,7 @@ PRESETS: dict[str, Blip3oConfig] = {
         ),
         dit=_released_dit(condition_width=2048),
         decoder=None,
+        autoencoder=None,
         num_queries=64,
         feature_grid=8,
         flow=RELEASED_FLOW,
@@ -156,6 +167,8 @@ PRESETS: dict[str, Blip3oConfig] = {
     ),
     "8b": Blip3oConfig(
         name="8b",
+        image_target="clip",
+        objective="flow",
         clip=EVA_CLIP,
         vision=_qwen_vision(out_width=3584),
         llm=LlmConfig(  # Qwen2.5-VL-7B
@@ -174,6 +187,7 @@ PRESETS: dict[str, Blip3oConfig] = {
         ),
         dit=_released_dit(condition_width=3584),
         decoder=None,
+        autoencoder=None,
         num_queries=64,
         feature_grid=8,
         flow=RELEASED_FLOW,
@@ -185,8 +199,23 @@ PRESETS: dict[str, Blip3oConfig] = {
 }
 
 
-def preset(name: str) -> Blip3oConfig:
-    """The preset of that name. ValueError lists the names."""
+NANO_AUTOENCODER = AutoencoderConfig(image_size=32, channels=8, halvings=2, width=32)
+SDXL_LATENTS = (4, 8)  # channels, and pixels along a side for each: of the foreign autoencoder that 4b and 8b expect
+GRIDS = {"nano": 4, "4b": 28, "8b": 28}  # patches along a side of a picture or its latents
+
+
+def preset(name: str, *, image_target: ImageTarget = "clip", objective: Objective = "flow") -> Blip3oConfig:
+    """The preset of that name, with another of the paper's choices if asked. ValueError lists the names."""
     if name not in PRESETS:
         raise ValueError(f"name must be one of {sorted(PRESETS)}, got {name!r}")
-    return PRESETS[name]
+    config = replace(PRESETS[name], objective=objective)
+    if image_target == "clip":
+        return config
+    autoencoder = NANO_AUTOENCODER if image_target == "vae" and config.vision is None else None
+    if image_target == "pixels":
+        channels, factor = 3, 1
+    else:
+        channels, factor = (autoencoder.channels, autoencoder.factor) if autoencoder else SDXL_LATENTS
+    patch = config.clip.image_size // factor // GRIDS[name]
+    dit = replace(config.dit, grid=GRIDS[name], in_channels=channels * patch**2)
+    return replace(config, image_target=image_target, dit=dit, decoder=None, autoencoder=autoencoder)

@@ -24,6 +24,30 @@ PARTS = ("unet", "vae", "scheduler")
 Callback = Callable[[int, float, Tensor], object]
 
 
+def refuse_pickles(folder: Path) -> None:
+    """ValueError where a network's folder holds pickles and no safetensors."""
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{pickles[0]}: a pickle, which may run any code when it is read, so it is not read. Where you "
+            f"trust it, convert it: let diffusers load {folder} with use_safetensors=False, and save it"
+        )
+
+
+def read_network(kind: Any, folder: Path) -> Any:
+    """A network of diffusers, of class `kind`, from its folder's safetensors: all weights, no whole numbers."""
+    sparing = importlib.util.find_spec("accelerate") is not None  # without it diffusers makes random weights first
+    network, found = kind.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=sparing
+    )
+    if found["missing_keys"]:  # which diffusers draws at random
+        raise CorruptModel(f"{folder} lacks {', '.join(sorted(found['missing_keys']))}")
+    for path in sorted(folder.glob("*.safetensors")):
+        with TensorFiles(path) as files:  # diffusers makes numbers of whatever is there
+            one_dtype(files, list(files.entries), torch.float32)
+    return network
+
+
 class UnetDecoder:
     """A U-Net, a VAE and a scheduler of diffusers: features to pictures.
 
@@ -78,29 +102,13 @@ class UnetDecoder:
             if not (folder / part).is_dir():
                 raise FileNotFoundError(f"{folder / part} is missing: a visual decoder has {', '.join(PARTS)}")
         for part in PARTS[:2]:
-            pickles = sorted((folder / part).glob("*.bin"))
-            if pickles and not list((folder / part).glob("*.safetensors")):
-                raise ValueError(
-                    f"{pickles[0]}: a pickle, which may run any code when it is read, so it is not read. Where you "
-                    f"trust it, convert it: let diffusers load {folder / part} with use_safetensors=False, and save it"
-                )
+            refuse_pickles(folder / part)
         try:
             from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
         except ImportError as error:
             raise ValueError(f"the visual decoder needs diffusers: pip install 'blip3o[diffusers]' ({error})") from None
-        # Without accelerate diffusers cannot but make random weights first.
-        sparing = importlib.util.find_spec("accelerate") is not None
-        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": sparing}
-        networks = []
-        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-            network, found = kind.from_pretrained(folder, subfolder=part, output_loading_info=True, **options)
-            if found["missing_keys"]:  # which diffusers draws at random
-                raise CorruptModel(f"{folder / part} lacks {', '.join(sorted(found['missing_keys']))}")
-            networks.append(network)
-        for path in sorted(path for part in PARTS[:2] for path in (folder / part).glob("*.safetensors")):
-            with TensorFiles(path) as files:  # diffusers makes numbers of whatever is there
-                one_dtype(files, list(files.entries), torch.float32)
-        unet, vae = networks
+        unet = read_network(UNet2DConditionModel, folder / "unet")
+        vae = read_network(AutoencoderKL, folder / "vae")
         scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         decoder = cls(unet, vae, scheduler)
         return decoder.to(device, dtype or unet.dtype)

@@ -83,11 +83,14 @@ def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
             raise ValueError(f"gen_pooling {pooled[0]!r} must divide the CLIP tower's {clip.grid} patches a side")
         config = Blip3oConfig(
             name="released",
+            image_target="clip",
+            objective="flow",
             clip=clip,
             vision=vision,
             llm=llm,
             dit=_dit(shapes, grid, place),
             decoder=None,
+            autoencoder=None,
             num_queries=queries,
             feature_grid=grid,
             flow=RELEASED_FLOW,

@@ -264,9 +264,7 @@ def sampler(world: World) -> Iterator[Row]:
             velocity = unconditional + guidance * (conditional - unconditional)
             x = scheduler.step(velocity, timestep, x).prev_sample
         with torch.inference_mode(), use("reference"):
-            found = generate.sample_features(
-                world.ours, hidden, noise, guidance=guidance, steps=steps, whole_times=True
-            )
+            found = generate.sample_targets(world.ours, hidden, noise, guidance=guidance, steps=steps, whole_times=True)
         yield row(*names, f"{steps} steps, guidance {guidance}, whole times, reference ops", found, x)
 
 

@@ -238,8 +238,8 @@ def test_defaults_live_in_one_place(lively: Blip3o, monkeypatch: pytest.MonkeyPa
 
     def spy(*_: object, **options: object) -> Tensor:
         seen.append((options["guidance"], options["steps"]))
-        return torch.zeros(1, 3, 32, 32)
+        return torch.zeros(1, 4, 32)
 
-    monkeypatch.setattr(module, "draw", spy)
+    monkeypatch.setattr(module, "sample_targets", spy)
     generate(lively, Processor(), PROMPTS[:1])
     assert seen == [(module.GUIDANCE, module.STEPS)]

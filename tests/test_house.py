@@ -24,10 +24,10 @@ NATIVE = sorted(path for path in ROOT.glob("csrc/**/*") if path.suffix in (".h",
 # cycles.
 LEVELS = (
     ("layers", "flow", "data"),
-    ("config",),
-    ("presets", "clip", "vision", "llm", "dit", "decoder", "weights_files"),
+    ("config", "regression"),
+    ("presets", "clip", "vision", "llm", "dit", "decoder", "autoencoder", "weights_files"),
     ("model", "processor", "unet_decoder", "weights_names"),
-    ("weights_config", "qwen_processor"),
+    ("weights_config", "qwen_processor", "kl_autoencoder"),
     ("weights_released",),
     ("weights", "generate", "chat"),
     ("pipeline",),
@@ -40,9 +40,9 @@ LEVELS = (
 )
 # Against the arrows, when a function runs: Blip3o.from_pretrained is where people look for it.
 UPWARD = (("model", "weights"),)
-NETWORKS = ("clip", "vision", "llm", "dit", "decoder")
+NETWORKS = ("clip", "vision", "llm", "dit", "decoder", "autoencoder")
 # Who may import the kernels: the networks' one door, the probability path, and the programs that report on backends.
-KERNEL_IMPORTERS = ("layers", "flow", "demo", "doctor", "cli", "bench")
+KERNEL_IMPORTERS = ("layers", "flow", "regression", "demo", "doctor", "cli", "bench")
 # What several Triton bodies share, and the parts of one.
 SHARED_BY_TRITON = {"__init__", "chunks", "normalise", "normed_rotation", "normed_rotation_backward", "numbers"}
 SHARED_BY_TRITON |= {"philox", "rotation", "sums"}

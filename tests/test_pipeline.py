@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,13 +229,13 @@ def test_features_need_no_decoder(pipeline: Pipeline) -> None:
 def test_the_negative_is_drawn_once_from_its_own_seed(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = Pipeline(pipeline.model, pipeline.processor, pipeline.decoder)
     drawn: list[int] = []
-    sample = generate.sample_features
+    sample = generate.sample_targets
 
     def counting(model: Blip3o, condition: Tensor, noise: Tensor, **options: Any) -> Tensor:
         drawn.append(len(noise))
         return sample(model, condition, noise, **options)
 
-    monkeypatch.setattr(generate, "sample_features", counting)
+    monkeypatch.setattr(generate, "sample_targets", counting)
     first = [fresh.generate_image(PROMPTS[0], seeds=1, output_type="pt", **FAST) for _ in range(2)]
     assert drawn == [1, 1, 1] and torch.equal(*first)
     other = fresh.generate_image(PROMPTS[0], seeds=1, negative_seed=9, output_type="pt", **FAST)
@@ -434,6 +435,12 @@ def test_wrong_conversations_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.chat(messages, **options)
+
+
+def test_other_choices_are_refused(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.model, "config", replace(pipeline.model.config, objective="mse"))
+    with pytest.raises(ValueError, match=r"image_target 'clip' with objective 'mse' is drawn by"):
+        pipeline.generate_image("a cat")
 
 
 def test_empty_prompts_are_counted(pipeline: Pipeline) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from blip3o.train.recipe import KINDS, ClipRecipe, Recipe
-from blip3o.train.recipe_files import load_recipe, packaged, to_toml
+from blip3o.train.recipe import KINDS, ClipRecipe, Recipe, RunRecipe
+from blip3o.train.recipe_files import TOP, load_recipe, packaged, to_toml
 
 CLIP = """
 model = "nano"
@@ -41,15 +41,15 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
+def in_full(recipe: RunRecipe) -> str:
+    top = {key: getattr(recipe, key) for key in TOP}
+    return to_toml(top, {name: stage.plain() for name, stage in recipe.stages.items()})
+
+
 @pytest.mark.parametrize("name", packaged())
 def test_packaged_recipes_are_read_and_written_in_full(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    assert (
-        load_recipe(
-            written(tmp_path, to_toml(recipe.model, {name: stage.plain() for name, stage in recipe.stages.items()}))
-        )
-        == recipe
-    )
+    assert load_recipe(written(tmp_path, in_full(recipe))) == recipe
 
 
 def test_a_file(tmp_path: Path) -> None:
@@ -137,12 +137,7 @@ def test_lists_of_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     path = written(tmp_path, CLIP + 'data = [{ path = "a \\"b\\"", weight = 2 }, { path = "c" }]\n')
     recipe = load_recipe(path)
     assert recipe.stages["clip"].data == (Source(path='a "b"', weight=2.0), Source(path="c"))
-    assert (
-        load_recipe(
-            written(tmp_path, to_toml(recipe.model, {name: stage.plain() for name, stage in recipe.stages.items()}))
-        )
-        == recipe
-    )
+    assert load_recipe(written(tmp_path, in_full(recipe))) == recipe
     for override, message in (
         ("data=[3]", r"data\[0\] must be a table, got 3"),
         ("data=[{path = 3}]", r"data\[0\]: path must be of type str, got 3"),

@@ -374,7 +374,7 @@ def test_stages_have_an_order(tiny: dict[str, Recipe], tmp_path: Path) -> None:
     for name in ("understanding", "generation", "decoder"):
         with pytest.raises(ValueError, match=f"stage {name} needs stage clip first; .* has not finished it"):
             run.run_stage(name, tiny[name], quiet)
-    with pytest.raises(ValueError, match="stage must be one of clip, understanding, generation, decoder, got 'dream'"):
+    with pytest.raises(ValueError, match="stage must be one of clip, .*, decoder, .*, got 'dream'"):
         run.run_stage("dream", tiny["clip"], quiet)
     run.run_stage("clip", tiny["clip"], quiet)
     with pytest.raises(ValueError, match="stage generation needs stage understanding first"):

@@ -207,6 +207,9 @@ def test_what_the_released_layout_cannot_hold(lively: Blip3o, folder: Path, tmp_
     model.config = replace(config, dit=replace(config.dit, rope_theta=2.0))
     with pytest.raises(ValueError, match=r"dit\.rope_theta is 2\.0, and would be read as 10000\.0"):
         model.save_pretrained(tmp_path / "out", layout="released", files=files)
+    model.config = replace(config, objective="mse")
+    with pytest.raises(ValueError, match="objective is mse, and would be read as flow"):
+        model.save_pretrained(tmp_path / "out", layout="released", files=files)
     model.config = config
     model.feature_mean[0] = 1
     with pytest.raises(ValueError, match="feature_mean must be 0"):

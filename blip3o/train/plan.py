@@ -67,14 +67,15 @@ def plan(recipe: RunRecipe, devices: int) -> Plan:
         )
     rows = stage.batch_size // parts
     with FakeTensorMode():
-        return _plan(recipe.model, stage, devices, rows)
+        return _plan(recipe, stage, devices, rows)
 
 
-def _plan(name: str, stage: ShardGenerationRecipe, devices: int, rows: int) -> Plan:
+def _plan(recipe: RunRecipe, stage: ShardGenerationRecipe, devices: int, rows: int) -> Plan:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if stage.dtype == "bfloat16" else default)
     try:
-        model = Blip3o(preset(name))  # as autocast would have its products
+        config = preset(recipe.model, image_target=recipe.image_target, objective=recipe.objective)
+        model = Blip3o(config)  # as autocast would have its products
     finally:
         torch.set_default_dtype(default)
     trained = [x for name, x in model.named_parameters() if name == "queries" or name.startswith("dit.")]
@@ -97,11 +98,11 @@ def _plan(name: str, stage: ShardGenerationRecipe, devices: int, rows: int) -> P
 
 
 def drawing_pass(model: Blip3o, rows: int, recipe: ShardGenerationRecipe) -> Tensor:
-    """What generation does with a micro-batch of `rows` drawings; a scalar to go back from."""
+    """What generation does with a micro-batch of `rows` drawings; a scalar to go back from. Latents are free."""
     config, dtype = model.config, model.queries.dtype
     prompts, words = rows // recipe.draws_per_prompt, recipe.max_tokens - config.num_queries
     with torch.no_grad():
-        if recipe.features == "none":
+        if recipe.features == "none" and config.image_target == "clip":
             side = config.clip.image_size
             model.clip.vision(torch.empty(prompts, 3, side, side, dtype=dtype))
         cache = model.cache(prompts, words + config.num_queries)
@@ -109,7 +110,7 @@ def drawing_pass(model: Blip3o, rows: int, recipe: ShardGenerationRecipe) -> Ten
         model.llm(text, None, None, cache, asked=torch.empty(0, dtype=torch.int64))
     condition = model.llm(model.queries.expand(prompts, -1, -1), None, None, cache)
     context = model.dit.context(model.dit.project(condition))
-    x = torch.empty(rows, config.feature_grid**2, config.dit.in_channels, dtype=dtype)
+    x = torch.empty(rows, config.dit.grid**2, config.dit.in_channels, dtype=dtype)
     sigma = torch.empty(rows)
     return model.dit(x, sigma * TIMESTEPS, context).float().square().mean()
 

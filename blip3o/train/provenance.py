@@ -34,9 +34,11 @@ def revision() -> str | None:
         return None
 
 
-def write_provenance(folder: Path, model: str, stages: Mapping[str, Mapping[str, Any]], **more: object) -> None:
-    """Write both files. A start is added to run.json's list; stages: what each stage's recipe holds."""
-    (folder / RECIPE).write_text(to_toml(model, stages), encoding="utf-8")
+def write_provenance(
+    folder: Path, top: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]], **more: object
+) -> None:
+    """Write both files. A start is added to run.json's list; top, stages: see `to_toml`."""
+    (folder / RECIPE).write_text(to_toml(top, stages), encoding="utf-8")
     path = folder / RUN
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     start = {

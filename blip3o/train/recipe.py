@@ -1,8 +1,10 @@
 """Recipes: everything about a training run that is a choice. One TOML file is one run: see `recipe_files.py`."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from blip3o.config import ImageTarget, Objective
 
 # What may change when a run goes on: how a batch is read and cut into parts, and how its gradient is computed, changes
 # neither its samples nor, but for rounding, the gradient.
@@ -100,6 +102,21 @@ class Recipe:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
+    def check_without_noise(self, stage: str) -> None:
+        """ValueError for what the objective "mse" has no use for, which stages that draw nothing do not have."""
+
+
+def refuse_noise(stage: str, draws_per_prompt: int, condition_drop: float) -> None:
+    """ValueError for noises to draw or a guidance to learn for, which the objective "mse" does not know."""
+    if draws_per_prompt != 1:
+        raise ValueError(
+            f"{stage}.draws_per_prompt must be 1 with objective 'mse', which draws no noise; got {draws_per_prompt}"
+        )
+    if condition_drop:
+        raise ValueError(
+            f"{stage}.condition_drop must be 0 with objective 'mse', which is not guided; got {condition_drop}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipRecipe(Recipe):
@@ -154,6 +171,9 @@ class GenerationRecipe(Recipe):
         """How many of `count` pictures show colours without a name; never all of them."""
         return min(round(self.unnamed * count), count - 1)
 
+    def check_without_noise(self, stage: str) -> None:
+        refuse_noise(stage, self.draws_per_prompt, self.condition_drop)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRecipe(Recipe):
@@ -180,19 +200,97 @@ class DecoderRecipe(Recipe):
         return min(round(self.unnamed * count), count - 1)
 
 
-# What a stage's table may hold, in the paper's order of the stages; the decoder needs the CLIP tower only.
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderRecipe(Recipe):
+    """The autoencoder of the image target "vae", on nano's world.
+
+    unnamed               share of the batch that shows objects in colours without a name
+    kl_weight             of the latents' divergence from a standard normal distribution
+    """
+
+    unnamed: float
+    kl_weight: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._shares("unnamed")
+        if not self.kl_weight >= 0:
+            raise ValueError(f"kl_weight must not be negative, got {self.kl_weight}")
+
+    def unnamed_of(self, count: int) -> int:
+        """How many of `count` pictures show colours without a name; never all of them."""
+        return min(round(self.unnamed * count), count - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JointRecipe(GenerationRecipe):
+    """Understanding and generation together, on nano's world: generation's keys, and
+
+    turns                 questions about each picture; there is a conversation for every prompt
+    ratio                 weight of understanding's loss beside generation's
+    """
+
+    turns: int
+    ratio: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._at_least_one("turns")
+        if not self.ratio > 0:
+            raise ValueError(f"ratio must be positive, got {self.ratio}; without understanding use stage generation")
+
+    def understanding(self) -> UnderstandingRecipe:
+        """How the conversations are drawn: one for each prompt, about other pictures than the prompts'."""
+        same = {field.name: getattr(self, field.name) for field in fields(UnderstandingRecipe)}
+        return UnderstandingRecipe(
+            **{**same, "batch_size": self.batch_size // self.draws_per_prompt, "seed": self.seed + 1}
+        )
+
+
+# What a stage's table may hold.
 KINDS: dict[str, type[Recipe]] = {
     "clip": ClipRecipe,
     "understanding": UnderstandingRecipe,
     "generation": GenerationRecipe,
     "decoder": DecoderRecipe,
+    "autoencoder": AutoencoderRecipe,
+    "joint": JointRecipe,
 }
-STAGES = tuple(KINDS)
+STAGES = ("clip", "understanding", "generation", "decoder")  # nano's, in the paper's order
+Schedule = Literal["sequential", "joint"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunRecipe:
-    """One run: a preset's name, and how each of its stages is trained, in their order."""
+    """One run: a preset's name, the paper's choices, and how each of its stages is trained, in their order.
+
+    image_target, objective   see `config.Blip3oConfig`
+    schedule                  "sequential": understanding, then generation with the language model frozen; "joint": both
+                              in one stage of that name, in which the language model learns from both
+
+    ValueError for stages that these choices have no use for.
+    """
 
     model: str
+    image_target: ImageTarget = "clip"
+    objective: Objective = "flow"
+    schedule: Schedule = "sequential"
     stages: dict[str, Recipe]
+
+    def __post_init__(self) -> None:
+        self._check_schedule()
+        for stage, target in (("decoder", "clip"), ("autoencoder", "vae")):
+            if stage in self.stages and self.image_target != target:
+                raise ValueError(f"stage {stage} serves image_target {target!r} alone, got {self.image_target!r}")
+        for stage, recipe in self.stages.items():
+            if self.objective == "mse":
+                recipe.check_without_noise(stage)
+
+    def _check_schedule(self) -> None:
+        apart = [stage for stage in ("understanding", "generation") if stage in self.stages]
+        if self.schedule == "joint" and apart:
+            raise ValueError(f"schedule 'joint' trains both at once, in stage joint: there must be no stage {apart[0]}")
+        if (self.schedule == "joint") != ("joint" in self.stages):
+            raise ValueError(
+                f"schedule must be 'joint' where there is a stage joint, and nowhere else, got {self.schedule!r}"
+            )

@@ -1,4 +1,5 @@
-"""Recipes as TOML: one file is one run. `model` names the preset, and each stage has a table, in their order.
+"""Recipes as TOML: one file is one run. `model` names the preset, the paper's choices may follow,
+and each stage has a table, in their order.
 
     model = "nano"
     clip_norm = 1.0          # a key above the tables is every stage's that knows it, unless its table says otherwise
@@ -18,6 +19,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from blip3o.train.recipe import KINDS, Recipe, RunRecipe
 from blip3o.train.recipe_shards import ON_SHARDS
+
+TOP = [field.name for field in fields(RunRecipe) if field.name != "stages"]  # keys of the run, not of its stages
 
 FOLDER = Path(__file__).parents[1] / "recipes"  # the packaged ones
 
@@ -62,12 +65,12 @@ def _override(table: dict[str, Any], key: str, text: str) -> None:
         if not isinstance(table.get(stage), dict):
             raise ValueError(f"unknown stage {stage!r} in {key!r}{_nearest(stage, _stages(table))}")
         table[stage][name] = _parsed(_known(table, stage), name, text)
-    elif key == "model":
+    elif key in TOP:
         table[key] = text
     else:
         knowing = [stage for stage in _stages(table) if key in _known(table, stage)]
         if not knowing:
-            raise ValueError(f"unknown key {key!r}{_nearest(key, _shared(table))}")
+            raise ValueError(f"unknown key {key!r}{_nearest(key, [*_shared(table), *TOP])}")
         for stage in knowing:
             table[stage][key] = _parsed(_known(table, stage), key, text)
 
@@ -85,12 +88,12 @@ def _parsed(hints: Mapping[str, Any], name: str, text: str) -> Any:
 
 def _run_recipe(table: Mapping[str, Any]) -> RunRecipe:
     stages = _stages(table)
-    shared = {key: value for key, value in table.items() if key not in stages and key != "model"}
+    shared = {key: value for key, value in table.items() if key not in stages and key not in TOP}
     for key, value in shared.items():
         if isinstance(value, dict):
             raise ValueError(f"unknown stage {key!r}{_nearest(key, KINDS)}")
         if key not in _shared(table):
-            raise ValueError(f"unknown key {key!r}{_nearest(key, ['model', *_shared(table)])}")
+            raise ValueError(f"unknown key {key!r}{_nearest(key, [*_shared(table), *TOP])}")
     if not isinstance(table.get("model"), str):
         raise ValueError(f"model must be the name of a preset, got {table.get('model')!r}")
     if not stages:
@@ -102,7 +105,9 @@ def _run_recipe(table: Mapping[str, Any]) -> RunRecipe:
             recipes[stage] = _recipe(_kind(table, stage), {**own, **table[stage]})
         except ValueError as error:
             raise ValueError(f"stage {stage}: {error}") from None
-    return RunRecipe(table["model"], recipes)
+    hints = get_type_hints(RunRecipe)
+    chosen = {key: _value(hints[key], table[key], key) for key in TOP if key in table}
+    return RunRecipe(**chosen, stages=recipes)
 
 
 def _stages(table: Mapping[str, Any]) -> list[str]:
@@ -170,9 +175,10 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def to_toml(model: str, stages: Mapping[str, Mapping[str, Any]]) -> str:
-    """A recipe in full, from the `plain` form of each stage's, as TOML that `load_recipe` reads back to the same."""
-    lines = [f"model = {_written(model)}"]
+def to_toml(top: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> str:
+    """A recipe in full, from its keys above the stages and the `plain` form of each stage's, as TOML that `load_recipe`
+    reads back to the same."""
+    lines = [f"{key} = {_written(value)}" for key, value in top.items()]
     for stage, table in stages.items():
         lines += ["", f"[{stage}]", *(f"{key} = {_written(value)}" for key, value in table.items())]
     return "\n".join(lines) + "\n"

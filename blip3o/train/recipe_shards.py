@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blip3o.data.shards import MAX_PIXELS, TEXT_FILE
-from blip3o.train.recipe import Recipe
+from blip3o.train.recipe import Recipe, refuse_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +83,14 @@ class ShardGenerationRecipe(ShardsRecipe):
     draws_per_prompt      noises drawn for each prompt, which share one pass of the language model
     condition_drop        share of prompts whose condition is zeroed, for guidance
     pooled_drop           share of prompts whose pooled condition is zeroed while its tokens stay
+    autoencoder           folder of diffusers' AutoencoderKL, for image_target "vae" of a model without one of its own
     """
 
     data: tuple[CaptionSource, ...]
     draws_per_prompt: int = 1
     condition_drop: float
     pooled_drop: float = 0.0
+    autoencoder: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,6 +102,9 @@ class ShardGenerationRecipe(ShardsRecipe):
             )
         if not self.data:
             raise ValueError("data must name at least one source")
+
+    def check_without_noise(self, stage: str) -> None:
+        refuse_noise(stage, self.draws_per_prompt, self.condition_drop)
 
 
 # The kinds of a stage whose table has the key `data`.

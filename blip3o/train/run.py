@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from blip3o.config import to_dict
+from blip3o.config import ImageTarget, Objective, to_dict
 from blip3o.data import scenes
 from blip3o.data.loading import warn
 from blip3o.data.tar import Fault
@@ -30,18 +30,22 @@ from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.processor import Processor
 from blip3o.train import loop
+from blip3o.train.autoencoder import AutoencoderStage
 from blip3o.train.batch import Stage
 from blip3o.train.checkpoint import STATE, Checkpoint
 from blip3o.train.devices import Devices, alone
+from blip3o.train.joint import JointStage
 from blip3o.train.optimizer import Training
 from blip3o.train.pictures import draw_prompts, save_picture
 from blip3o.train.provenance import write_provenance
 from blip3o.train.recipe import (
     CHANGEABLE,
-    STAGES,
+    KINDS,
+    AutoencoderRecipe,
     ClipRecipe,
     DecoderRecipe,
     GenerationRecipe,
+    JointRecipe,
     Recipe,
     UnderstandingRecipe,
 )
@@ -56,10 +60,14 @@ WEIGHT_SEED = 0
 FINGERPRINT_QUESTIONS = 40  # of each type
 NEEDED: dict[str, tuple[str, ...]] = {  # the stages that must be finished before
     "clip": (),
+    "autoencoder": (),
     "understanding": ("clip",),
     "generation": ("clip", "understanding"),
+    "joint": ("clip",),
     "decoder": ("clip",),
 }
+# The stage after which a target can become a picture.
+WAYS_BACK = {"clip": "decoder", "vae": "autoencoder", "pixels": "clip"}
 
 
 def fingerprint(model: Blip3o) -> str:
@@ -106,12 +114,19 @@ class Run:
     """
 
     def __init__(
-        self, folder: Path, preset_name: str, devices: Devices | None = None, trackers: Sequence[Tracker] = ()
+        self,
+        folder: Path,
+        preset_name: str,
+        devices: Devices | None = None,
+        trackers: Sequence[Tracker] = (),
+        *,
+        image_target: ImageTarget = "clip",
+        objective: Objective = "flow",
     ) -> None:
         self.folder, self.trackers = folder, trackers
         self.devices = devices or alone()
         self.checkpoint = Checkpoint(folder / "checkpoint", self.devices)
-        self.config = preset(preset_name)
+        self.config = preset(preset_name, image_target=image_target, objective=objective)
         for place in (self.checkpoint.folder, folder / "model"):
             check_replaceable(place)
         self.processor = Processor(image_size=self.config.clip.image_size)
@@ -158,8 +173,8 @@ class Run:
         Raises ValueError when another stage must come first, or the folder has begun this one with another recipe;
         BlockingIOError when another process trains in it; what `loop.train` raises.
         """
-        if name not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {name!r}")
+        if name not in KINDS:
+            raise ValueError(f"stage must be one of {', '.join(KINDS)}, got {name!r}")
         begun = {key: value for key, value in self.recipes.get(name, recipe.plain()).items() if key not in CHANGEABLE}
         changes = differences(begun, recipe.fixed())
         if changes:
@@ -167,15 +182,16 @@ class Run:
         if name in self.finished:
             report(f"stage {name} is finished ({self.finished[name]:.0f} s)")
             return
-        missing = [stage for stage in NEEDED[name] if stage not in self.finished]
+        missing = [stage for stage in self._needed(name) if stage not in self.finished]
         if missing:
             raise ValueError(f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it")
         if self.stage and self.stage != name:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
-        if recipe.sample_every and (self.config.decoder is None or "decoder" not in self.finished):
+        way_back = WAYS_BACK[self.config.image_target]
+        if recipe.sample_every and (self.config.vision is not None or way_back not in self.finished):
             raise ValueError(
-                f"sample_every must be 0 in stage {name}: pictures need a visual decoder that is trained before, in a "
-                "stage of its own"
+                f"sample_every must be 0 in stage {name}: drawing pictures of image_target "
+                f"{self.config.image_target!r} needs nano's kind of model and stage {way_back} before"
             )
         began = time.perf_counter() - (self.seconds if self.stage == name else 0.0)
 
@@ -242,12 +258,21 @@ class Run:
         found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
         return found
 
+    def _needed(self, name: str) -> tuple[str, ...]:
+        """The stages that must be finished before: latents can be learned once there is an autoencoder."""
+        latents = name in ("generation", "joint") and self.config.autoencoder is not None
+        return (*NEEDED[name], "autoencoder") if latents else NEEDED[name]
+
     def _stage(self, name: str, recipe: Recipe) -> Stage:
         match recipe:
             case ClipRecipe():
                 return ClipStage(self.model, recipe)
             case UnderstandingRecipe():
                 return UnderstandingStage(self.model, recipe, self.bank(recipe.pictures))
+            case AutoencoderRecipe():
+                return AutoencoderStage(self.model, recipe)
+            case JointRecipe():  # before GenerationRecipe, whose kind it is too
+                return JointStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case GenerationRecipe():
                 return GenerationStage(self.model, recipe, self.bank(recipe.pictures), self._unnamed(recipe))
             case DecoderRecipe():
@@ -274,10 +299,14 @@ class Run:
     def _describe(self, name: str, recipe: Recipe) -> None:
         """Keep with the run what it is made with."""
         if self.devices.rank == 0:
-            stages = {**self.recipes, name: recipe.plain()}
+            stages, config = {**self.recipes, name: recipe.plain()}, self.config
+            top = {
+                "model": config.name, "image_target": config.image_target, "objective": config.objective,
+                "schedule": "joint" if "joint" in stages else "sequential",
+            }  # fmt: skip
             products = "bfloat16" if loop.uses_bfloat16(recipe) else "float32"
             write_provenance(
-                self.folder, self.config.name, stages, stage=name, step=self.step, processes=self.devices.world,
+                self.folder, top, stages, stage=name, step=self.step, processes=self.devices.world,
                 device=str(self.devices.device), products=products,
             )  # fmt: skip
 
@@ -334,4 +363,4 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], prefix:
     return found
 
 
-__all__ = ["STAGES", "Run"]
+__all__ = ["Run"]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip3o import regression
 from blip3o.data import scenes, text
 from blip3o.dit import Context
 from blip3o.flow import TIMESTEPS, draw_sigma, training_loss
@@ -38,7 +39,7 @@ class FeatureBank:
     def __init__(
         self, model: Blip3o, seed: int, count: int, sample: Callable[[int, Tensor], scenes.Scenes] = scenes.sample
     ) -> None:
-        self.count = count
+        self.model, self.count = model, count
         self.name = "scene" if sample is scenes.sample else "unnamed scene"
         self.scenes = sample(seed, torch.arange(count))
         self.features = torch.empty(count, model.config.feature_grid**2, model.config.clip.width)
@@ -48,8 +49,23 @@ class FeatureBank:
                 pictures = scenes.render(self.scenes[chosen])
                 self.features[chosen] = model.features(pictures)
 
+    def targets(self, index: Tensor) -> Tensor:
+        """What the diffusion transformer makes of the pictures `index` [B]: standardised targets [B, N, V]."""
+        if self.model.config.image_target == "clip":
+            return self.features[index]
+        with torch.no_grad():
+            return self.model.targets(scenes.render(self.scenes[index]))
 
-def _generator(recipe: Recipe, step: int) -> torch.Generator:
+
+def set_target_statistics(model: Blip3o, seed: int) -> None:
+    """From here on targets that are no CLIP features are standardised, by the statistics of STATISTICS pictures."""
+    with torch.no_grad():
+        shown = (scenes.render(scenes.sample(seed, chosen)) for chosen in torch.arange(STATISTICS).split(CHUNK))
+        parts = [model.targets(pictures) for pictures in shown]
+    model.set_target_statistics(torch.cat(parts))
+
+
+def step_generator(recipe: Recipe, step: int) -> torch.Generator:
     """The step's own random stream: a function of (seed, step)."""
     return torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
 
@@ -114,6 +130,8 @@ class ClipStage:
         """From here on features are standardised, by the statistics of STATISTICS pictures."""
         bank = FeatureBank(self.model, self.recipe.seed, STATISTICS)
         self.model.set_feature_statistics(bank.features)
+        if self.model.config.image_target == "pixels":
+            set_target_statistics(self.model, self.recipe.seed)
 
 
 def understanding_loss(model: Blip3o, ids: Tensor, targets: Tensor, features: Tensor | None) -> Tensor:
@@ -159,7 +177,7 @@ class UnderstandingStage:
         pictures, describe = PATTERN[step % len(PATTERN)]
         size = self.recipe.batch_size * (self.recipe.turns if describe else 1)
         number = step * self.recipe.batch_size * self.recipe.turns + torch.arange(size)  # of each conversation
-        index = torch.randint(self.bank.count, (size,), generator=_generator(self.recipe, step))
+        index = torch.randint(self.bank.count, (size,), generator=step_generator(self.recipe, step))
         batch = text.conversations(
             self.bank.scenes[index],
             self.recipe.seed,
@@ -218,6 +236,8 @@ def generation_loss(
     def predict(noisy: Tensor, level: Tensor) -> Tensor:
         return model.dit(noisy, level * TIMESTEPS, context)
 
+    if model.config.objective == "mse":
+        return regression.training_loss(predict, x)
     return training_loss(model.config.flow, predict, x, noise, sigma)
 
 
@@ -263,20 +283,20 @@ class GenerationStage:
 
     def batch(self, step: int, rows: range) -> GenerationBatch:
         recipe, draws = self.recipe, self.recipe.draws_per_prompt
-        generator = _generator(recipe, step)
+        generator = step_generator(recipe, step)
         prompts = recipe.batch_size // draws
         shown = 0 if self.unnamed is None else recipe.unnamed_of(prompts)
         told = prompts - shown
         index = torch.randint(self.bank.count, (told,), generator=generator)
         said = text.captions(self.bank.scenes[index], recipe.seed, step * told + torch.arange(told))
         ids, mask = text.drawing_prompts(said)
-        x, seen = self.bank.features[index], self.bank.features[:0]
+        x, seen = self.bank.targets(index), self.bank.features[:0]
         names = [f"{self.bank.name} {i}" for i in index.tolist()]
         if self.unnamed is not None and shown:
             index = torch.randint(self.unnamed.count, (shown,), generator=generator)
             seen = self.unnamed.features[index]
             names += [f"{self.unnamed.name} {i}" for i in index.tolist()]
-            x = torch.cat([x, seen])
+            x = torch.cat([x, self.unnamed.targets(index)])
             ids, mask = text.join((ids, mask), text.left_pad([text.picture_prompt(seen.shape[1])] * shown))
         kept = torch.rand(prompts, generator=generator) >= recipe.condition_drop
         pooled = torch.rand(prompts, generator=generator) >= recipe.pooled_drop
@@ -342,7 +362,7 @@ class DecoderStage:
 
     def batch(self, step: int, rows: range) -> DecoderBatch:
         recipe, decoder = self.recipe, self.decoder
-        generator = _generator(recipe, step)
+        generator = step_generator(recipe, step)
         drawn = [(bank, torch.randint(bank.count, (count,), generator=generator)) for bank, count in self.banks]
         pictures = torch.cat([scenes.render(bank.scenes[index]) for bank, index in drawn]) * 2 - 1
         features = torch.cat([bank.features[index] for bank, index in drawn])

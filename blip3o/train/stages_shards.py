@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from blip3o import regression
 from blip3o.data import scenes
 from blip3o.data.features import Features
 from blip3o.data.llava import read_turns
@@ -22,6 +23,7 @@ from blip3o.data.shards import Sample, Shards
 from blip3o.data.tar import Fault
 from blip3o.data.text import IGNORE
 from blip3o.flow import TIMESTEPS, positioned_loss
+from blip3o.kl_autoencoder import KlAutoencoder
 from blip3o.layers import linear_cross_entropy
 from blip3o.llm import scatter_features
 from blip3o.model import Blip3o
@@ -156,6 +158,8 @@ def standardised(model: Blip3o, pictures: Tensor | None, features: Tensor | None
 class ShardGenerationStage:
     """The diffusion transformer and the queries learn to draw the pictures of captions; all else is frozen.
 
+    Targets are standardised as the model was left by the stages before: those that are no CLIP features may not be, in
+    models that have none; pixels go from -1 to 1 then, and latents are scaled by their autoencoder.
     A prompt is read once for several noises. `condition_drop` of the conditions are zeroed whole, which teaches the
     unconditional velocity that guidance needs.
     """
@@ -169,6 +173,17 @@ class ShardGenerationStage:
         processor: Processor | QwenProcessor,
         report: Report | None = None,
     ) -> None:
+        target = model.config.image_target
+        if target != "clip" and recipe.features != "none":
+            raise ValueError(
+                f"features must be 'none' in generation: {model.config.name!r} draws {target}, not CLIP features; "
+                f"got {recipe.features!r}"
+            )
+        if recipe.autoencoder:
+            device = model.llm.output_weight.device
+            model.use_autoencoder(KlAutoencoder.from_pretrained(recipe.autoencoder, device=device))
+        if target == "vae":
+            model.require_autoencoder()
         self.model, self.recipe, self.unit = model, recipe, recipe.draws_per_prompt
         self.framing = framing(processor, model.config, recipe.max_tokens)
         self.learning = learn_only(model, lambda name: name == "queries" or name.startswith("dit."))
@@ -194,9 +209,9 @@ class ShardGenerationStage:
         dropped = scenes.uniform(recipe.seed, DROPS, torch.arange(prompts.start, prompts.stop), 2)
         seen = torch.stack([drawing.picture for drawing in drawings])
         stored = recipe.features != "none"
-        config = self.model.config
+        dit = self.model.config.dit
         return DrawingBatch(
-            weight=float(len(rows) * config.feature_grid**2 * config.clip.width),
+            weight=float(len(rows) * dit.grid**2 * dit.in_channels),
             ids=[drawing.name for drawing in drawings],
             tokens=tokens,
             mask=mask,
@@ -210,15 +225,24 @@ class ShardGenerationStage:
 
     def loss(self, batch: DrawingBatch) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.model
-        x = standardised(model, batch.pictures, batch.features)
+        x = self._targets(batch).repeat_interleave(self.recipe.draws_per_prompt, 0)
         context = prompt_context(model, batch.tokens, batch.mask, None, batch.kept, batch.pooled)
 
         def predict(noisy: Tensor, level: Tensor) -> Tensor:
             return model.dit(noisy, level * TIMESTEPS, context)
 
-        x = x.repeat_interleave(self.recipe.draws_per_prompt, 0)
-        loss = positioned_loss(model.config.flow, predict, x, batch.positions, self.recipe.seed)
+        if model.config.objective == "mse":
+            loss = regression.training_loss(predict, x)
+        else:
+            loss = positioned_loss(model.config.flow, predict, x, batch.positions, self.recipe.seed)
         return summed(loss, batch.weight), {"cut": x.new_tensor(batch.cut * batch.weight)}
+
+    def _targets(self, batch: DrawingBatch) -> Tensor:
+        """[P, N, V], without a gradient."""
+        if batch.pictures is None:
+            return standardised(self.model, None, batch.features)
+        with torch.no_grad():
+            return self.model.targets(batch.pictures)
 
     def finish(self) -> None:
         self.loader.close()
