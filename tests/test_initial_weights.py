@@ -78,11 +78,24 @@ def test_weights_are_read_once_and_stay_the_same(
     run = Run(folder, "tiny", weights=str(moved))
     assert run.initial and same(run.model.state_dict(), load_file(folder / "model" / "model.safetensors"))
     other = str(snapshots / "decoder" / "model")
-    for place, given, word in ((folder, other, "other"), (folder, "", "other"), (snapshots / "decoder", other, "new")):
+    for place, given, word in (
+        (folder, other, "other"),
+        (folder, "", "other"),
+        (snapshots / "decoder", str(moved), "new"),
+    ):
         with pytest.raises(ValueError, match=f"was begun with {word} weights: weights and clip_weights must be what"):
             Run(place, "tiny", weights=given)
     with pytest.raises(ValueError, match="weights must not be the model of the run itself"):
         Run(folder, "tiny", weights=str(folder / "model"))
+
+
+def test_a_stage_is_out_of_date_after_another_clip(tiny: dict[str, Recipe], snapshots: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path, "tiny", weights=str(snapshots / "decoder" / "model"))
+    run.run_stage("clip", replace(tiny["clip"], steps=1), quiet)
+    with pytest.raises(ValueError, match=r"stage generation needs stage understanding first; .* nor holds it in"):
+        run.run_stage("generation", tiny["generation"], quiet)
+    with pytest.raises(ValueError, match="sample_every must be 0 in stage understanding"):
+        run.run_stage("understanding", replace(tiny["understanding"], sample_every=1, prompts=("a",)), quiet)
 
 
 def test_what_generation_learns_first_may_be_missing(

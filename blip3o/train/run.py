@@ -212,8 +212,8 @@ class Run:
         missing = [stage for stage in self._needed(name) if not self._has(stage)]
         if missing:
             raise ValueError(
-                f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it, and was not begun "
-                "with weights"
+                f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it, nor holds it in "
+                "the weights that it began with"
             )
         if self.stage and self.stage != name:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
@@ -293,8 +293,10 @@ class Run:
         return found
 
     def _has(self, stage: str) -> bool:
-        """Whether what a stage teaches is there. Initial weights may lack what no stage needs, and nothing else."""
-        return stage in self.finished or self.initial != ""
+        """Whether what a stage teaches is there. Initial weights hold all that another stage needs, but are out of date
+        once what comes before is trained anew."""
+        anew = any(before in self.finished for before in self._needed(stage))
+        return stage in self.finished or (self.initial != "" and not anew)
 
     def _needed(self, name: str) -> tuple[str, ...]:
         """The stages that must be finished before: latents can be learned once there is an autoencoder."""
