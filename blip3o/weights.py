@@ -231,10 +231,7 @@ def standing(folder: Path) -> Path:
 
 
 def save_pretrained(
-    model: Blip3o,
-    processor: Processor | QwenProcessor,
-    folder: str | Path,
-    tensors: Mapping[str, Tensor] | None = None,
+    model: Blip3o, processor: Processor | QwenProcessor, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write the model to `folder`, whole or not at all. Weights keep their dtype.
 
@@ -244,11 +241,10 @@ def save_pretrained(
     """
     folder = Path(folder)
     staged = staging(folder)
-    if isinstance(processor, QwenProcessor):
-        for file in processor.files:
-            shutil.copyfile(file, staged / file.name)
-    else:
+    if isinstance(processor, Processor):
         processor.save(staged / TOKENIZER)
+    for file in () if isinstance(processor, Processor) else processor.files:
+        shutil.copyfile(file, staged / file.name)
     _write_model(model.config, model.state_dict() if tensors is None else tensors, staged)
     commit_folder(staged, folder)
 

@@ -100,8 +100,9 @@ class InitialWeights:
         return fresh
 
 
-def find_weights(weights: str, clip_weights: str) -> InitialWeights:
-    """Where a recipe's weights are. FileNotFoundError, which names the key, where nothing is."""
+def find_weights(weights: str, clip_weights: str, run: Path) -> InitialWeights:
+    """Where a recipe's weights are. FileNotFoundError, which names the key, where nothing is; ValueError for the model
+    of the folder `run` itself."""
     place, tower = local_folder(weights), Path(clip_weights) if clip_weights else None
     if not place.is_dir():
         raise FileNotFoundError(f"weights must be a model folder or a hub id: there is no folder {weights}")
@@ -109,6 +110,8 @@ def find_weights(weights: str, clip_weights: str) -> InitialWeights:
         raise CorruptModel(f"weights must be a model folder: {place / CONFIG} is missing")
     if tower is not None and not tower.is_file():
         raise FileNotFoundError(f"clip_weights must be a safetensors file: there is no file {tower}")
+    if place.resolve() in ((run / name).resolve() for name in ("model", "model.old")):
+        raise ValueError(f"weights must not be the model of the run itself, which it writes: got {weights}")
     return InitialWeights(place, tower)
 
 

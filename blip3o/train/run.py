@@ -7,13 +7,11 @@ RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a lin
 RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +32,8 @@ from blip3o.train.autoencoder import AutoencoderStage
 from blip3o.train.batch import Stage
 from blip3o.train.checkpoint import STATE, Checkpoint
 from blip3o.train.devices import Devices, alone
-from blip3o.train.initial_weights import InitialWeights, find_weights
+from blip3o.train.folder import differences, only_writer
+from blip3o.train.initial_weights import find_weights
 from blip3o.train.joint import JointStage
 from blip3o.train.optimizer import Training
 from blip3o.train.pictures import draw_prompts, save_picture
@@ -87,27 +86,6 @@ def fingerprint(model: Blip3o) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def only_writer(folder: Path, devices: Devices) -> Iterator[None]:
-    """Lock `folder`, making it if need be, until the block or the processes end. BlockingIOError if others hold it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if devices.any(devices.rank == 0 and not _locked(descriptor)):
-            raise BlockingIOError(f"{folder} is being trained in by another process")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Run:
     """A model in training, in `folder`. A folder with a checkpoint is gone on with; one without starts anew.
 
@@ -138,7 +116,7 @@ class Run:
         for place in (self.checkpoint.folder, folder / "model"):
             check_replaceable(place)
         self.weights, self.clip_weights = weights, clip_weights
-        initial = self._initial_weights() if weights else None
+        initial = find_weights(weights, clip_weights, folder) if weights else None
         self.processor = (
             initial.processor(self.config) if initial else Processor(image_size=self.config.clip.image_size)
         )
@@ -156,12 +134,6 @@ class Run:
             self._load()
         elif initial:
             self.fresh = initial.read(self.model)
-
-    def _initial_weights(self) -> InitialWeights:
-        initial = find_weights(self.weights, self.clip_weights)
-        if initial.place.resolve() in ((self.folder / name).resolve() for name in ("model", "model.old")):
-            raise ValueError(f"weights must not be the model of the run itself, which it writes: got {self.weights}")
-        return initial
 
     def _load(self) -> None:
         state = self.checkpoint.read_state()
@@ -390,18 +362,6 @@ class Run:
         self.checkpoint.read_tensors(self._training_tensors(stage, training))
         training.bad_batches = self.bad_batches
         return self.step
-
-
-def differences(before: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
-    """Where two nested tables of plain values differ, in words."""
-    found = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key, "absent"), now.get(key, "absent")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old}, now {new}")
-    return found
 
 
 __all__ = ["Run"]
