@@ -20,8 +20,9 @@ def train(arguments: argparse.Namespace) -> None:
         settings = {name: stage.plain() for name, stage in recipe.stages.items()}
         with trackers_of(arguments.track if devices.rank == 0 else (), folder, settings) as trackers:
             run = Run(
-                folder, recipe.model, devices, trackers, image_target=recipe.image_target, objective=recipe.objective
-            )
+                folder, recipe.model, devices, trackers, image_target=recipe.image_target, objective=recipe.objective,
+                weights=recipe.weights, clip_weights=recipe.clip_weights,
+            )  # fmt: skip
             for stage in [arguments.stage] if arguments.stage else recipe.stages:
                 run.run_stage(stage, recipe.stages[stage], report)
         report(f"model in {folder / 'model'}")

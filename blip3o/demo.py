@@ -29,7 +29,10 @@ def demo(folder: Path, place: str | Path, say: Callable[[str], None] = print) ->
     missing = [stage for stage in STAGES if stage not in recipe.stages]
     if missing:
         raise ValueError(f"recipe must train all stages for a demo, but {place} has no stage {missing[0]}")
-    run = Run(folder, recipe.model, image_target=recipe.image_target, objective=recipe.objective)
+    run = Run(
+        folder, recipe.model, image_target=recipe.image_target, objective=recipe.objective, weights=recipe.weights,
+        clip_weights=recipe.clip_weights,
+    )  # fmt: skip
     for stage, chosen in recipe.stages.items():
         run.run_stage(stage, chosen, say)
     model = run.model

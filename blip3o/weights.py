@@ -22,6 +22,7 @@ from torch import Tensor
 from blip3o.config import Blip3oConfig, from_dict, to_dict
 from blip3o.model import Blip3o
 from blip3o.processor import Processor
+from blip3o.qwen_processor import QwenProcessor
 from blip3o.weights_config import is_released
 from blip3o.weights_files import (
     INDEX,
@@ -59,6 +60,7 @@ __all__ = [
     "staging",
     "standing",
     "uses_pipeline",
+    "weight_files",
 ]
 
 MANIFEST = "manifest.json"
@@ -216,7 +218,7 @@ def standing(folder: Path) -> Path:
 
 
 def save_pretrained(
-    model: Blip3o, processor: Processor, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
+    model: Blip3o, processor: Processor | QwenProcessor, folder: str | Path, tensors: Mapping[str, Tensor] | None = None
 ) -> None:
     """Write the model to `folder`, whole or not at all. Weights keep their dtype.
 
@@ -226,7 +228,10 @@ def save_pretrained(
     """
     folder = Path(folder)
     staged = staging(folder)
-    processor.save(staged / TOKENIZER)
+    if isinstance(processor, Processor):
+        processor.save(staged / TOKENIZER)
+    for file in () if isinstance(processor, Processor) else processor.files:
+        shutil.copyfile(file, staged / file.name)
     _write_model(model.config, model.state_dict() if tensors is None else tensors, staged)
     commit_folder(staged, folder)
 
@@ -286,7 +291,7 @@ def load_model(
         checked, config = _checked(folder)
         return _own_model(checked, config, bool(tower), skip or (), dtype, torch.device(device))
     if (folder / MANIFEST).exists():
-        folder = check_folder(folder, CONFIG, *_weight_files(folder))
+        folder = check_folder(folder, CONFIG, *weight_files(folder))
     given = (VAE,) if skip is None else tuple(skip)
     values = read_json(folder / CONFIG)  # again: of the files that were checked
     return read_released(folder, values, tower=tower, skip=given, dtype=dtype, device=device)
@@ -341,7 +346,7 @@ def from_pretrained(folder: str | Path) -> tuple[Blip3o, Processor]:
     return _own_model(place, config, True, (), None, torch.device("cpu")), processor
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     """Names of the files that the manifest must have sums of: the weights', which may be shards and their index."""
     if (folder / INDEX).exists():
         return [INDEX, *sorted(path.name for path in folder.glob("*.safetensors"))]
@@ -350,7 +355,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _checked(folder: Path, *needed: str) -> tuple[Path, Blip3oConfig]:
     """A folder of our layout whose files are as they were written, and its configuration."""
-    place = check_folder(folder, CONFIG, *needed, *_weight_files(standing(folder)))
+    place = check_folder(folder, CONFIG, *needed, *weight_files(standing(folder)))
     values = read_json(place / CONFIG)
     if is_released(values):
         raise CorruptModel(f"{place} is a released checkpoint: read it by Blip3o.from_pretrained")

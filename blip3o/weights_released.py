@@ -45,7 +45,7 @@ def read_released(
     with TensorFiles(place) as files:
         if not isinstance(tower, bool):
             files.put(Path(tower), EVA)
-        actual = _old_names(files)
+        actual = old_names(files)
         shapes = {name: files.entries[held].shape for name, held in actual.items()}
         config = read_config(values, shapes, place)
         wanted = bool(tower) and any(name.startswith(TOWER) for name in shapes)
@@ -53,7 +53,7 @@ def read_released(
         skipped = sorted(held for name, held in actual.items() if name.startswith(left))
         parts = released_parts(config, wanted)
         if config.llm.tie_embeddings and OUTPUT in actual:
-            _check_tied(files, actual)
+            check_tied(files, actual)
             skipped.append(actual[OUTPUT])
         expected = {part.name: part.shape for some in parts.values() for part in some}
         check_fit(place, expected, {name: files.entries[held] for name, held in actual.items() if held not in skipped})
@@ -71,7 +71,7 @@ def read_released(
     return model.eval()
 
 
-def _old_names(files: TensorFiles) -> dict[str, str]:
+def old_names(files: TensorFiles) -> dict[str, str]:
     """Names as transformers 4.51 writes them -> names in the files."""
     actual: dict[str, str] = {}
     for name in files.entries:
@@ -82,7 +82,7 @@ def _old_names(files: TensorFiles) -> dict[str, str]:
     return actual
 
 
-def _check_tied(files: TensorFiles, actual: Mapping[str, str]) -> None:
+def check_tied(files: TensorFiles, actual: Mapping[str, str]) -> None:
     """An output layer that is stored although config.json ties it must be the embedding."""
     if EMBEDDING not in actual:
         return  # which is told as missing

@@ -25,11 +25,12 @@ from blip3o.presets import PRESETS
 from blip3o.train import loop, stages
 from blip3o.train.batch import Batch, Stage
 from blip3o.train.devices import alone
+from blip3o.train.folder import differences, only_writer
 from blip3o.train.log import rewind_log
 from blip3o.train.loop import Interrupted, NonFiniteLoss
 from blip3o.train.optimizer import learning_rate, optimizer_for
 from blip3o.train.recipe import STAGES, Recipe
-from blip3o.train.run import Run, differences, fingerprint, only_writer
+from blip3o.train.run import Run, fingerprint
 from blip3o.weights import CorruptModel, check_folder, from_pretrained, sha256
 
 STAGE_CLASSES: dict[str, type] = {

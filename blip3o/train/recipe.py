@@ -264,6 +264,9 @@ Schedule = Literal["sequential", "joint"]
 class RunRecipe:
     """One run: a preset's name, the paper's choices, and how each of its stages is trained, in their order.
 
+    weights                   what it begins with: a model folder in our layout or the released one, or a hub id, which
+                              is taken for trained: no stage must come first; "": new weights
+    clip_weights              a safetensors file of the CLIP tower alone, in the place of a released checkpoint's own
     image_target, objective   see `config.Blip3oConfig`
     schedule                  "sequential": understanding, then generation with the language model frozen; "joint": both
                               in one stage of that name, in which the language model learns from both
@@ -275,9 +278,13 @@ class RunRecipe:
     image_target: ImageTarget = "clip"
     objective: Objective = "flow"
     schedule: Schedule = "sequential"
+    weights: str = ""
+    clip_weights: str = ""
     stages: dict[str, Recipe]
 
     def __post_init__(self) -> None:
+        if self.clip_weights and not self.weights:
+            raise ValueError(f"clip_weights needs weights to be named too, got {self.clip_weights!r} alone")
         self._check_schedule()
         for stage, target in (("decoder", "clip"), ("autoencoder", "vae")):
             if stage in self.stages and self.image_target != target:

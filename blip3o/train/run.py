@@ -7,13 +7,11 @@ RUN/faults.jsonl  samples of shards that were faulty and are replaced, one a lin
 RUN/data.json     sums of the shards that each stage on shards reads: it goes on with the same ones
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +32,8 @@ from blip3o.train.autoencoder import AutoencoderStage
 from blip3o.train.batch import Stage
 from blip3o.train.checkpoint import STATE, Checkpoint
 from blip3o.train.devices import Devices, alone
+from blip3o.train.folder import differences, only_writer
+from blip3o.train.initial_weights import find_weights
 from blip3o.train.joint import JointStage
 from blip3o.train.optimizer import Training
 from blip3o.train.pictures import draw_prompts, save_picture
@@ -54,6 +54,7 @@ from blip3o.train.stages import ClipStage, DecoderStage, FeatureBank, Generation
 from blip3o.train.stages_shards import ShardGenerationStage, ShardUnderstandingStage, same_data
 from blip3o.train.trackers import Tracker
 from blip3o.weights import CorruptModel, check_replaceable, save_pretrained, settle
+from blip3o.weights_files import grouped
 
 BANK_SEED = 7  # the pictures behind the feature bank; evaluation uses other seeds
 WEIGHT_SEED = 0
@@ -85,32 +86,15 @@ def fingerprint(model: Blip3o) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def only_writer(folder: Path, devices: Devices) -> Iterator[None]:
-    """Lock `folder`, making it if need be, until the block or the processes end. BlockingIOError if others hold it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if devices.any(devices.rank == 0 and not _locked(descriptor)):
-            raise BlockingIOError(f"{folder} is being trained in by another process")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 class Run:
     """A model in training, in `folder`. A folder with a checkpoint is gone on with; one without starts anew.
 
-    Raises ValueError when the folder holds a run of another preset or of other numbers, CorruptModel for a damaged
-    checkpoint, FileExistsError when it holds something else where the checkpoint or the model will be.
+    weights, clip_weights   see `RunRecipe`; they are read once, and their folder is needed as long as the run goes on:
+                            it has the tokenizer, and a run with other weights is another run
+
+    Raises ValueError when the folder holds a run of another preset, of other numbers or begun with other weights,
+    CorruptModel for a damaged checkpoint, FileExistsError when it holds something else where the checkpoint or the
+    model will be; what `find_weights` and `InitialWeights.read` raise.
     """
 
     def __init__(
@@ -122,6 +106,8 @@ class Run:
         *,
         image_target: ImageTarget = "clip",
         objective: Objective = "flow",
+        weights: str = "",
+        clip_weights: str = "",
     ) -> None:
         self.folder, self.trackers = folder, trackers
         self.devices = devices or alone()
@@ -129,7 +115,11 @@ class Run:
         self.config = preset(preset_name, image_target=image_target, objective=objective)
         for place in (self.checkpoint.folder, folder / "model"):
             check_replaceable(place)
-        self.processor = Processor(image_size=self.config.clip.image_size)
+        self.weights, self.clip_weights = weights, clip_weights
+        initial = find_weights(weights, clip_weights, folder) if weights else None
+        self.processor = (
+            initial.processor(self.config) if initial else Processor(image_size=self.config.clip.image_size)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(WEIGHT_SEED)
             self.model = Blip3o(self.config).to(self.devices.device)
@@ -138,8 +128,12 @@ class Run:
         self.recipes: dict[str, dict[str, object]] = {}  # of the stages finished and in progress
         self.understood = ""  # the fingerprint of understanding, taken when its stage was finished
         self._banks: dict[bool, FeatureBank] = {}
+        self.initial = initial.identity() if initial else ""  # of the weights that the run began with
+        self.fresh: list[str] = []  # tensors that these lacked
         if self.checkpoint.exists():
             self._load()
+        elif initial:
+            self.fresh = initial.read(self.model)
 
     def _load(self) -> None:
         state = self.checkpoint.read_state()
@@ -147,7 +141,7 @@ class Run:
             before, config = state["preset"], state["config"]
             self.finished, self.stage, self.understood = state["finished"], state["stage"], state["understood"]
             self.step, self.seconds, self.recipes = state["step"], state["seconds"], state["recipes"]
-            self.bad_batches = state["bad_batches"]
+            self.bad_batches, self.fresh, initial = state["bad_batches"], state["fresh"], state["initial"]
         except KeyError as error:
             raise CorruptModel(f"{self.checkpoint.folder / STATE} is of another version: {error!r}") from None
         if before != self.config.name:
@@ -155,6 +149,11 @@ class Run:
         changes = differences(config, to_dict(self.config))
         if changes:
             raise ValueError(f"{self.folder} holds a run of another {before}: {', '.join(changes)}")
+        if initial != self.initial:
+            raise ValueError(
+                f"{self.folder} was begun with {'other' if initial else 'new'} weights: weights and clip_weights must "
+                f"be what they were, got {self.weights!r} and {self.clip_weights!r}"
+            )
         self._read_model()
 
     def _read_model(self) -> None:
@@ -182,13 +181,16 @@ class Run:
         if name in self.finished:
             report(f"stage {name} is finished ({self.finished[name]:.0f} s)")
             return
-        missing = [stage for stage in self._needed(name) if stage not in self.finished]
+        missing = [stage for stage in self._needed(name) if not self._has(stage)]
         if missing:
-            raise ValueError(f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it")
+            raise ValueError(
+                f"stage {name} needs stage {missing[0]} first; {self.folder} has not finished it, nor holds it in "
+                "the weights that it began with"
+            )
         if self.stage and self.stage != name:
             raise ValueError(f"{self.folder} is in the middle of stage {self.stage}; finish it before stage {name}")
         way_back = WAYS_BACK[self.config.image_target]
-        if recipe.sample_every and (self.config.vision is not None or way_back not in self.finished):
+        if recipe.sample_every and (self.config.vision is not None or not self._has(way_back)):
             raise ValueError(
                 f"sample_every must be 0 in stage {name}: drawing pictures of image_target "
                 f"{self.config.image_target!r} needs nano's kind of model and stage {way_back} before"
@@ -210,6 +212,7 @@ class Run:
             return self._restore(stage, training) if self.stage == name else 0
 
         def draw(training: Training, step: int) -> None:
+            assert isinstance(self.processor, Processor)  # others are refused above
             with training.ema.in_place() if training.ema else nullcontext():
                 model = self.whole_model()
                 if model is not None and self.devices.rank == 0:
@@ -224,6 +227,9 @@ class Run:
             try:
                 self.model.train()
                 stage = self._stage(name, recipe)
+                if self.weights:
+                    told = f", which lacks {', '.join(grouped(self.fresh))}: these are new" if self.fresh else ""
+                    report(f"begun with {self.weights}{told}")
                 self._describe(name, recipe)
                 loop.train(
                     stage, self.devices, folder=self.folder, save=save, restore=restore,
@@ -258,6 +264,12 @@ class Run:
         model = self.whole_model()
         found: str = self.devices.gather(None if model is None else fingerprint(model))[0]
         return found
+
+    def _has(self, stage: str) -> bool:
+        """Whether what a stage teaches is there. Initial weights hold all that another stage needs, but are out of date
+        once what comes before is trained anew."""
+        anew = any(before in self.finished for before in self._needed(stage))
+        return stage in self.finished or (self.initial != "" and not anew)
 
     def _needed(self, name: str) -> tuple[str, ...]:
         """The stages that must be finished before: latents can be learned once there is an autoencoder."""
@@ -304,11 +316,12 @@ class Run:
             top = {
                 "model": config.name, "image_target": config.image_target, "objective": config.objective,
                 "schedule": "joint" if "joint" in stages else "sequential",
+                "weights": self.weights, "clip_weights": self.clip_weights,
             }  # fmt: skip
             products = "bfloat16" if loop.uses_bfloat16(recipe) else "float32"
             write_provenance(
                 self.folder, top, stages, stage=name, step=self.step, processes=self.devices.world,
-                device=str(self.devices.device), products=products,
+                device=str(self.devices.device), products=products, initial=self.initial, fresh=grouped(self.fresh),
             )  # fmt: skip
 
     def _save(self, stage: Stage, training: Training, last: bool) -> None:
@@ -320,7 +333,7 @@ class Run:
         state = {
             "preset": self.config.name, "config": to_dict(self.config), "recipes": self.recipes, "stage": self.stage,
             "step": self.step, "seconds": self.seconds, "bad_batches": self.bad_batches, "finished": self.finished,
-            "understood": self.understood,
+            "understood": self.understood, "initial": self.initial, "fresh": self.fresh,
         }  # fmt: skip
         kept = ("model.", "ema.")
         model = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in tensors.items() if name.startswith(kept)}
@@ -350,18 +363,6 @@ class Run:
         self.checkpoint.read_tensors(self._training_tensors(stage, training))
         training.bad_batches = self.bad_batches
         return self.step
-
-
-def differences(before: Mapping[str, object], now: Mapping[str, object], prefix: str = "") -> list[str]:
-    """Where two nested tables of plain values differ, in words."""
-    found = []
-    for key in dict.fromkeys([*before, *now]):
-        old, new = before.get(key, "absent"), now.get(key, "absent")
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            found.append(f"{prefix}{key} was {old}, now {new}")
-    return found
 
 
 __all__ = ["Run"]
