@@ -26,7 +26,7 @@ ROWS = {
     "data": ("samples", 4_000, 400),
     "numbers": ("cases", 36, 4),
     "preempt": ("signals", 50, 2),
-    "leak": ("steps", 10_000, 300),
+    "leak": ("steps", 10_000, 800),
 }
 
 
