@@ -119,9 +119,9 @@ class Checkpoint:
         devices, staged = self.devices.background, self.folder.with_name(self.folder.name + ".new")
         _on_rank_0(devices, lambda: _begin(self.folder, snapshot.state))
         writer = dcp.HuggingFaceStorageWriter(str(staged), save_distributed=True)
+        alone = devices.group is None
         try:
             with warnings.catch_warnings(action="ignore", category=UserWarning):
-                alone = devices.group is None
                 dcp.save(snapshot.tensors, storage_writer=writer, process_group=devices.group, no_dist=alone)
         except CheckpointException as error:
             reasons = ", ".join(f"rank {rank}: {reason[0]}" for rank, reason in error.failures.items())
@@ -129,8 +129,16 @@ class Checkpoint:
         own = staged.glob(f"shard-{devices.rank + 1:05}-*")  # none where this process had no piece
         sums = {name: sum for found in _on_each(devices, lambda: _flushed(own)) for name, sum in found.items()}
         if before is not None:
-            _on_rank_0(devices, lambda: before(lambda tensors: _read(staged, tensors)))
+            _on_rank_0(devices, lambda: before(lambda tensors: _fill(tensors, snapshot, staged, alone)))
         _on_rank_0(devices, lambda: commit_folder(staged, self.folder, sums))
+
+
+def _fill(tensors: Mapping[str, Tensor], snapshot: Snapshot, staged: Path, alone: bool) -> None:
+    """From the files, as other processes have pieces; a process alone has all in memory."""
+    if not alone:
+        return _read(staged, tensors)
+    for name, tensor in tensors.items():
+        tensor.copy_(snapshot.tensors[name])
 
 
 def _read(place: Path, tensors: Mapping[str, Tensor]) -> None:
