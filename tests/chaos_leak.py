@@ -20,7 +20,7 @@ LOOKS = 40  # at memory, in a stage
 # Of those: after the first saves, if any, and at the end. In each the least counts: a save may be under way.
 EARLY, LATE = slice(20, 28), slice(32, 40)
 MOST = 1.0  # MB that 1,000 steps may add
-SAVE_EVERY = 500  # steps: each save costs some KB for good, as safetensors forgets to free what slices it was asked for
+SAVE_EVERY = 500  # steps: what a save takes comes and goes, 1 MB of it, which would hide what little is lost
 
 
 def open_files() -> set[str]:
