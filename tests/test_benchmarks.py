@@ -13,6 +13,7 @@ from pathlib import Path
 
 import anchors
 import limits
+import loading
 import measure
 import ops
 import peers
@@ -199,3 +200,9 @@ def test_the_program(tmp_path: Path) -> None:
 def test_a_plot_needs_the_limits() -> None:
     with pytest.raises(ValueError, match="limits"):
         roofline.plot(Path("unused"), [row("native", 1)])
+
+
+def test_the_benchmark_of_loading() -> None:
+    head, _, *found = loading.measure([32], [0, 2], seconds=0.02, batch=4)
+    assert len(found) == 4 and all(line.count("|") == head.count("|") for line in found)
+    assert all(float(line.split("|")[4]) > 0 for line in found)

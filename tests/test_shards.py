@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import loading
 import pytest
 import torch
 
@@ -614,9 +613,3 @@ def test_command(clean: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "absent" in capsys.readouterr().err
     assert run("shards", "write", out) == 2
     assert "choose another folder" in capsys.readouterr().err
-
-
-def test_the_benchmark_of_loading() -> None:
-    head, _, *rows = loading.measure([32], [0, 2], seconds=0.02, batch=4)
-    assert len(rows) == 4 and all(row.count("|") == head.count("|") for row in rows)
-    assert all(float(row.split("|")[4]) > 0 for row in rows)
