@@ -99,10 +99,10 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
-    A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but
-    not before `least` measurements of each, nor after `most`. The order is shuffled, and one count of calls serves all:
-    what one contestant leaves in the caches, inputs or freed results, is of use to no certain other one. `clock` may be
-    time.process_time, which a busy machine does not disturb, for calls of a single thread.
+    A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but not before
+    `least` measurements of each, or three where one takes more than a second, nor after `most`. The order is shuffled,
+    and one count of calls serves all: what one contestant leaves in the caches, inputs or freed results, is of use to
+    no certain other one. `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single thread.
     """
     repeats: dict[str, int] = {}
     order, shuffled, calls = list(contestants), random.Random(0), 0
@@ -121,6 +121,7 @@ def take_turns(
     for name in contestants:
         first = once(name)  # which may compile or pick a kernel
         shortest = first if first > 1.0 else min(once(name), once(name))
+        least = min(least, 3) if shortest > 1.0 else least
         repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
     times: dict[str, list[float]] = {name: [] for name in contestants}
     collecting = gc.isenabled()
