@@ -102,7 +102,8 @@ def take_turns(
     A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but not before
     `least` measurements of each, or three where one takes more than a second, nor after `most`. The order is shuffled,
     and one count of calls serves all: what one contestant leaves in the caches, inputs or freed results, is of use to
-    no certain other one. `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single thread.
+    no certain other one. `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single
+    thread.
     """
     repeats: dict[str, int] = {}
     order, shuffled, calls = list(contestants), random.Random(0), 0
