@@ -35,7 +35,7 @@ def test_limits_of_gates() -> None:
     gate = torch.tensor([[0.0, -0.0, 1e-30, 0.6, -0.6, 9.0, -50.0, torch.inf, -torch.inf, torch.nan]])
     x = torch.ones(1, 2, 10)
     extreme = torch.tensor([[-torch.inf, -1e30, -100.0, 0.0, 100.0, 1e30, torch.nan]])
-    for name in ("portable", "avx2", "avx512", "avx512_bf16"):
+    for name in SETS_HERE:
         with use(f"native:{name}"):
             y = gated_residual(torch.zeros_like(x), x, gate)
             silu = swiglu(extreme, torch.ones(1, 7))
