@@ -204,8 +204,8 @@ def main() -> None:
         raise SystemExit("--shapes anchor: sizes of a data-centre GPU, expected --device cuda")
     if options.part is not None:
         return compile_part(options)
-    if options.device == "cpu" and "compile" in (options.peers or ["compile"]):
-        compile_ahead()
+    if options.device == "cpu" and options.memory == "fresh" and "compile" in (options.peers or ["compile"]):
+        compile_ahead()  # for `reused`, too, which comes after it
     found = limits.rows(options.device, [DTYPES[name] for name in options.dtype], 5 * options.seconds)
     bound = set()
     for op, case, dtype, training in runs(options):

@@ -44,6 +44,17 @@ def test_the_average_follows_the_weights() -> None:
     assert x.tolist() == [5.0, 6.0]
 
 
+def test_weights_come_back_when_a_drawing_fails() -> None:
+    x = nn.Parameter(torch.ones(3))
+    average = Ema({"x": x}, 0.5)
+    with torch.no_grad():
+        x.add_(1.0)
+    with pytest.raises(OSError, match="disk"), average.in_place():
+        assert x.tolist() == [1.0] * 3
+        raise OSError("disk is full")
+    assert x.tolist() == [2.0] * 3
+
+
 def test_the_average_is_what_a_stage_leaves_behind(tiny: dict[str, Recipe], tmp_path: Path, snapshots: Path) -> None:
     """It is the model at every stop and at the end, and training goes on with the weights all the same, bit for bit."""
     recipes = {"decoder": replace(tiny["decoder"], ema=0.5)}

@@ -78,10 +78,12 @@ class Ema:
     def in_place(self) -> Iterator[None]:
         """Within the block the model has the average for its weights."""
         before = self.replace_weights()
-        yield
-        with torch.no_grad():
-            for name, x in self.parameters.items():
-                x.copy_(before[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, x in self.parameters.items():
+                    x.copy_(before[name])
 
 
 @dataclass
