@@ -66,6 +66,7 @@ __all__ = [
 MANIFEST = "manifest.json"
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 Layout = Literal["blip3o", "released"]
+Stamp = tuple[int, int] | None  # a file's inode and when it was written: a model saved twice has the same content
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.jinja"]  # of a hub id; no pickle, no program
 
 
@@ -150,46 +151,48 @@ def check_folder(folder: Path, *needed: str, share: tuple[int, int] = (0, 1)) ->
     before = None
     while True:
         place = standing(folder)
-        manifest, problem = _examine(place, needed, share)
+        stamp, problem = _examine(place, needed, share)
         if problem is None:
             return place
-        if (place, manifest) == before:
+        if (place, stamp) == before:
             raise problem
-        before = place, manifest  # a writer may have replaced the folder while it was read: look once more
-        if manifest and folder.suffix == ".old" and not folder.exists():
+        before = place, stamp  # a writer may have replaced the folder while it was read: look once more
+        if stamp and folder.suffix == ".old" and not folder.exists():
             folder = folder.with_suffix("")  # it was between its two renames, and has come to its end
 
 
-def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> tuple[str, Exception | None]:
-    """The content of a folder's manifest, and the first thing that is wrong."""
-    path, text = folder / MANIFEST, ""
+def _examine(folder: Path, needed: tuple[str, ...], share: tuple[int, int]) -> tuple[Stamp, Exception | None]:
+    """Which manifest a folder has, and the first thing that is wrong."""
+    path, stamp = folder / MANIFEST, None
     if not folder.exists():
-        return text, FileNotFoundError(f"model folder {folder} does not exist")
+        return stamp, FileNotFoundError(f"model folder {folder} does not exist")
     try:
-        text = path.read_bytes().decode()
+        with path.open("rb") as file:
+            status, text = os.fstat(file.fileno()), file.read().decode()
+        stamp = status.st_ino, status.st_mtime_ns
         sums = json.loads(text)
     except (FileNotFoundError, NotADirectoryError):
-        return text, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
+        return stamp, CorruptModel(f"{folder} is no model folder: it has no {MANIFEST}")
     except (ValueError, RecursionError):
-        return text, CorruptModel(f"{path} is not readable JSON")
+        return stamp, CorruptModel(f"{path} is not readable JSON")
     if not isinstance(sums, dict):
-        return text, CorruptModel(f"{path} must map file names to SHA-256 sums")
+        return stamp, CorruptModel(f"{path} must map file names to SHA-256 sums")
     for number, name in enumerate(sorted({*sums, *needed})):
         if Path(name).name != name or name in ("", "..") or "\0" in name:
-            return text, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
+            return stamp, CorruptModel(f"{path} must name files of its own folder, got {name!r}")
         file = folder / name
         if name not in sums:
-            return text, CorruptModel(f"{file} has no sum in {MANIFEST}")
+            return stamp, CorruptModel(f"{file} has no sum in {MANIFEST}")
         try:
             if number % share[1] == share[0] and sha256(file) != sums[name]:
-                return text, CorruptModel(f"{file} is corrupt: its SHA-256 sum is not the manifest's")
+                return stamp, CorruptModel(f"{file} is corrupt: its SHA-256 sum is not the manifest's")
         except FileNotFoundError:
-            return text, CorruptModel(f"{file} is missing")
+            return stamp, CorruptModel(f"{file} is missing")
         except OSError as error:
-            return text, CorruptModel(f"{file} cannot be read: {error}")
+            return stamp, CorruptModel(f"{file} cannot be read: {error}")
     if text != _manifest(sums):  # bytes were added, or a name stands there twice
-        return text, CorruptModel(f"{path} is not as it was written")
-    return text, None
+        return stamp, CorruptModel(f"{path} is not as it was written")
+    return stamp, None
 
 
 def local_folder(place: str | Path) -> Path:

@@ -402,6 +402,24 @@ def test_readers_beside_a_writer_see_whole_folders(tmp_path: Path) -> None:
     assert not problems and "folder" in seen
 
 
+def test_a_model_saved_twice_is_not_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader's two looks may both come to a file too late, at two folders of the same content."""
+    folder, again = tmp_path / "folder", iter([True, False])
+    commit(folder, "0")
+
+    def late(path: Path) -> str:
+        monkeypatch.setattr(weights, "sha256", sha256)
+        commit(folder, "1")
+        found = sha256(path)
+        if next(again):
+            commit(folder, "0")
+            monkeypatch.setattr(weights, "sha256", late)
+        return found
+
+    monkeypatch.setattr(weights, "sha256", late)
+    assert content(folder) == "1"
+
+
 def test_a_folder_of_someone_else_is_not_replaced(lively: Blip3o, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "holiday.png").write_text("dear to me")
