@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from operator import index
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 import torch
@@ -69,7 +70,9 @@ class Pipeline:
 
     def save_pretrained(self, folder: str | Path, *, layout: Layout = "blip3o") -> None:
         """Write model and processor, whole or not at all; then the decoder into diffusion-decoder/ beside them."""
-        self.model.save_pretrained(folder, layout=layout, files=self.processor.files)
+        with TemporaryDirectory() as place:  # the processor may have words that its own files lack
+            self.processor.save(Path(place))
+            self.model.save_pretrained(folder, layout=layout, files=sorted(Path(place).iterdir()))
         if self.decoder is not None:
             self.decoder.save_pretrained(Path(folder) / DECODER)
 

@@ -6,12 +6,14 @@ Words of the templates: a turn is <|im_start|>role, a line end, its content, <|i
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from blip3o.config import Blip3oConfig
@@ -23,6 +25,7 @@ Side = Literal["left", "right"]
 SYSTEM = "You are a helpful assistant."
 CAPTION = "Please generate image based on the following caption: {}"
 PICTURE, PAD, DRAW = "<|vision_start|><|image_pad|><|vision_end|>", "<|image_pad|>", "[IMG]"
+ADDED = (DRAW, "[/IMG]", "<image>")  # what the released models' tokenizer has behind Qwen2.5-VL's words, in this order
 TOKENIZER, IMAGES = "tokenizer.json", "preprocessor_config.json"
 FILES = (  # of a folder, that belong to its tokenizer and image processor
     TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -33,11 +36,22 @@ FILES = (  # of a folder, that belong to its tokenizer and image processor
 class QwenProcessor:
     """Texts to ids, pictures to patches, for the model of `config`; transformers' tokenizer and image processor do it.
 
+    files       what they were read from
+    completed   content of tokenizer.json, where the file of that name lacks words that were added
+
     ValueError if the tokenizer's special words, or the sizes of patches, are not the configuration's.
     """
 
-    def __init__(self, tokenizer: Any, images: Any, config: Blip3oConfig, files: Sequence[Path] = ()) -> None:
-        self.tokenizer, self.images, self.config, self.files = tokenizer, images, config, tuple(files)
+    def __init__(
+        self,
+        tokenizer: Any,
+        images: Any,
+        config: Blip3oConfig,
+        files: Sequence[Path] = (),
+        completed: str | None = None,
+    ) -> None:
+        self.tokenizer, self.images, self.config = tokenizer, images, config
+        self.files, self.completed = tuple(files), completed
         expected = {PAD: config.image_token, DRAW: config.query_start_token, "<|im_end|>": config.end_token}
         found = {word: tokenizer.convert_tokens_to_ids(word) for word in expected}
         if found != expected:
@@ -48,10 +62,12 @@ class QwenProcessor:
                 raise ValueError(f"{IMAGES}: {name} must be the model's, {size}, got {getattr(images, name)!r}")
 
     @classmethod
-    def from_pretrained(cls, folder: Path, config: Blip3oConfig) -> QwenProcessor:
+    def from_pretrained(cls, folder: Path, config: Blip3oConfig, complete: bool = False) -> QwenProcessor:
         """Of a checkpoint's folder. Raises FileNotFoundError without tokenizer.json, ValueError without transformers.
 
         Without preprocessor_config.json pictures are handled as transformers does by default.
+
+        complete   the folder is Qwen2.5-VL's own: see `complete_tokenizer` for the words that its tokenizer gets
         """
         if not (folder / TOKENIZER).exists():
             raise FileNotFoundError(
@@ -67,12 +83,22 @@ class QwenProcessor:
             if name.endswith(".json") and (folder / name).exists() and name != "vocab.json":
                 if not isinstance(read_json(folder / name), Mapping):
                     raise CorruptModel(f"{folder / name} must be a table")
+        completed = complete_tokenizer(folder, config)[0] if complete else None
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        if complete:
+            tokenizer.backend_tokenizer.add_special_tokens(list(ADDED))
         if (folder / IMAGES).exists():
             images = processor.from_pretrained(folder, local_files_only=True)
         else:
             images = processor()
-        return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()])
+        return cls(tokenizer, images, config, [folder / name for name in FILES if (folder / name).exists()], completed)
+
+    def save(self, folder: Path) -> None:
+        """Write what it was read from into a folder: the same files, tokenizer.json with the words that were added."""
+        for file in self.files:
+            shutil.copyfile(file, folder / file.name)
+        if self.completed is not None:
+            (folder / TOKENIZER).write_text(self.completed, encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, whose special words count. Raises TypeError when it is no string, ValueError for no text."""
@@ -153,6 +179,32 @@ class QwenProcessor:
         counts = [frames * rows * columns // merged for frames, rows, columns in grids]
         text = pieces[0] + "".join(PAD * count + piece for count, piece in zip(counts, pieces[1:], strict=True))
         return self.encode(text), found["pixel_values"], grids
+
+
+def complete_tokenizer(folder: Path, config: Blip3oConfig) -> tuple[str, int]:
+    """tokenizer.json of Qwen2.5-VL's folder with [IMG], [/IMG] and <image>, and how many ids it had before.
+
+    The words are special, and the last of the vocabulary, as in the released models; those that the file has already
+    stay where they are. Raises CorruptModel for a file that is no tokenizer.json, ValueError, which names the words,
+    unless ids and their number are then the configuration's.
+    """
+    path = folder / TOKENIZER
+    content = read_json(path)
+    if not isinstance(content, Mapping) or not {"added_tokens", "model"} <= content.keys():
+        raise CorruptModel(f"{path} is not a tokenizer.json: it must be a table with added_tokens and model")
+    tokenizer = Tokenizer.from_file(str(path))
+    new = [word for word in ADDED if tokenizer.token_to_id(word) is None]
+    tokenizer.add_special_tokens(list(ADDED))
+    expected = {"<|endoftext|>": config.pad_token, "<|im_end|>": config.end_token, PAD: config.image_token}
+    expected |= {word: config.query_start_token + i for i, word in enumerate(ADDED)}
+    found = {word: tokenizer.token_to_id(word) for word in expected}
+    words = 1 + max(tokenizer.get_vocab().values())
+    if found != expected or words != config.llm.vocab_size:
+        raise ValueError(
+            f"{path}: with {', '.join(ADDED)} behind its own words there must be {config.llm.vocab_size} of them, and "
+            f"special ones must have the ids {expected}, got {words} and {found}"
+        )
+    return tokenizer.to_str(pretty=True), words - len(new)
 
 
 def _image_processor() -> Any:

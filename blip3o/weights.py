@@ -231,10 +231,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     staged = staging(folder)
-    if isinstance(processor, Processor):
-        processor.save(staged / TOKENIZER)
-    for file in () if isinstance(processor, Processor) else processor.files:
-        shutil.copyfile(file, staged / file.name)
+    processor.save(staged / TOKENIZER if isinstance(processor, Processor) else staged)
     _write_model(model.config, model.state_dict() if tensors is None else tensors, staged)
     commit_folder(staged, folder)
 

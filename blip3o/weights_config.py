@@ -20,6 +20,7 @@ from blip3o.weights_files import CorruptModel, WrongTensors
 from blip3o.weights_names import DIT, EVA, QUERIES
 
 ARCHITECTURES = {"blip3o_qwen": "blip3oQwenForCausalLM", "blip3o_qwen_inference": "blip3oQwenForInferenceLM"}
+QWEN = "qwen2_5_vl"  # model_type of Qwen2.5-VL itself
 TOWER_NAME, HEAD_WIDTH = "eva-clip-E-14-plus", 112  # the one tower that is known, and the width of its heads
 # What the official tokenizer says where the folder has none; words that the checkpoint's own tokenizer may number anew.
 WORDS = {
@@ -55,6 +56,22 @@ VISION: dict[str, Any] = {
 def is_released(values: Any) -> bool:
     """Whether the content of a config.json is the official class's, or another's of transformers."""
     return isinstance(values, Mapping) and "model_type" in values
+
+
+def is_qwen(values: Any) -> bool:
+    """Whether the content of a config.json is Qwen2.5-VL's own: a language model and a vision tower, no more."""
+    return is_released(values) and bool(values["model_type"] == QWEN)
+
+
+def read_qwen(values: Mapping[str, Any], place: Path) -> tuple[LlmConfig, VisionConfig]:
+    """The language model and the vision tower of Qwen2.5-VL's config.json.
+
+    Raises CorruptModel, naming `place`, for a value that is not known.
+    """
+    try:
+        return _llm({**values, **_table(values, "text_config")}), _vision(_table(values, "vision_config"))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CorruptModel(f"{place / 'config.json'}: {error}") from None
 
 
 def read_config(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], place: Path) -> Blip3oConfig:

@@ -124,17 +124,18 @@ class TensorFiles:
         self.close()
         return entries
 
-    def copy(self, name: str, into: Tensor) -> None:
-        """The values of a tensor, into one of as many elements."""
+    def copy(self, name: str, into: Tensor, first: int | None = None) -> None:
+        """The values of a tensor, or of its `first` rows alone, into one of as many elements."""
         entry = self.entries[name]
-        into, rows = into.view(entry.shape), (entry.shape or (1,))[0]
+        shape = entry.shape if first is None else (first, *entry.shape[1:])
+        into, rows = into.view(shape), (shape or (1,))[0]
         step = max(1, rows * MAPPED // max(1, into.numel() * DTYPES[entry.dtype].itemsize))
-        if step >= rows:
+        if first is None and step >= rows:
             into.copy_(self._file(entry.path).get_tensor(entry.name))
             self._read += into.numel() * DTYPES[entry.dtype].itemsize
             return
         for start in range(0, rows, step):  # a large one piece by piece
-            piece = self._file(entry.path).get_slice(entry.name)[start : start + step]
+            piece = self._file(entry.path).get_slice(entry.name)[start : min(start + step, rows)]
             into[start : start + step].copy_(piece)
             self._read += piece.nbytes
 
@@ -271,9 +272,14 @@ def fill(
         rows = tensor.flatten()
         for part, into in zip(parts, rows.split([_count(files.entries[part].shape) for part in parts]), strict=True):
             files.copy(part, into)
-        owner, _, leaf = name.rpartition(".")
-        held = network.get_submodule(owner)
-        setattr(held, leaf, nn.Parameter(tensor) if leaf in held._parameters else tensor)
+        put_tensor(network, name, tensor)
+
+
+def put_tensor(network: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make `tensor` the network's parameter or buffer of that name, whatever memory it had."""
+    owner, _, leaf = name.rpartition(".")
+    held = network.get_submodule(owner)
+    setattr(held, leaf, nn.Parameter(tensor) if leaf in held._parameters else tensor)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -5,7 +5,7 @@ these networks compute is what blip3o must compute from the files.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,22 +46,22 @@ def randomise(network: nn.Module, seed: int = 0) -> None:
     network.requires_grad_(False).eval()
 
 
-def tokenizer() -> Tokenizer:
+def tokenizer(special: Sequence[str] = SPECIAL) -> Tokenizer:
     """Bytes, and the special words of the official one in its order."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     built = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
-    built.add_special_tokens(list(SPECIAL))
+    built.add_special_tokens(list(special))
     return built
 
 
-def qwen(tie: bool = False) -> nn.Module:
-    """transformers' Qwen2.5-VL, of a few thousand weights."""
+def qwen(tie: bool = False, rows: int = VOCABULARY) -> nn.Module:
+    """transformers' Qwen2.5-VL, of a few thousand weights; `rows` of its embedding."""
     from transformers.models import qwen2_5_vl
 
     config = qwen2_5_vl.Qwen2_5_VLConfig(
-        text_config={**TEXT, **IDS, "rope_parameters": dict(ROPE), "tie_word_embeddings": tie},
+        text_config={**TEXT, **IDS, "vocab_size": rows, "rope_parameters": dict(ROPE), "tie_word_embeddings": tie},
         vision_config=dict(VISION),
         tie_word_embeddings=tie,
         image_token_id=ID["<|image_pad|>"],
@@ -205,13 +205,7 @@ class Checkpoint:
 
     def tensors(self, naming: str = "4.51") -> dict[str, Tensor]:
         """All tensors by their names: those of transformers 4.51, as released, or today's."""
-        found = {}
-        for name, tensor in self.qwen.state_dict().items():
-            if naming == "4.51":
-                name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-            found[name] = tensor
-        if self.tie:
-            del found["lm_head.weight"]
+        found = qwen_tensors(self.qwen, self.tie, naming)
         found["model.latent_queries"] = self.queries
         found.update(self.lumina.released())
         if self.tower:
@@ -224,18 +218,10 @@ class Checkpoint:
 
     def config(self, naming: str = "4.51") -> dict[str, Any]:
         """config.json of the official class."""
-        text = {**TEXT, **IDS, "tie_word_embeddings": self.tie}
-        if naming == "4.51":
-            section = {"type": "mrope", "mrope_section": ROPE["mrope_section"]}
-            text.update(rope_theta=1e6, rope_scaling=section)
-        else:
-            text = {"text_config": {**text, "rope_parameters": ROPE}, "tie_word_embeddings": self.tie}
         return {
+            **qwen_config(self.tie, naming),
             "architectures": ["blip3oQwenForCausalLM"],
             "model_type": "blip3o_qwen",
-            **text,
-            "image_token_id": ID["<|image_pad|>"],
-            "vision_config": VISION,
             "gen_vision_tower": "eva-clip-E-14-plus",
             "gen_hidden_size": CLIP_WIDTH,
             "gen_pooling": "early_pool2d_4",
@@ -245,7 +231,6 @@ class Checkpoint:
             "mm_use_im_patch_token": False,
             "image_aspect_ratio": "square",
             "tokenizer_model_max_length": 512,
-            "torch_dtype": "float32",
         }
 
     def write(
@@ -257,11 +242,45 @@ class Checkpoint:
         if change is not None:
             change(tensors)
         (folder / "config.json").write_text(json.dumps(self.config(naming)))
-        tokenizer().save(str(folder / "tokenizer.json"))
-        settings = {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        write_tokenizer(folder)
         write_shards(tensors, folder, shards)
         return folder
+
+
+def qwen_tensors(network: nn.Module, tie: bool, naming: str) -> dict[str, Tensor]:
+    """Of `qwen`, by the names of transformers 4.51 or today's."""
+    found = {}
+    for name, tensor in network.state_dict().items():
+        if naming == "4.51":
+            name = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
+        found[name] = tensor
+    if tie:
+        del found["lm_head.weight"]
+    return found
+
+
+def qwen_config(tie: bool, naming: str, rows: int = VOCABULARY) -> dict[str, Any]:
+    """config.json of Qwen2.5-VL itself."""
+    text = {**TEXT, **IDS, "vocab_size": rows, "tie_word_embeddings": tie}
+    if naming == "4.51":
+        section = {"type": "mrope", "mrope_section": ROPE["mrope_section"]}
+        text.update(rope_theta=1e6, rope_scaling=section)
+    else:
+        text = {"text_config": {**text, "rope_parameters": ROPE}, "tie_word_embeddings": tie}
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        **text,
+        "image_token_id": ID["<|image_pad|>"],
+        "vision_config": VISION,
+        "torch_dtype": "float32",
+    }
+
+
+def write_tokenizer(folder: Path, special: Sequence[str] = SPECIAL) -> None:
+    tokenizer(special).save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "Qwen2TokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def write_shards(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:

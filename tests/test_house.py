@@ -28,7 +28,7 @@ LEVELS = (
     ("presets", "clip", "vision", "llm", "dit", "decoder", "autoencoder", "weights_files"),
     ("model", "processor", "unet_decoder", "weights_names"),
     ("weights_config", "qwen_processor", "kl_autoencoder"),
-    ("weights_released",),
+    ("weights_released", "weights_qwen"),
     ("weights", "generate", "chat"),
     ("pipeline",),
     ("evaluate",),

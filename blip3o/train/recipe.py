@@ -264,9 +264,10 @@ Schedule = Literal["sequential", "joint"]
 class RunRecipe:
     """One run: a preset's name, the paper's choices, and how each of its stages is trained, in their order.
 
-    weights                   what it begins with: a model folder in our layout or the released one, or a hub id, which
-                              is taken for trained: no stage must come first; "": new weights
-    clip_weights              a safetensors file of the CLIP tower alone, in the place of a released checkpoint's own
+    weights                   what it begins with: a model folder in our layout or the released one, Qwen2.5-VL's own,
+                              or a hub id, which is taken for trained: no stage must come first; "": new weights
+    clip_weights              a safetensors file of the CLIP tower alone, in the place of a released checkpoint's own;
+                              Qwen2.5-VL has none
     image_target, objective   see `config.Blip3oConfig`
     schedule                  "sequential": understanding, then generation with the language model frozen; "joint": both
                               in one stage of that name, in which the language model learns from both
