@@ -16,6 +16,7 @@ from test_train import assert_same_run, at_step, copied, interrupt, log_of, quie
 from torch import Tensor, nn
 
 from blip3o import cli
+from blip3o.layers import keep_casts
 from blip3o.model import Blip3o
 from blip3o.presets import preset
 from blip3o.train import loop, provenance, stages, trackers
@@ -24,9 +25,10 @@ from blip3o.train.blocks import prepared_blocks, training_blocks
 from blip3o.train.flops import peak_flops, step_flops
 from blip3o.train.loop import Interrupted, NonFiniteLoss
 from blip3o.train.optimizer import Ema
-from blip3o.train.plan import measured, plan
+from blip3o.train.plan import casts, drawing_pass, measured, plan, states
 from blip3o.train.recipe import Recipe
 from blip3o.train.recipe_files import load_recipe
+from blip3o.train.recipe_shards import ShardGenerationRecipe
 from blip3o.train.run import Run
 
 # the average of the weights
@@ -287,7 +289,7 @@ def test_the_plan_is_of_the_model_itself(capsys: pytest.CaptureFixture[str]) -> 
     trained = sum(x.numel() for x in model.dit.parameters()) + model.queries.numel()
     frozen = sum(x.numel() for x in model.parameters()) - trained
     assert (found.rows, found.trained, found.frozen) == (32, trained, frozen)
-    assert found.states == 16 * trained / 8 + 2 * frozen  # a weight, its gradient and two moments; of the rest, halves
+    assert found.states == 16 * trained / 8 + 4 * frozen  # a weight, its gradient and two moments; of the rest, weights
     assert f"| 8 | 32 | {found.states / 2**30:.1f} |" in capsys.readouterr().out
     tokens, queries = model.config.feature_grid**2, model.config.num_queries
     least = 6 * tokens * sum(x.numel() for block in model.dit.blocks for x in block.mlp.parameters())
@@ -295,6 +297,32 @@ def test_the_plan_is_of_the_model_itself(capsys: pytest.CaptureFixture[str]) -> 
     assert least < found.flops < 20 * least
     less = plan(load_recipe("nano-shards", [*recipe, "generation.checkpointing=blocks"]), 8)
     assert less.activations < 0.8 * found.activations and less.flops == found.flops
+
+
+def test_the_plan_counts_casts_and_pieces_of_what_is_frozen() -> None:
+    """The casts are those that a step of training keeps; of what is frozen the language model alone is in pieces."""
+    model = Blip3o(preset("nano")).requires_grad_(False)
+    for part in (model.queries, model.dit):
+        part.requires_grad_()
+
+    def planned(**settings: object) -> float:
+        return states(model, replace(stage, **settings), 8)
+
+    settings = ["generation.dtype=bfloat16", "generation.parallel=fsdp", "generation.features=none"]
+    recipe = load_recipe("nano-shards", settings)
+    stage = recipe.stages["generation"]
+    assert isinstance(stage, ShardGenerationRecipe)
+    with keep_casts() as kept, torch.autocast("cpu", torch.bfloat16):
+        drawing_pass(model, 4, stage).backward()
+    count = sum(cast.nbytes for cast in kept.values())
+    assert count == casts(model, stage) == 2 * sum(weight.numel() for weight in kept) > 0
+    assert planned() - planned(dtype="float32") == count
+    llm = sum(x.numel() for x in model.llm.parameters())
+    assert planned(frozen="sharded") == planned() - count - 4 * llm * 7 / 8
+    found = plan(recipe, 8)  # although a model of its sizes has run, and left tables of positions behind
+    assert found.states == planned() == 16 * found.trained / 8 + 4 * found.frozen + count
+    learned = 2 * sum(module.weight.numel() for module in model.dit.modules() if isinstance(module, nn.Linear))
+    assert planned(parallel="ddp", frozen="sharded") == 16 * found.trained + 4 * found.frozen + count + learned
 
 
 def test_what_has_no_plan() -> None:

@@ -37,7 +37,7 @@ class Plan:
     """Of one stage on `devices` GPUs, each with micro-batches of `rows` rows.
 
     trained, frozen     weights that train, and that are read only
-    states              bytes of float32 weights, gradients, moments and average, and of the frozen weights in bfloat16
+    states              bytes of weights, gradients, moments, averages and casts: see `states`
     activations         bytes at the worst moment of a backward pass
     flops               of one sample
     """
@@ -66,7 +66,7 @@ def plan(recipe: RunRecipe, devices: int) -> Plan:
             f"{devices} devices"
         )
     rows = stage.batch_size // parts
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):  # tables of positions may be kept from a model that has run
         return _plan(recipe, stage, devices, rows)
 
 
@@ -84,9 +84,6 @@ def _plan(recipe: RunRecipe, stage: ShardGenerationRecipe, devices: int, rows: i
         x.requires_grad_()
     learning = sum(x.numel() for x in trained)
     frozen = sum(x.numel() for x in model.parameters()) - learning
-    shards = devices if stage.parallel == "fsdp" else 1
-    states = learning * (4 + 4 + 8 + (4 if stage.ema else 0)) / shards
-    states += 2 * frozen / (devices if stage.frozen == "sharded" else 1)
     whole = measured(lambda: drawing_pass(model, rows, stage))
     kept = whole.kept
     if stage.checkpointing == "blocks":
@@ -94,7 +91,34 @@ def _plan(recipe: RunRecipe, stage: ShardGenerationRecipe, devices: int, rows: i
         with prepared_blocks(blocks, stage):
             between = measured(lambda: drawing_pass(model, rows, stage), count=False).kept
         kept = between + (whole.kept - between) / len(blocks)  # one block at a time is computed again
-    return Plan(devices, rows, learning, frozen, states, kept, whole.flops / rows)
+    return Plan(devices, rows, learning, frozen, states(model, stage, devices), kept, whole.flops / rows)
+
+
+def states(model: Blip3o, stage: ShardGenerationRecipe, devices: int) -> float:
+    """Bytes on each of `devices` GPUs of all weights, of gradients, two moments and an average of those that train, all
+    of them float32, and of `casts`. What is frozen is shared out in the language model alone."""
+    learning = sum(x.numel() for x in model.parameters() if x.requires_grad)
+    llm = sum(x.numel() for x in model.llm.parameters())
+    others = sum(x.numel() for x in model.parameters()) - learning - llm
+    learned = learning * (4 + 4 + 8 + (4 if stage.ema else 0)) / (devices if stage.parallel == "fsdp" else 1)
+    return learned + 4 * (others + llm / (devices if _shares_frozen(stage) else 1)) + casts(model, stage)
+
+
+def _shares_frozen(stage: ShardGenerationRecipe) -> bool:
+    return stage.parallel == "fsdp" and stage.frozen == "sharded"
+
+
+def casts(model: Blip3o, stage: ShardGenerationRecipe) -> int:
+    """Bytes of the casts to bfloat16 that stay beside float32 weights: `layers.keep_casts` keeps the language model's,
+    autocast for a step those of what trains. FSDP casts what it gathers, block by block; CLIP's go with each product.
+    """
+    if stage.dtype != "bfloat16":
+        return 0
+    networks: list[nn.Module] = [] if _shares_frozen(stage) else [model.llm.blocks]
+    if stage.parallel != "fsdp":
+        networks.append(model.dit)
+    linears = [module for network in networks for module in network.modules() if isinstance(module, nn.Linear)]
+    return 2 * sum(linear.weight.numel() for linear in linears)
 
 
 def drawing_pass(model: Blip3o, rows: int, recipe: ShardGenerationRecipe) -> Tensor:
