@@ -51,8 +51,8 @@ class Words:
     def fill(self, model: Blip3o, files: TensorFiles, names: Mapping[str, str]) -> list[str]:
         """Give the model its tensors with a row for each word, in float32; `names`: see `old_names`.
 
-        Rows of words that Qwen2.5-VL has are copied. Each new one is the mean of these, summed in float64, as the
-        released models' were, which are never trained. Returns names for the new rows, none if there are none.
+        Rows of words that Qwen2.5-VL has are copied. Each new one is their mean, as in the released models, where it
+        stays so: they are frozen. It is summed in float64. Returns names for the new rows, none if there are none.
         """
         state, new = model.state_dict(), []
         for name in [name for name in BY_WORD if name in state]:
