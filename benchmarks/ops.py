@@ -14,6 +14,7 @@ and `both` adds that as a second column for the large rows, 8b's memory-bound on
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -66,7 +67,8 @@ def compile_ahead() -> None:
     compiling, on one core. Not max-autotune, which measures while it compiles, nor linear_cross_entropy, whose formula
     needs 12 GB at the size of 8b."""
     command = [sys.executable, __file__, *sys.argv[1:], "--part"]
-    parts = [subprocess.Popen([*command, str(part)], stdout=subprocess.DEVNULL) for part in range(PARTS)]
+    unbound = {**os.environ, "OMP_PROC_BIND": "false"}  # or the main threads of all would share the first core
+    parts = [subprocess.Popen([*command, str(part)], env=unbound, stdout=subprocess.DEVNULL) for part in range(PARTS)]
     statuses = [part.wait() for part in parts]
     if any(statuses):
         raise SystemExit("compiling ahead failed")
