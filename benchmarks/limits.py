@@ -15,6 +15,8 @@ from measure import Call, Row, Work, interval, take_turns
 from torch import Tensor
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the square matrices that are multiplied
+SMALL = 256  # their side where torch has no fast product: bfloat16 runs at 0.75 GFLOP/s on a chip without AVX-512
+PATIENCE = 1.0  # seconds that a product may take
 NUMBERS = 2**17  # whose exponentials are taken by each thread of a CPU, over and over: they stay in the cache
 ROTATED = 2**29  # bytes that a copy walks through, more than the caches of one process
 CACHED = 2**20  # bytes of inputs up to which a user finds them in the cache
@@ -38,10 +40,27 @@ def _copy(moved: float, device: str) -> Call:
 
 
 @cache
-def _product(device: str, dtype: torch.dtype) -> Call:
-    side = SIDE[device]  # of numbers that change from one to the next: a GPU is faster on ones, as it warms up less
+def _product(device: str, dtype: torch.dtype, side: int) -> Call:
+    # Numbers change from one to the next: a GPU is faster on ones, as it warms up less.
     a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     return lambda _: torch.mm(a, b, out=out)
+
+
+@cache
+def _small(dtype: torch.dtype) -> float:
+    """Seconds of a SMALL product on a CPU."""
+    return min(take_turns({"": _product("cpu", dtype, SMALL)}, "cpu", 0.0)[""])
+
+
+def too_slow(flops: float, device: str, dtype: torch.dtype) -> bool:
+    """Whether torch has no fast product of `dtype`, and so many operations would take it longer than PATIENCE."""
+    if device != "cpu" or not flops or _small(dtype) < 8 * _small(torch.float32):
+        return False
+    return flops * _small(dtype) / (2.0 * SMALL**3) > PATIENCE
+
+
+def _side(device: str, dtype: torch.dtype) -> int:
+    return SMALL if too_slow(2.0 * SIDE[device] ** 3, device, dtype) else SIDE[device]
 
 
 @cache
@@ -55,23 +74,23 @@ def contestants(work: Work, device: str, dtype: torch.dtype) -> dict[str, Call]:
     """What to time beside a row that must do `work`."""
     found = {COPY: _copy(work.bytes, device)}
     if work.flops:
-        found[PRODUCT] = _product(device, dtype)
+        found[PRODUCT] = _product(device, dtype, _side(device, dtype))
     if work.exponentials and device == "cpu":  # no function of torch keeps a GPU's waiting for no memory
         found[EXPONENTIALS] = _exponentials(device)[0]
     return found
 
 
-def product_flops(device: str) -> float:
+def product_flops(device: str, dtype: torch.dtype) -> float:
     """Of the product that is timed."""
-    return 2.0 * SIDE[device] ** 3
+    return 2.0 * _side(device, dtype) ** 3
 
 
-def seconds(work: Work, times: dict[str, Sequence[float]], device: str) -> float:
+def seconds(work: Work, times: dict[str, Sequence[float]], device: str, dtype: torch.dtype) -> float:
     """The time that the binding limit allows, by what was timed of `contestants`."""
     medians = {name: interval(values)[0] for name, values in times.items()}
     allowed = [medians[COPY] * max(1.0, work.bytes / 2 / ROTATED)]
     if work.flops:
-        allowed.append(medians[PRODUCT] * work.flops / product_flops(device))
+        allowed.append(medians[PRODUCT] * work.flops / product_flops(device, dtype))
     if EXPONENTIALS in medians:
         allowed.append(medians[EXPONENTIALS] * work.exponentials / _exponentials(device)[1])
     return max(allowed)
@@ -83,14 +102,17 @@ def rows(device: str, dtypes: list[torch.dtype], longest: float) -> list[Row]:
     if device == "cpu":
         calls["exponentials"], count = _exponentials(device)
         work["exponentials"] = Work(exponentials=count)
+    sides = {}
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        calls[name], work[name] = _product(device, dtype), Work(flops=product_flops(device))
+        calls[name] = _product(device, dtype, _side(device, dtype))
+        work[name] = Work(flops=product_flops(device, dtype))
+        sides[name] = _side(device, dtype)
     found = []
     for name, values in take_turns(calls, device, longest).items():
         median, low, high = interval(values)
-        dtype_name = name if work[name].flops else "float32"
-        what = f"product of {SIDE[device]}x{SIDE[device]}" if work[name].flops else name
+        dtype_name = name if name in sides else "float32"
+        what = f"product of {sides[name]}x{sides[name]}" if name in sides else name
         row = Row("limit", "machine", device, dtype_name, what, "forward", 1e6 * median, 1e6 * low, 1e6 * high)
         found.append(row.rated(work[name]))
     return found

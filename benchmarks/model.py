@@ -154,7 +154,7 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
     times = measure.take_turns(
         {**calls, **yardsticks}, device, options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
     )
-    limit = limits.seconds(work, {name: times[name] for name in yardsticks}, device)
+    limit = limits.seconds(work, {name: times[name] for name in yardsticks}, device, dtype)
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, limit)
     return measure.compared(found.values())

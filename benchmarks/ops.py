@@ -78,6 +78,8 @@ def compile_part(options: argparse.Namespace) -> None:
     for number, (op, case, dtype, training) in enumerate(runs(options)):
         if number // 2 % PARTS != options.part or op.name == "linear_cross_entropy":  # forward and training go together
             continue
+        if left_out(op, case, dtype, training, options):
+            continue
         torch._dynamo.reset()
         with torch.set_grad_enabled(training):
             contest = Contest(op, case, dtype, options.device, training)
@@ -100,6 +102,16 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[Op, rows.Case, torch.dty
             for training in (False, True):
                 if ("training" if training else "forward") in options.directions and (case.trained or not training):
                     yield op, case, dtype, training
+
+
+def left_out(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, options: argparse.Namespace) -> Row | None:
+    """The row without a measurement, and why, where torch has no fast product of `dtype` and its call, which checks
+    ours, would take too long."""
+    if not limits.too_slow(case.flops * (3 if training else 1), options.device, dtype):
+        return None
+    name, direction = str(dtype).removeprefix("torch."), "training" if training else "forward"
+    reason = f"left out where a call takes torch over {limits.PATIENCE} s: it has no fast {name} products on this chip"
+    return Row(op.name, "native", options.device, name, case.shape, direction, memory=options.memory, reason=reason)
 
 
 def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, options: argparse.Namespace) -> list[Row]:
@@ -132,7 +144,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
         found[peer.name] = row
     yardsticks = limits.contestants(contest.work, device, dtype)
     times = measure.take_turns({**calls, **yardsticks}, device, options.seconds)
-    limit = limits.seconds(contest.work, {name: times[name] for name in yardsticks}, device)
+    limit = limits.seconds(contest.work, {name: times[name] for name in yardsticks}, device, dtype)
     for name in calls:
         found[name] = measure.measured(found[name], times[name], contest.work, limit)
     return measure.compared(found.values())
@@ -213,6 +225,10 @@ def main() -> None:
     for op, case, dtype, training in runs(options):
         if case.memory_bound:
             bound.add((case.op, case.shape))
+        if missing := left_out(op, case, dtype, training, options):
+            found.append(missing)
+            progress(measure.line([missing]))
+            continue
         torch._dynamo.reset()
         if options.device == "cuda":
             torch.cuda.empty_cache()

@@ -163,7 +163,7 @@ def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[
     times = measure.take_turns(
         {**calls, **yardsticks}, contest.device, options.seconds, least=3, clock=end_to_end.CLOCKS[options.clock]
     )
-    rate = limits.product_flops(contest.device) / measure.interval(times[limits.PRODUCT])[0]
+    rate = limits.product_flops(contest.device, dtype) / measure.interval(times[limits.PRODUCT])[0]
     for name in calls:
         found[name] = measure.measured(found[name], times[name], work, work.flops / rate)
     return measure.compared(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import itertools
 import json
@@ -153,10 +154,30 @@ def test_what_got_slower_is_told(tmp_path: Path) -> None:
         measure.read(tmp_path / "absent.json")
 
 
-def test_limits_bind_by_what_is_slowest() -> None:
+def test_limits_bind_by_what_is_slowest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_small", lambda dtype: 1e-3)
     times = {limits.COPY: [1e-3], limits.PRODUCT: [2e-3]}
-    assert limits.seconds(Work(bytes=2**20, flops=2 * 2 * limits.SIDE["cpu"] ** 3), times, "cpu") == 4e-3
-    assert limits.seconds(Work(bytes=2**20, flops=limits.SIDE["cpu"] ** 3 / 50), times, "cpu") == 1e-3
+    assert limits.seconds(Work(bytes=2**20, flops=2 * 2 * limits.SIDE["cpu"] ** 3), times, "cpu", torch.float32) == 4e-3
+    assert limits.seconds(Work(bytes=2**20, flops=limits.SIDE["cpu"] ** 3 / 50), times, "cpu", torch.float32) == 1e-3
+
+
+def test_rows_that_torch_is_too_slow_for_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a chip without AVX-512 a call of linear_cross_entropy at 4b takes torch two minutes in bfloat16."""
+    monkeypatch.setattr(limits, "_small", lambda dtype: {torch.float32: 4e-4, torch.bfloat16: 5e-2}[dtype])
+    options = argparse.Namespace(device="cpu", memory="fresh")
+    op = next(op for op in OPS if op.name == "linear_cross_entropy")
+    kept = []
+    for case in (case for case in EVERYTHING if case.op in ("linear_cross_entropy", "rms_norm")):
+        for dtype in (torch.float32, torch.bfloat16):
+            row = ops.left_out(op, case, dtype, False, options)
+            if row is None:
+                kept.append((case.op, case.shape.split()[0], dtype))
+            else:
+                assert row.median_us is None and "no fast bfloat16 products" in row.reason
+                assert row.reason in measure.table([row])
+    assert ("linear_cross_entropy", "4b", torch.float32) in kept and ("rms_norm", "8b", torch.bfloat16) in kept
+    assert ("linear_cross_entropy", "4b", torch.bfloat16) not in kept
+    assert limits.product_flops("cpu", torch.bfloat16) < 1e-2 * limits.product_flops("cpu", torch.float32)
 
 
 def test_the_program(tmp_path: Path) -> None:
