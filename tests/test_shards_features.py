@@ -173,6 +173,18 @@ def test_every_damage_is_noticed(folder: Path, lively: Blip3o, tmp_path: Path) -
         Features(tmp_path / "absent", index, key)
 
 
+def test_a_file_that_is_cut_while_it_is_read(folder: Path, lively: Blip3o, tmp_path: Path) -> None:
+    """By whoever copies over it, say: an error, where a mapped file would kill the process."""
+    shards = opened(folder, lively, tmp_path)
+    key = feature_key(lively, shards.max_pixels, "float32")
+    path = files(tmp_path)[0]
+    features = Features(path, shards.indices[0], key)
+    os.truncate(path, key.row_bytes + 1)
+    features.read(0)
+    with pytest.raises(DamagedFeatures, match="was cut: row 1 is missing"):
+        features.read(1)
+
+
 def test_processes_share_the_work(folder: Path, lively: Blip3o, tmp_path: Path) -> None:
     """What another one is making is left to it, and waited for at the end."""
     shards = Shards(folder, cache=tmp_path)

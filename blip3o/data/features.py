@@ -1,4 +1,4 @@
-"""What a frozen tower saw in the pictures of a shard: computed once, kept in a file, mapped, checked as it is read.
+"""What a frozen tower saw in the pictures of a shard: computed once, kept in a file, checked as it is read.
 
 The file: rows [N, F, C] of one dtype, CRC-32 of each row uint32 [N], CRC-32 of each picture's own file uint32 [N], a
 JSON footer, its length as 8 digits, MAGIC. All little-endian. Row i belongs to row i of the shard's index; where the
@@ -82,6 +82,9 @@ class Features:
             if not end.endswith(MAGIC) or not end[:8].isdigit():
                 raise ValueError("it is cut, or no file of features")
             start = max(0, size - tail - int(end[:8]))
+            rows = len(index) * key.row_bytes
+            file.seek(rows)
+            sums = file.read(8 * len(index))
             file.seek(start)
             try:
                 footer = json.loads(file.read(size - tail - start))
@@ -93,28 +96,33 @@ class Features:
             held = of if isinstance(of, dict) else {}
             differing = [name for name, value in key.of(index).items() if held.get(name) != value]
             raise ValueError(f"it belongs to another {', '.join(differing) or 'key'}")
-        rows = len(index) * key.row_bytes
         if start != rows + 8 * len(index):
             raise ValueError(
                 f"it is cut or has grown: {start} bytes of rows and sums, expected {rows + 8 * len(index)}"
             )
-        whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-        self._rows = whole[:rows].view(len(index), key.row_bytes)
-        sums = bytes(whole[rows:start].numpy())
         if sums_digest(sums, footer["faults"]) != digest:
             raise ValueError("its checksums are damaged")
+        self.count = len(index)
         self._sums, self.picture_sums = array("I", sums[: len(sums) // 2]), array("I", sums[len(sums) // 2 :])
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self.count
 
     def read(self, row: int) -> Tensor | Fault:
         """The features [F, C] of a row of the shard, or what is wrong with its picture. Raises DamagedFeatures."""
         fault = self.faults.get(row)
         if fault is not None:
             return fault
-        data = self._rows[row].clone()
-        if zlib.crc32(data.numpy().data) != self._sums[row]:
+        data = torch.empty(self.key.row_bytes, dtype=torch.uint8)
+        memory = data.numpy().data
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # not mapped: a file that is cut then kills the process
+        try:
+            read = os.preadv(file, [memory], row * len(data))
+        finally:
+            os.close(file)
+        if read != len(data):
+            raise DamagedFeatures(f"{self.path} was cut: row {row} is missing; delete the file")
+        if zlib.crc32(memory) != self._sums[row]:
             raise DamagedFeatures(f"{self.path}: row {row} is damaged, its checksum is wrong; delete the file")
         return data.view(DTYPES[self.key.dtype]).view(self.key.shape)
 
