@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import chaos_run
@@ -134,6 +135,7 @@ def measure(times: int, seed: int, folder: Path, start: type[Torchrun] = Torchru
     saved = Line("every step that was logged is in the checkpoint, which is whole; nothing is left beside it")
     ends = Line("a run that was stopped ends as the one that was not, bit for bit")
     seconds: list[float] = []
+    statuses: Counter[int | None] = Counter()
     (folder / "recipe.toml").write_text(TINY.read_text().partition("[decoder]")[0])
     uncut = chaos_run.begun(folder / "uncut")
     running = start(uncut, folder / "uncut.err")
@@ -166,6 +168,7 @@ def measure(times: int, seed: int, folder: Path, start: type[Torchrun] = Torchru
             code = running.end(PATIENCE)
             seconds.append(time.monotonic() - told)
             prompt.hold(code is not None and seconds[-1] < MOST, f"{seconds[-1]:.1f} s")
+            statuses[code] += 1
             status.hold(code not in (0, None), f"status {code}\n{tail(running.errors)}")
             left = running.processes()
             gone.hold(not left, f"{len(left)} are left")
@@ -175,6 +178,7 @@ def measure(times: int, seed: int, folder: Path, start: type[Torchrun] = Torchru
         if ends.broken:
             break
     prompt.note = f"at most {max(seconds):.1f} s"
+    status.note = ", ".join(f"{code}: {count} times" for code, count in statuses.items())  # torchrun's own
     ends.note = f"{number} runs, {signals} signals"
     return [prompt, status, gone, saved, ends]
 
