@@ -6,6 +6,9 @@ Each stage of nano with its recipe's batches, and the diffusion transformer of 4
 loop itself (batches made ahead in a thread, signals, log, bar; nothing is saved) two things are timed at each step: the
 step, and within it what the model computes. The rest is the loop's own, by the medians over all steps. "by itself" is
 what the same computations took without the loop, on batches made before: what the thread costs them is the difference.
+
+The last two: how long a save stops training, beside a copy of the same tensors (weights and two moments of each that
+trains) into memory that is there. What follows it, writing, happens in a thread.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from blip3o.flow import TIMESTEPS, training_loss
 from blip3o.presets import preset
 from blip3o.train import loop
 from blip3o.train.batch import Batch, Stage, micro_batches, summed
+from blip3o.train.checkpoint import Checkpoint
 from blip3o.train.devices import alone
 from blip3o.train.optimizer import descend, optimizer_for
 from blip3o.train.recipe import Recipe
@@ -134,6 +138,27 @@ def by_itself(stage: Stage, steps: int) -> list[float]:
     return found[2:]
 
 
+def saving(stage: Stage, folder: Path, times: int = 9) -> tuple[float, float]:
+    """Seconds for which a save stops training, and of the copy alone; medians of turns."""
+    moments = {
+        f"{key}.{name}": torch.zeros_like(x) for name, x in stage.trainable().items() for key in ("first", "second")
+    }
+    tensors = dict(stage.model.state_dict()) | moments
+    checkpoint = Checkpoint(folder / "checkpoint", alone())
+    checkpoint.snapshot(tensors, {})  # whose memory the next ones use
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    stops, plain = [], []
+    for _ in range(times):
+        began = time.perf_counter()
+        checkpoint.snapshot(tensors, {})
+        between = time.perf_counter()
+        for name, tensor in tensors.items():
+            copies[name].copy_(tensor.detach())
+        stops.append(between - began)
+        plain.append(time.perf_counter() - between)
+    return statistics.median(stops), statistics.median(plain)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the training loop costs.")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
@@ -141,18 +166,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print("| stage | step ms | compute ms | the loop's own | limit | compute ms, by itself |\n" + "|---" * 6 + "|")
+    print(
+        "| stage | step ms | compute ms | the loop's own | limit | compute ms, by itself | a save stops it ms "
+        "| a copy ms |\n" + "|---" * 8 + "|"
+    )
     for name in options.stages:
         steps = options.steps if name != "4b dit" else max(6, options.steps // 10)
         with tempfile.TemporaryDirectory() as folder:
             stage = stage_of(name, steps, Path(folder))
             alone_ms = 1e3 * statistics.median(by_itself(stage, steps))
             step, compute = in_the_loop(stage, Path(folder))
+            stop, copied = saving(stage, Path(folder))
         own = statistics.median((whole - inner) / whole for whole, inner in zip(step, compute, strict=True))
         step_ms, compute_ms = 1e3 * statistics.median(step), 1e3 * statistics.median(compute)
         limit = LIMITS.get(name, LIMIT)
         print(
-            f"| {name} | {step_ms:.1f} | {compute_ms:.1f} | {100 * own:.2f} % | {100 * limit} % | {alone_ms:.1f} |",
+            f"| {name} | {step_ms:.1f} | {compute_ms:.1f} | {100 * own:.2f} % | {100 * limit} % | {alone_ms:.1f} "
+            f"| {1e3 * stop:.1f} | {1e3 * copied:.1f} |",
             flush=True,
         )
 
