@@ -7,8 +7,9 @@
 //   store_row       the way back
 
 static constexpr int64_t LANES = BLIP3O_LANES;
-static constexpr int64_t ROWS = LANES == 16 ? 8 : 4;  // of a narrow tile, which is 2 vectors wide
-static constexpr int WIDE = LANES == 16 ? 4 : 2;      // vectors across a wide tile, which has 4 rows
+static constexpr int64_t ROWS = LANES == 16 ? 8 : 4;   // of a narrow tile, which is 2 vectors wide
+static constexpr int WIDE = LANES == 16 ? 4 : 2;       // vectors across a wide tile
+static constexpr int WIDE_ROWS = LANES == 16 ? 4 : 6;  // of a wide tile: as many sums as there are registers for
 
 static inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,7 +56,7 @@ static void product(float* c, int64_t c_step, const float* a, int64_t a_step, co
                     int64_t rows, int64_t columns, int64_t depth) {
   const auto advance = [&](int64_t n) { c += n * LANES, b += n * LANES, columns -= n * LANES; };
   for (; columns >= WIDE * LANES; advance(WIDE))
-    tiles<4, WIDE, ROWS_APART, ADD>(c, c_step, a, a_step, b, b_step, rows, depth);
+    tiles<WIDE_ROWS, WIDE, ROWS_APART, ADD>(c, c_step, a, a_step, b, b_step, rows, depth);
   if (columns >= 2 * LANES) tiles<ROWS, 2, ROWS_APART, ADD>(c, c_step, a, a_step, b, b_step, rows, depth), advance(2);
   if (columns) tiles<ROWS, 1, ROWS_APART, ADD>(c, c_step, a, a_step, b, b_step, rows, depth);
 }
