@@ -84,7 +84,6 @@ def put_in_place(library: Path) -> None:
             importlib.reload(importlib.import_module(f"blip3o_kernels.native_ops.{op}"))
             contract = importlib.import_module(f"blip3o_kernels.ops.{op}")
             contract._shortcut = lambda *_: None  # type: ignore[attr-defined]  # which leads to the C++
-            contract.at_once = lambda *_: None  # type: ignore[attr-defined]
     products = importlib.import_module("blip3o_kernels.native_ops.linear_cross_entropy")
     products.late = lambda *_: False  # type: ignore[attr-defined]  # which leads there, too
     products.SPLIT = {"cpu"}  # type: ignore[attr-defined]

@@ -75,6 +75,28 @@ def test_both_ways_give_the_same(op: Op) -> None:
     assert sum(taken) > len(taken) / 6
 
 
+@pytest.mark.parametrize(
+    "heads, groups, tokens, keys", [(8, 2, 1, 700), (32, 1, 1, 40), (4, 4, 9, 300), (3, 3, 17, 20)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_queries_of_attention(heads: int, groups: int, tokens: int, keys: int, dtype: torch.dtype) -> None:
+    """Long caches, keys and values where they lie in one, other widths; up to 16 rows that share a key."""
+    op, draw = next(op for op in OPS if op.name == "attention"), Draw(dtype, "cpu")
+    way, taken = watched(op)
+    key, value = draw(2, groups, keys + 3, 64)[:, :, :keys], draw(2, keys, groups, 40).transpose(1, 2)
+    few = (heads // groups if tokens == 1 else tokens) <= 16
+    for query in (draw(2, heads, tokens, 64), draw(2, tokens, heads, 64).transpose(1, 2)):
+        for v in (value, key):
+            for options in ({}, {"scale": 0.3}, {"is_causal": True, "scale": -1.0}):
+                taken.clear()
+                with torch.no_grad(), shortcuts(op, way):
+                    found = op.function(query, key, v, enable_gqa=True, **options)
+                with torch.no_grad(), shortcuts(op, lambda *_: None):
+                    expected = op.function(query, key, v, enable_gqa=True, **options)
+                assert taken == [few]
+                assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
 def calls() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
     """One ordinary call of each op."""
     draw = Draw(torch.float32, "cpu")
@@ -89,6 +111,7 @@ def calls() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
         "swiglu": ((x,), {}),
         "timestep_embedding": ((draw(3), 8), {}),
         "flow_timesteps": ((torch.arange(3), 1), {}),
+        "attention": ((draw(2, 4, 1, 8), draw(2, 2, 5, 8), draw(2, 2, 5, 8)), {"enable_gqa": True}),
         "flow_step": ((x, x, 0.5), {"unconditional": x, "guidance": 2.0}),
     }
 

@@ -235,6 +235,49 @@ Object flow_step(ARGUMENTS) {
   return finished(run(blip3o_cpu_flow_step, a, a.elements), y.object);
 }
 
+// Of few queries, without a mask, a window, a softcap or packed sequences.
+Object attention(ARGUMENTS) {
+  Call call(arguments, given, 8);
+  blip3o_attention_arguments a{};
+  const DLTensor query = call.tensor(), key = call.tensor(), value = call.tensor();
+  call.require(call.number(0.0) == 0.0);  // dropout
+  a.left = -1, a.right = call.either(known->yes, known->no) ? 0 : -1;
+  call.require(dtype(query) >= 0 && dtype(key) == dtype(query) && dtype(value) == dtype(query));
+  call.require(query.dims == 4 && key.dims == 4 && value.dims == 4);
+  if (call.stops()) return nothing();
+  a.batch = query.shape[0], a.heads = query.shape[1], a.tokens = query.shape[2], a.head_dim = query.shape[3];
+  a.groups = key.shape[1], a.keys = key.shape[2], a.value_dim = value.shape[3], a.sequences = 1;
+  a.scale = static_cast<float>(call.number(-FLT_MAX, 1.0 / __builtin_sqrt(static_cast<double>(a.head_dim))));
+  const bool shared = call.either(known->yes, known->no);
+  call.require(key.shape[0] == a.batch && key.shape[3] == a.head_dim && (a.groups == a.heads || shared));
+  call.require(value.shape[0] == a.batch && value.shape[1] == a.groups && value.shape[2] == a.keys);
+  call.require(a.heads % a.groups == 0 && (a.tokens > 1 ? a.tokens : a.heads / a.groups) <= 16);
+  call.require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1);
+  if (call.stops()) return nothing();
+  const int64_t scores = a.batch * a.heads * a.tokens * a.keys, token = a.heads * a.head_dim;
+  const int64_t widths = (a.head_dim + 31) / 32 * 32 + (a.value_dim + 31) / 32 * 32;
+  a.threads = call.threads(scores), a.workspace_floats = 192 * widths + 4096;  // as native_ops/attention.py has it
+  const Result workspace = floats(a.threads * a.workspace_floats + (a.keys > 256 ? 512 * (a.value_dim + 33) : 0), true);
+  if (!workspace.object) return nullptr;
+  const bool dense = query.strides[0] == a.tokens * token && query.strides[1] == a.head_dim && query.strides[2] == token;
+  const bool small = a.batch * a.tokens * token * (query.bits / 8) < LARGE;
+  const Result y = dense && small && a.value_dim == a.head_dim ? like(arguments[1], query) : tokens_first(arguments[1], a.value_dim);
+  if (y.object) {
+    a.y = y.tensor.data, a.query = query.data, a.key = key.data, a.value = value.data;
+    a.workspace = static_cast<float*>(workspace.tensor.data);
+    a.y_batch = a.tokens * a.heads * a.value_dim, a.y_head = a.value_dim, a.y_token = a.heads * a.value_dim;
+    a.query_batch = query.strides[0], a.query_head = query.strides[1], a.query_token = query.strides[2];
+    a.key_batch = key.strides[0], a.key_head = key.strides[1], a.key_token = key.strides[2];
+    a.value_batch = value.strides[0], a.value_head = value.strides[1], a.value_token = value.strides[2];
+    a.dtype = dtype(query), a.instruction_set = call.instruction_set;
+    const int status = run(blip3o_cpu_attention, a, scores);
+    Py_DecRef(workspace.object);
+    return finished(status, y.object);
+  }
+  Py_DecRef(workspace.object);
+  return nullptr;
+}
+
 struct Method {  // CPython's PyMethodDef
   const char* name;
   Object (*function)(ARGUMENTS);
@@ -254,6 +297,7 @@ Method methods[] = {
     {"timestep_embedding", timestep_embedding, 0x80, nullptr},
     {"flow_timesteps", flow_timesteps, 0x80, nullptr},
     {"flow_step", flow_step, 0x80, nullptr},
+    {"attention", attention, 0x80, nullptr},
 };
 
 }  // namespace

@@ -67,7 +67,7 @@ struct Handles {
   Object requires_grad, level;                             // names of attributes
   Object modes, function_modes, transforms, forward_mode;  // the last a module with `level`
   Object grad_enabled, threads, is_neg;
-  Object empty_like, large_like, new_empty, empty, scratch, float32;  // the last: keywords
+  Object empty_like, large_like, new_empty, tokens_first, empty, scratch, float32;  // the last: keywords
   Object rms, layer, uniform, logit_normal;
 } const* known;
 
@@ -153,6 +153,12 @@ struct Call {
     const double found = fits ? PyFloat_AsDouble(object) : 0.0;
     require(found >= least && found <= FLT_MAX);
     return found;
+  }
+
+  double number(double least, double absent) {  // which it is where None is given
+    if (!fits || *next != known->none) return number(least);
+    ++next;
+    return absent;
   }
 
   int64_t integer(uint64_t end) {  // in [0, end], as the signed integer of the same bits
@@ -271,6 +277,14 @@ Result shaped(Object x, const int64_t* shape, int dims) {
   const Object tuple = tuple_of(shape, dims);
   const Object made = tuple ? PyObject_CallFunctionObjArgs(known->new_empty, x, tuple, nullptr) : nullptr;
   if (tuple) Py_DecRef(tuple);
+  return Result(made);
+}
+
+// Like x [B, H, T, K] but `width` wide, dense in memory as [B, T, H, width].
+Result tokens_first(Object x, int64_t width) {
+  const Object number = PyLong_FromLongLong(width);
+  const Object made = number ? PyObject_CallFunctionObjArgs(known->tokens_first, x, number, nullptr) : nullptr;
+  if (number) Py_DecRef(number);
   return Result(made);
 }
 

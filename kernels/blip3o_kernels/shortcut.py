@@ -33,7 +33,8 @@ _OBJECTS: tuple[object, ...] = (
     *("requires_grad", "_current_level"),
     *(_len_torch_dispatch_stack, _len_torch_function_stack, peek_interpreter_stack, forward_ad),
     *(torch.is_grad_enabled, torch.get_num_threads, Tensor.is_neg),
-    *(torch.empty_like, memory.empty_like, Tensor.new_empty, torch.empty, memory.scratch, {"dtype": torch.float32}),
+    *(torch.empty_like, memory.empty_like, Tensor.new_empty, memory.tokens_first, torch.empty, memory.scratch),
+    {"dtype": torch.float32},
     *map(sys.intern, ("rms", "layer", "uniform", "logit_normal")),
 )
 

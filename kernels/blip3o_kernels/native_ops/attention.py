@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from math import sqrt
-
 import torch
-from torch import Tensor, empty_like, get_num_threads, is_grad_enabled
+from torch import Tensor, empty_like, get_num_threads
 
-from .. import dispatch, memory, native
-from ..checks import LARGEST
-from ..dispatch import direct, instruction_set
+from .. import memory, native
+from ..dispatch import instruction_set
 from ..memory import LARGE, scratch
-from ..native import CPU_MISSING, DTYPES
+from ..native import DTYPES
 from ..strides import address, contiguous, last_adjacent, tokens_first
 
 FEW, PART, PARTS = 16, 256, 32  # of csrc/blip3o.h
-SMALL = 16384  # scores up to which one thread does it all
-WORKSPACE = 192 * 256 + 4096  # what few queries take at 128 keys or more and head_dim and value_dim 128
 
 # Of a GPU: rows (of one token the heads of a group) whose keys are cut, blocks that fill it, keys of a part at least.
 FEW_CUDA, BLOCKS, PART_CUDA, PARTS_CUDA = 32, 256, 128, 64
@@ -50,80 +45,6 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 
 def _padded(n: int, to: int) -> int:
     return (n + to - 1) // to * to
-
-
-def at_once(
-    query: Tensor, key: Tensor, value: Tensor, dropout_p: float, causal: bool, scale: float | None, enable_gqa: bool
-) -> Tensor | None:
-    """y of few queries and keys if everything is as plain as can be, without a mask, a window, a softcap or packed
-    sequences; None says that the general way decides, and names what is wrong.
-
-    At these sizes the call is the cost: here a shape is read once, and nothing is checked twice.
-    """
-    if not (
-        dispatch.forced is None
-        and key is not None
-        and value is not None
-        and direct(query, key, value)
-        and (dtype := query.dtype) in DTYPES
-        and key.dtype is dtype
-        and value.dtype is dtype
-        and query.is_cpu
-        and key.is_cpu
-        and value.is_cpu
-        and not (is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-        and type(dropout_p) is float
-        and dropout_p == 0.0
-        and (causal is True or causal is False)
-        and (enable_gqa is True or enable_gqa is False)
-        and not CPU_MISSING
-    ):
-        return None
-    try:
-        batch, heads, tokens, head_dim = query.shape
-        of_batch, groups, keys, of_head = key.shape
-        same_batch, same_groups, same_keys, value_dim = value.shape
-        query_batch, query_head, query_token, adjacent = query.stride()
-        key_batch, key_head, key_token, key_adjacent = key.stride()
-        value_batch, value_head, value_token, value_adjacent = value.stride()
-        places = query.data_ptr(), key.data_ptr(), value.data_ptr()
-    except (ValueError, RuntimeError):  # another number of dimensions, or a layout without such memory
-        return None
-    if scale is None and head_dim:
-        scale = 1.0 / sqrt(head_dim)
-    y_token = heads * value_dim
-    y_batch = tokens * y_token
-    if not (
-        batch == of_batch == same_batch
-        and groups == same_groups
-        and keys == same_keys
-        and head_dim == of_head == value_dim == query_head
-        and (groups == heads or (enable_gqa and groups and not heads % groups))
-        and 1 == adjacent == key_adjacent == value_adjacent
-        and query_token == y_token
-        and query_batch == y_batch
-        and 0 < batch * y_batch * keys < SMALL * head_dim
-        and (tokens if tokens > 1 else heads // groups) <= FEW
-        and keys <= PART
-        and head_dim <= 128  # as WORKSPACE has it
-        and type(scale) is float
-        and -LARGEST <= scale <= LARGEST
-    ):
-        return None
-    y = empty_like(query)
-    # fmt: off
-    status = _CPU_FORWARD(
-        _PACK(
-            y.data_ptr(), 0, *places, 0, 0, 0, scratch(0).data_ptr(), batch, heads, groups, tokens, keys, head_dim,
-            value_dim, 1, WORKSPACE, y_batch, value_dim, y_token, query_batch, query_head, query_token, key_batch,
-            key_head, key_token, value_batch, value_head, value_token, 0, 0, 0, tokens, 1, -1, 0 if causal else -1, 0.0,
-            scale, DTYPES[dtype], 0, 0, 1, 0,
-        )
-    )
-    # fmt: on
-    if status:
-        raise native.failed("attention", status)
-    return y
 
 
 def forward(

@@ -38,8 +38,8 @@ from ..attention_samples import samples
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, plain, refusal, transformed
-from ..native_ops.attention import at_once
 from ..registered import LIBRARY, differentiable
+from ..shortcut import shortcut
 
 # T * S from which torch's fused kernel wins over matmul and softmax, forward and backward: measured on one core of a
 # Xeon with AVX-512 at B = 256, H = 6, K = 32. Below, the two differ by less than 20 % either way.
@@ -92,6 +92,9 @@ def reference(
     return (y if dead is None else y.masked_fill(dead, 0)).to(query.dtype)
 
 
+_shortcut = shortcut("attention")
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -108,10 +111,13 @@ def attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * query @ key^T + mask) @ value, causal aligned bottom-right; see the module's docstring."""
-    if attn_mask is window_size is softcap is cu_seqlens_q is cu_seqlens_k is None and not is_compiling():
-        found = at_once(query, key, value, dropout_p, is_causal, scale, enable_gqa)
-        if found is not None:
-            return found
+    y: Tensor
+    compiling = is_compiling()
+    plainest = attn_mask is window_size is softcap is cu_seqlens_q is cu_seqlens_k is None
+    if plainest and dispatch.shortcut >= 0 and not compiling:
+        y = _shortcut(dispatch.shortcut, query, key, value, dropout_p, is_causal, scale, enable_gqa)
+        if y is not None:
+            return y
     # Written out rather than through checks.py where it is cheap to: at decode shapes the call is the cost.
     if not isinstance(query, Tensor) or query.dtype not in FLOATING or query.layout is not STRIDED:
         checks.floating("query", query)
@@ -156,7 +162,6 @@ def attention(
             checks.fail("attn_mask", "None, as cu_seqlens_q says what a query sees", list(attn_mask.shape))
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         masks.check_packed(cu_seqlens_q, cu_seqlens_k, query, key)
-    compiling = is_compiling()
     # Compiled on a CPU it is one op: torch's own takes up to six times as long there (docs/decisions.md).
     formula = not on_cpu if compiling else transformed()
     backend = "reference" if dispatch.forced is None and formula else choose(OP, query)
@@ -171,7 +176,6 @@ def attention(
     inputs = (query, key, value, attn_mask, cu_seqlens_q, cu_seqlens_k)
     options = (is_causal, left, right, softcap or 0.0, scale)
     extras = packed or attn_mask is not None
-    y: Tensor
     if compiling or not direct(query, key, value) or (extras and not plain(attn_mask, cu_seqlens_q, cu_seqlens_k)):
         y = _forward_op(*inputs, *options, backend)[0]
         return y
