@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -232,16 +233,47 @@ def test_the_revision_is_of_this_code_or_none(tmp_path: Path, monkeypatch: pytes
 def test_trackers_are_told_what_the_log_is(
     tiny: dict[str, Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[object] = []
+    told: list[Any] = []
     run = SimpleNamespace(log=told.append, finish=lambda: told.append("finished"))
-    package = ModuleType("wandb")
-    package.init = lambda **settings: told.append(settings) or run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", package)
+    for name in ("wandb", "trackio"):
+        package = ModuleType(name)
+        package.init = lambda **settings: told.append(settings) or run  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, package)
     with trackers.trackers_of(["wandb"], tmp_path / "mine", {"clip": {"steps": 3}}) as opened:
         Run(tmp_path, "tiny", trackers=opened).run_stage("clip", replace(tiny["clip"], steps=3), quiet)
-    assert told[0] == {"project": "blip3o", "name": "mine", "config": {"clip": {"steps": 3}}} and told[-1] == "finished"
+    first = told[0]
+    assert first["project"] == "blip3o" and first["name"] == f"mine-{first['id']}" and first["resume"] == "allow"
+    assert first["config"] == {"clip": {"steps": 3}} and told[-1] == "finished"
     for row, values in zip(log_of(tmp_path), told[1:-1], strict=True):
         assert values["clip/loss"] == row["loss"] and values["clip/step"] == row["step"]
+    for name, folder in (("wandb", "mine"), ("trackio", "mine"), ("wandb", "other")):
+        told.clear()
+        with trackers.trackers_of([name], tmp_path / folder, {}):
+            pass
+        assert (told[0]["name"] == first["name"]) is (folder == "mine")  # the same run goes on
+        assert told[0].get("id") == (told[0]["name"].partition("-")[2] if name == "wandb" else None)
+
+
+def test_tensorboard_takes_back_steps_that_are_done_again(tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: Path, purge_step: int) -> None:
+            told.append((folder.name, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            told.append((name, value, step))
+
+        def close(self) -> None:
+            told.append("closed")
+
+    board = trackers.TensorBoard(SimpleNamespace(SummaryWriter=Writer), tmp_path)  # type: ignore[arg-type]
+    board.log("clip", 20, {"loss": 1.0})
+    board.log("generation", 10, {"loss": 2.0})
+    board.log("clip", 30, {"loss": 0.5})
+    board.close()
+    clip, generation = ("clip", 20), ("generation", 10)  # of each stage alone: the counts of steps are its own
+    assert told == [clip, ("loss", 1.0, 20), generation, ("loss", 2.0, 10), ("loss", 0.5, 30), "closed", "closed"]
 
 
 def test_a_tracker_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

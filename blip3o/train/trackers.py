@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from secrets import token_hex
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -47,25 +48,44 @@ def _package(module: str, extra: str) -> ModuleType:
 
 
 class TensorBoard:
+    """A run for each stage. One that goes on takes back what was told of the steps that it does again."""
+
     def __init__(self, package: ModuleType, folder: Path) -> None:
-        self.writer = package.SummaryWriter(folder / "tensorboard")
+        self.package, self.folder = package, folder / "tensorboard"
+        self.writers: dict[str, Any] = {}
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        if stage not in self.writers:
+            self.writers[stage] = self.package.SummaryWriter(self.folder / stage, purge_step=step)
         for name, value in values.items():
-            self.writer.add_scalar(f"{stage}/{name}", value, step)
+            self.writers[stage].add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.writer.close()
+        for writer in self.writers.values():
+            writer.close()
 
 
 class Remote:
-    """One run of W&B or trackio, by the folder's name. Each stage has its own count of steps."""
+    """One run of W&B or trackio for a folder, which goes on where the folder's training does. Each stage has its own
+    count of steps; those that are done again are told again."""
 
     def __init__(self, package: ModuleType, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.run = package.init(project="blip3o", name=folder.resolve().name, config=dict(settings))
+        identity = _identity(folder / "tracked")
+        self.run = package.init(
+            project="blip3o", name=f"{folder.resolve().name}-{identity}", resume="allow", config=dict(settings),
+            **({"id": identity} if package.__name__ == "wandb" else {}),  # trackio knows a run by its name
+        )  # fmt: skip
 
     def log(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         self.run.log({**{f"{stage}/{name}": value for name, value in values.items()}, f"{stage}/step": step})
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _identity(path: Path) -> str:
+    """What the file holds; if there is none, something that no other run has, which is kept there."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(token_hex(4))
+    return path.read_text()
