@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cached_property
 
 import limits
 import measure
@@ -24,7 +25,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 def copied(x: object) -> object:
     if not isinstance(x, Tensor):
         return x
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x.detach())
 
 
 def listed(result: object) -> list[Tensor]:
@@ -42,38 +43,47 @@ class Contest:
     """One row of the table: the inputs in several copies, and what a contestant does with one of them."""
 
     def __init__(self, op: Op, case: rows.Case, dtype: torch.dtype, device: str, training: bool) -> None:
-        self.training, self.tolerance = training, TOLERANCES[dtype]
+        self.op, self.training, self.tolerance = op, training, TOLERANCES[dtype]
         args, kwargs = case.make(Draw(dtype, device))
         arguments = dict(inspect.signature(op.function).bind(*args, **kwargs).arguments)
         total = sum(rows.size(x) for x in arguments.values() if isinstance(x, Tensor))
-        copies = 1 if total < limits.CACHED else min(64, -(-limits.ROTATED // total))
+        self.copies = 1 if total < limits.CACHED else min(64, -(-limits.ROTATED // total))
         self.inputs = [(args, kwargs)]
-        for _ in range(copies - 1):
-            self.inputs.append((tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}))
-        self.leaves = [self._leaves(op, *each) for each in self.inputs]
+        self.leaves = [self._leaves(args, kwargs)]
         self.leading = next(x for x in args if isinstance(x, Tensor))
         results = listed(op.reference(*args, **kwargs))
         self.upstream = [Draw(y.dtype, device, seed=1)(*y.shape) for y in results]
         self.work = rows.work(case, arguments, results, op.differentiable)["training" if training else "forward"]
-        self.expected = self.run(op.reference, 0)
-        self.intensity = (self.work.flops or self._operations(op)) / self.work.bytes or None
 
-    def _operations(self, op: Op) -> int:
+    @cached_property
+    def expected(self) -> list[Tensor]:
+        return self.run(self.op.reference, 0)
+
+    @property
+    def intensity(self) -> float | None:
+        return (self.work.flops or self._operations()) / self.work.bytes or None
+
+    def _operations(self) -> int:
         """By the FLOP formulas of the registered ops, which a body of ours must run for."""
         try:
-            with FlopCounterMode(display=False) as counter, use(choose(op, self.leading)):
-                self.run(op.function, 0)
+            with FlopCounterMode(display=False) as counter, use(choose(self.op, self.leading)):
+                self.run(self.op.function, 0)
         except measure.FAILURES:  # which is told where the body's result is checked
             return 0
         return counter.get_total_flops()
 
-    def _leaves(self, op: Op, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
+    def _leaves(self, args: tuple[object, ...], kwargs: dict[str, object]) -> list[Tensor]:
         if not self.training:
             return []
-        arguments = inspect.signature(op.function).bind(*args, **kwargs).arguments
-        return [
-            arguments[name].requires_grad_() for name in op.differentiable if isinstance(arguments.get(name), Tensor)
-        ]
+        arguments = inspect.signature(self.op.function).bind(*args, **kwargs).arguments
+        wanted = (arguments.get(name) for name in self.op.differentiable)
+        return [x.requires_grad_() for x in wanted if isinstance(x, Tensor)]
+
+    def _copy_inputs(self) -> None:
+        args, kwargs = self.inputs[0]
+        while len(self.inputs) < self.copies:
+            self.inputs.append((tuple(map(copied, args)), {name: copied(x) for name, x in kwargs.items()}))
+            self.leaves.append(self._leaves(*self.inputs[-1]))
 
     def run(self, function: Callable[..., object], index: int) -> list[Tensor]:
         """The results, in training the gradients too."""
@@ -85,6 +95,7 @@ class Contest:
 
     def timed(self, function: Callable[..., object]) -> measure.Call:
         """The same with as little as possible of our own around it."""
+        self._copy_inputs()
         if self.training:
             return lambda index: self.run(function, index)
         inputs, copies = self.inputs, len(self.inputs)
@@ -97,10 +108,10 @@ class Contest:
 
     def wrong(self, function: Callable[..., object], random: bool) -> str:
         """What is wrong with a contestant's results; "" if nothing is."""
-        found = self.run(function, 0)
-        if len(found) != len(self.expected):
-            return f"{len(found)} results, expected {len(self.expected)}"
-        for i, (x, y) in enumerate(zip(found, self.expected, strict=True)):
+        wanted, found = self.expected, self.run(function, 0)
+        if len(found) != len(wanted):
+            return f"{len(found)} results, expected {len(wanted)}"
+        for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
             if x.shape != y.shape:
                 return f"result {i} has shape {list(x.shape)}, expected {list(y.shape)}"
             if random or not y.numel():

@@ -315,6 +315,15 @@ def test_lazy_negation_and_conjugation_of_any_input(op: Op, sample: Sample) -> N
             same(call(op, sample, {name: negated}), expected)
 
 
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_zeros_without_memory_as_any_input(op: Op, sample: Sample) -> None:
+    """Tangents and gradients that are zero may come as such; their address is null."""
+    for name, x in floating(bound(op, sample)).items():
+        expected = call(op, sample, {name: torch.zeros_like(x)})
+        with use(BACKEND), torch.no_grad():
+            same(call(op, sample, {name: torch._efficientzerotensor(x.shape, dtype=x.dtype)}), expected)
+
+
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[dist.DeviceMesh]:
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())

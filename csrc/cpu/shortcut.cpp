@@ -13,7 +13,7 @@ namespace {
 Object rms_norm(ARGUMENTS) {
   Call call(arguments, given, 6);
   blip3o_rms_norm_arguments a{};
-  const DLTensor x = call.tensor(), weight = call.optional();
+  const View x = call.tensor(), weight = call.optional();
   a.eps = static_cast<float>(call.number(0.0)), a.offset = static_cast<float>(call.number(-FLT_MAX));
   a.round_before_weight = call.either(known->yes, known->no);
   call.require(dtype(x) >= 0 && dense(x) && x.dims);
@@ -30,7 +30,7 @@ Object rms_norm(ARGUMENTS) {
 Object add_rms_norm(ARGUMENTS) {
   Call call(arguments, given, 7);
   blip3o_add_rms_norm_arguments a{};
-  const DLTensor x = call.tensor(), residual = call.tensor(), weight = call.optional();
+  const View x = call.tensor(), residual = call.tensor(), weight = call.optional();
   a.eps = static_cast<float>(call.number(0.0)), a.offset = static_cast<float>(call.number(-FLT_MAX));
   a.round_before_weight = call.either(known->yes, known->no);
   call.require(dtype(x) >= 0 && dense(x) && x.dims && alike(x, residual));
@@ -50,7 +50,7 @@ Object add_rms_norm(ARGUMENTS) {
 Object layer_norm(ARGUMENTS) {
   Call call(arguments, given, 5);
   blip3o_layer_norm_arguments a{};
-  const DLTensor x = call.tensor(), weight = call.optional(), bias = call.optional();
+  const View x = call.tensor(), weight = call.optional(), bias = call.optional();
   a.eps = static_cast<float>(call.number(0.0));
   call.require(dtype(x) >= 0 && dense(x) && x.dims);
   a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
@@ -69,35 +69,35 @@ Object layer_norm(ARGUMENTS) {
 Object layer_norm_backward(ARGUMENTS) {  // dy, x, weight, bias, saved; both parameters given
   Call call(arguments, given, 6);
   blip3o_layer_norm_backward_arguments a{};
-  const DLTensor dy = call.tensor(), x = call.tensor(), weight = call.tensor(), bias = call.tensor(), saved = call.tensor();
+  const View dy = call.tensor(), x = call.tensor(), weight = call.tensor(), bias = call.tensor(), saved = call.tensor();
   call.require(dtype(x) >= 0 && dense(x) && x.dims && alike(x, dy));
   a.dtype = dtype(x), a.weight_dtype = shared_dtype(call, x, weight, bias), a.width = a.stride = last(x);
   call.require(row(weight, a.width, a.weight_dtype) && row(bias, a.width, a.weight_dtype));
   if (call.stops()) return nothing();
   a.rows = count(x) / a.width;
   a.blocks = a.rows < 64 ? 1 : a.rows / 32 > 64 ? 64 : a.rows / 32;  // as native_ops/layer_norm.py has it
-  const Result workspace = floats(3 * a.blocks * a.width, true);
   const Result dx = like(arguments[2], x), dweight = like(arguments[3], weight), dbias = like(arguments[4], bias);
   const Object all[] = {dx.object, dweight.object, dbias.object}, result = together(all, 3);
-  if (result && workspace.object) {
-    a.dx = dx.tensor.data, a.dweight = dweight.tensor.data, a.dbias = dbias.tensor.data;
-    a.workspace = static_cast<float*>(workspace.tensor.data), a.dy = dy.data, a.x = x.data, a.weight = weight.data;
-    a.saved = static_cast<const float*>(saved.data);
-    a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
-    const int status = run(blip3o_cpu_layer_norm_backward, a, count(x));
-    Py_DecRef(workspace.object);
-    return finished(status, result);
+  if (!result) return nullptr;
+  const Result workspace = floats(3 * a.blocks * a.width, true);
+  if (!workspace.object) {
+    Py_DecRef(result);
+    return nullptr;
   }
-  if (workspace.object) Py_DecRef(workspace.object);
-  if (result) Py_DecRef(result);
-  return nullptr;
+  a.dx = dx.tensor.data, a.dweight = dweight.tensor.data, a.dbias = dbias.tensor.data;
+  a.workspace = static_cast<float*>(workspace.tensor.data), a.dy = dy.data, a.x = x.data, a.weight = weight.data;
+  a.saved = static_cast<const float*>(saved.data);
+  a.instruction_set = call.instruction_set, a.threads = call.threads(count(x));
+  const int status = run(blip3o_cpu_layer_norm_backward, a, count(x));
+  Py_DecRef(workspace.object);
+  return finished(status, result);
 }
 
 Object modulate(ARGUMENTS) {
   Call call(arguments, given, 8);
   blip3o_modulate_arguments a{};
-  const DLTensor x = call.tensor(), scale = call.tensor(), shift = call.optional(), weight = call.optional();
-  const DLTensor bias = call.optional();
+  const View x = call.tensor(), scale = call.tensor(), shift = call.optional(), weight = call.optional();
+  const View bias = call.optional();
   a.eps = static_cast<float>(call.number(0.0)), a.centred = call.either(known->layer, known->rms);
   call.require(dtype(x) >= 0 && x.dims == 3 && dense(x) && (a.centred || !bias.data));
   if (!call.fits) return nothing();
@@ -118,7 +118,7 @@ Object gated_residual(ARGUMENTS) {
   Call call(arguments, given, 6);
   blip3o_gated_residual_arguments a{};
   float saved[8192];
-  const DLTensor residual = call.tensor(), x = call.tensor(), gate = call.tensor(), weight = call.optional();
+  const View residual = call.tensor(), x = call.tensor(), gate = call.tensor(), weight = call.optional();
   a.eps = static_cast<float>(call.number(0.0));
   call.require(dtype(x) >= 0 && x.dims == 3 && dense(x) && alike(x, residual));
   if (!call.fits) return nothing();
@@ -138,7 +138,7 @@ Object gated_residual(ARGUMENTS) {
 Object rope(ARGUMENTS) {
   Call call(arguments, given, 5);
   blip3o_rope_arguments a{};
-  const DLTensor x = call.tensor(), cos = call.tensor(), sin = call.tensor();
+  const View x = call.tensor(), cos = call.tensor(), sin = call.tensor();
   a.interleaved = call.either(known->yes, known->no);
   call.require(dtype(x) >= 0 && x.dims == 4 && count(x) && x.strides[3] == 1 && dtype(cos) == BLIP3O_FLOAT32 && dense(cos));
   call.require(call.fits && alike(cos, sin) && (cos.dims == 2 || (cos.dims == 3 && cos.shape[0] == x.shape[0])));
@@ -159,9 +159,9 @@ Object rope(ARGUMENTS) {
 Object swiglu(ARGUMENTS) {
   Call call(arguments, given, 3);
   blip3o_swiglu_arguments a{};
-  const DLTensor gate = call.tensor(), up = call.optional();
+  const View gate = call.tensor(), up = call.optional();
   const bool packed = !up.data;
-  call.require(dtype(gate) >= 0 && dense(gate) && gate.dims && gate.dims <= 8);
+  call.require(dtype(gate) >= 0 && dense(gate) && gate.dims);
   call.require(packed ? last(gate) % 2 == 0 : alike(gate, up));
   const int64_t elements = call.fits ? count(gate) / (1 + packed) : 0;
   call.require(elements * (gate.bits / 8) < LARGE || !packed);
@@ -181,7 +181,7 @@ Object timestep_embedding(ARGUMENTS) {
   Call call(arguments, given, 4);
   blip3o_timestep_embedding_arguments a{};
   double frequencies[1024 + 15];
-  const DLTensor timestep = call.tensor();
+  const View timestep = call.tensor();
   const int64_t dim = call.integer(2048);
   a.max_period = call.number(FLT_MIN);
   call.require(dtype(timestep) == BLIP3O_FLOAT32 && timestep.dims == 1 && dense(timestep) && dim >= 2 && dim % 2 == 0);
@@ -198,7 +198,7 @@ Object timestep_embedding(ARGUMENTS) {
 Object flow_timesteps(ARGUMENTS) {
   Call call(arguments, given, 8);
   blip3o_flow_timesteps_arguments a{};
-  const DLTensor positions = call.tensor();
+  const View positions = call.tensor();
   a.seed = call.integer(UINT64_MAX), a.logit_normal = call.either(known->logit_normal, known->uniform);
   a.mean = static_cast<float>(call.number(-FLT_MAX)), a.std = static_cast<float>(call.number(FLT_MIN));
   a.shift = static_cast<float>(call.number(FLT_MIN)), a.draw = static_cast<int>(call.integer((1 << 24) - 1));
@@ -219,11 +219,11 @@ Object flow_timesteps(ARGUMENTS) {
 Object flow_step(ARGUMENTS) {
   Call call(arguments, given, 7);
   blip3o_flow_step_arguments a{};
-  const DLTensor x = call.tensor(), velocity = call.tensor();
+  const View x = call.tensor(), velocity = call.tensor();
   a.step = static_cast<float>(call.number(-FLT_MAX));
-  const DLTensor unconditional = call.optional();
+  const View unconditional = call.optional();
   a.guidance = static_cast<float>(call.number(-FLT_MAX));
-  const DLTensor previous = call.optional();
+  const View previous = call.optional();
   call.require(dtype(x) >= 0 && x.dims && dense(x) && alike(x, velocity));
   call.require((!unconditional.data || alike(x, unconditional)) && (!previous.data || alike(x, previous)));
   if (call.stops()) return nothing();
@@ -239,7 +239,7 @@ Object flow_step(ARGUMENTS) {
 Object attention(ARGUMENTS) {
   Call call(arguments, given, 8);
   blip3o_attention_arguments a{};
-  const DLTensor query = call.tensor(), key = call.tensor(), value = call.tensor();
+  const View query = call.tensor(), key = call.tensor(), value = call.tensor();
   call.require(call.number(0.0) == 0.0);  // dropout
   a.left = -1, a.right = call.either(known->yes, known->no) ? 0 : -1;
   call.require(dtype(query) >= 0 && dtype(key) == dtype(query) && dtype(value) == dtype(query));
@@ -255,27 +255,27 @@ Object attention(ARGUMENTS) {
   call.require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1);
   if (call.stops()) return nothing();
   const int64_t scores = a.batch * a.heads * a.tokens * a.keys, token = a.heads * a.head_dim;
-  const int64_t widths = (a.head_dim + 31) / 32 * 32 + (a.value_dim + 31) / 32 * 32;
-  a.threads = call.threads(scores), a.workspace_floats = 192 * widths + 4096;  // as native_ops/attention.py has it
-  const Result workspace = floats(a.threads * a.workspace_floats + (a.keys > 256 ? 512 * (a.value_dim + 33) : 0), true);
-  if (!workspace.object) return nullptr;
   const bool dense = query.strides[0] == a.tokens * token && query.strides[1] == a.head_dim && query.strides[2] == token;
   const bool small = a.batch * a.tokens * token * (query.bits / 8) < LARGE;
   const Result y = dense && small && a.value_dim == a.head_dim ? like(arguments[1], query) : tokens_first(arguments[1], a.value_dim);
-  if (y.object) {
-    a.y = y.tensor.data, a.query = query.data, a.key = key.data, a.value = value.data;
-    a.workspace = static_cast<float*>(workspace.tensor.data);
-    a.y_batch = a.tokens * a.heads * a.value_dim, a.y_head = a.value_dim, a.y_token = a.heads * a.value_dim;
-    a.query_batch = query.strides[0], a.query_head = query.strides[1], a.query_token = query.strides[2];
-    a.key_batch = key.strides[0], a.key_head = key.strides[1], a.key_token = key.strides[2];
-    a.value_batch = value.strides[0], a.value_head = value.strides[1], a.value_token = value.strides[2];
-    a.dtype = dtype(query), a.instruction_set = call.instruction_set;
-    const int status = run(blip3o_cpu_attention, a, scores);
-    Py_DecRef(workspace.object);
-    return finished(status, y.object);
+  if (!y.object) return nullptr;
+  const int64_t widths = (a.head_dim + 31) / 32 * 32 + (a.value_dim + 31) / 32 * 32;
+  a.threads = call.threads(scores), a.workspace_floats = 192 * widths + 4096;  // as native_ops/attention.py has it
+  const Result workspace = floats(a.threads * a.workspace_floats + (a.keys > 256 ? 512 * (a.value_dim + 33) : 0), true);
+  if (!workspace.object) {
+    Py_DecRef(y.object);
+    return nullptr;
   }
+  a.y = y.tensor.data, a.query = query.data, a.key = key.data, a.value = value.data;
+  a.workspace = static_cast<float*>(workspace.tensor.data);
+  a.y_batch = a.tokens * a.heads * a.value_dim, a.y_head = a.value_dim, a.y_token = a.heads * a.value_dim;
+  a.query_batch = query.strides[0], a.query_head = query.strides[1], a.query_token = query.strides[2];
+  a.key_batch = key.strides[0], a.key_head = key.strides[1], a.key_token = key.strides[2];
+  a.value_batch = value.strides[0], a.value_head = value.strides[1], a.value_token = value.strides[2];
+  a.dtype = dtype(query), a.instruction_set = call.instruction_set;
+  const int status = run(blip3o_cpu_attention, a, scores * widths / 16);
   Py_DecRef(workspace.object);
-  return nullptr;
+  return finished(status, y.object);
 }
 
 struct Method {  // CPython's PyMethodDef

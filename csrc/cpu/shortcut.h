@@ -60,6 +60,15 @@ struct ExchangeTable {  // DLPackExchangeAPI, version 1
   void* stream;
 };
 
+// What a DLTensor says, to be kept: other Python code may change a tensor's shape as soon as Python allocates something, for then
+// it may collect garbage, whose finalisers are anybody's.
+struct View {
+  void* data;
+  int dims;
+  uint8_t type, bits;
+  int64_t shape[8], strides[8];
+};
+
 // What shortcut.py hands over, in its order.
 struct Handles {
   const ExchangeTable* torch;
@@ -117,9 +126,8 @@ struct Call {
 
   void require(bool condition) { fits = fits && condition; }
 
-  DLTensor tensor() {
-    DLTensor x{};
-    if (!fits) return x;
+  View tensor() {
+    if (!fits) return {};
     const Object object = *next++;
     fits = is(object, known->tensor, known->parameter);
     if (fits && differentiated) {
@@ -130,18 +138,21 @@ struct Call {
     if (fits) {
       fits = settled(PyObject_CallFunctionObjArgs(known->is_neg, object, nullptr)) == known->no;
     }
-    return fits ? read(object) : x;
+    return fits ? read(object) : View{};
   }
 
-  DLTensor read(Object object) {
+  View read(Object object) {
     DLTensor x{};
     fits = !known->torch->tensor_from_object(object, &x);
     if (!fits) PyErr_Clear();
-    require(x.data && x.device_type == 1 && x.lanes == 1 && !x.offset);  // empty tensors go the ordinary way
-    return x;
+    require(x.data && x.device_type == 1 && x.lanes == 1 && !x.offset && x.dims <= 8);  // empty tensors go the ordinary way
+    if (!fits) return {};
+    View view{x.data, x.dims, x.type, x.bits, {}, {}};
+    for (int i = 0; i < x.dims; ++i) view.shape[i] = x.shape[i], view.strides[i] = x.strides[i];
+    return view;
   }
 
-  DLTensor optional() {  // with null as its data where it is None
+  View optional() {  // with null as its data where it is None
     if (!fits || *next != known->none) return tensor();
     ++next;
     return {};
@@ -203,15 +214,15 @@ int run(int (*op)(const Arguments*), const Arguments& a, int64_t elements) {
   return status;
 }
 
-int64_t count(const DLTensor& x) {
+int64_t count(const View& x) {
   int64_t product = 1;
   for (int i = 0; i < x.dims; ++i) product *= x.shape[i];
   return product;
 }
 
-int64_t last(const DLTensor& x) { return x.dims ? x.shape[x.dims - 1] : 0; }
+int64_t last(const View& x) { return x.dims ? x.shape[x.dims - 1] : 0; }
 
-bool dense(const DLTensor& x) {
+bool dense(const View& x) {
   int64_t stride = 1;
   for (int i = x.dims - 1; i >= 0; --i) {
     if (x.shape[i] != 1 && x.strides[i] != stride) return false;
@@ -220,31 +231,31 @@ bool dense(const DLTensor& x) {
   return stride > 0;  // nothing at all goes the ordinary way
 }
 
-int dtype(const DLTensor& x) {
+int dtype(const View& x) {
   if (x.type == 2) return x.bits == 32 ? BLIP3O_FLOAT32 : x.bits == 16 ? BLIP3O_FLOAT16 : -1;
   return x.type == 4 && x.bits == 16 ? BLIP3O_BFLOAT16 : -1;
 }
 
-bool same_shape(const DLTensor& x, const DLTensor& y) {
+bool same_shape(const View& x, const View& y) {
   bool same = x.dims == y.dims;
   for (int i = 0; same && i < x.dims; ++i) same = x.shape[i] == y.shape[i];
   return same;
 }
 
-bool alike(const DLTensor& x, const DLTensor& y) { return dtype(x) == dtype(y) && same_shape(x, y) && dense(y); }
+bool alike(const View& x, const View& y) { return dtype(x) == dtype(y) && same_shape(x, y) && dense(y); }
 
 // Of parameters [width]: whether it is none, or adjacent and of the wanted dtype.
-bool row(const DLTensor& p, int64_t width, int wanted) {
+bool row(const View& p, int64_t width, int wanted) {
   return !p.data || (p.dims == 1 && p.shape[0] == width && dense(p) && dtype(p) == wanted);
 }
 
 // Of conditions [batch, width]: rows may lie apart.
-bool rows(const DLTensor& p, int64_t batch, int64_t width, int wanted) {
+bool rows(const View& p, int64_t batch, int64_t width, int wanted) {
   return !p.data || (p.dims == 2 && p.shape[0] == batch && p.shape[1] == width && p.strides[1] == 1 && dtype(p) == wanted);
 }
 
 // The parameters' dtype: that of x or float32, and of all that are given the same.
-int shared_dtype(Call& call, const DLTensor& x, const DLTensor& first, const DLTensor& second) {
+int shared_dtype(Call& call, const View& x, const View& first, const View& second) {
   const int found = first.data ? dtype(first) : second.data ? dtype(second) : dtype(x);
   call.require(found == dtype(x) || found == BLIP3O_FLOAT32);
   return found;
@@ -262,7 +273,7 @@ struct Result {
   }
 };
 
-Result like(Object x, const DLTensor& tensor) {
+Result like(Object x, const View& tensor) {
   const bool large = count(tensor) * (tensor.bits / 8) >= LARGE;
   return Result(PyObject_CallFunctionObjArgs(large ? known->large_like : known->empty_like, x, nullptr));
 }

@@ -163,15 +163,15 @@ def transformed() -> bool:
 def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
     """Whether a C function may read the memory of `x` (and `y` and `z`) right now.
 
-    It may not if one is a subclass (fake, distributed, ...) or negated lazily, or if a mode, a functorch transform or
-    forward-mode differentiation is active: all of these must see the call, so it goes through the registered op
-    instead.
+    It may not if one is a subclass (fake, distributed, ...), negated lazily or zeros without memory, or if a mode, a
+    functorch transform or forward-mode differentiation is active: all of these must see the call, so it goes through
+    the registered op instead.
     """
     return (
         type(x) in _PLAIN
-        and not x.is_neg()
-        and (y is None or (type(y) in _PLAIN and not y.is_neg()))
-        and (z is None or (type(z) in _PLAIN and not z.is_neg()))
+        and not (x.is_neg() or x._is_zerotensor())
+        and (y is None or (type(y) in _PLAIN and not (y.is_neg() or y._is_zerotensor())))
+        and (z is None or (type(z) in _PLAIN and not (z.is_neg() or z._is_zerotensor())))
         and not _len_torch_dispatch_stack()
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
@@ -182,7 +182,7 @@ def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
 def plain(*tensors: Tensor | None) -> bool:
     """Whether all of `tensors` hold their values in their own memory; `direct` asks more, of up to three."""
     for x in tensors:  # a generator expression costs twice as much
-        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or x._is_zerotensor()):
             return False
     return True
 
