@@ -26,6 +26,7 @@ from blip3o_kernels.samples import Sample
 
 # The bodies that this process is about: Triton's if it is interpreted (slowly: two samples of each op), else native's.
 BACKEND = "triton" if triton_ops.INTERPRETED else "native"
+BACKENDS = [BACKEND] if triton_ops.INTERPRETED else ["", BACKEND]  # what is not forced is the same in the interpreter
 BODIES = [op for op in OPS if any((body.backend, body.device) == (BACKEND, "cpu") for body in op.bodies)]
 
 
@@ -110,7 +111,7 @@ def test_opcheck(op: Op, sample: Sample) -> None:
         torch.library.opcheck(func, tuple(given), test_utils=checks)
 
 
-@pytest.mark.parametrize("backend", ["", BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "sample"), CASES)
 def test_compile(op: Op, sample: Sample, backend: str) -> None:
     """No graph break, forward and backward, in shapes that change: as the formula, and as one opaque op if forced."""
@@ -154,7 +155,7 @@ def test_compiled_once_for_all_shapes(op: Op) -> None:
     assert counter.frame_count == 1, [sample.name for sample in family]
 
 
-@pytest.mark.parametrize("backend", ["", BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "sample"), CASES)
 def test_meta_and_fake(op: Op, sample: Sample, backend: str) -> None:
     """Shapes, dtypes and strides without values."""
@@ -172,7 +173,7 @@ def test_meta_and_fake(op: Op, sample: Sample, backend: str) -> None:
             assert not backend or outputs[name].stride() == y.stride()
 
 
-@pytest.mark.parametrize("backend", ["", BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "sample"), CASES)
 def test_tracing(op: Op, sample: Sample, backend: str) -> None:
     tensors = tensors_of(bound(op, sample))
@@ -190,7 +191,7 @@ def test_tracing(op: Op, sample: Sample, backend: str) -> None:
             assert f"blip3o.{op.name}" in traced.code or not backend
 
 
-@pytest.mark.parametrize("backend", ["", BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("op", "sample"), CASES)
 def test_functorch(op: Op, sample: Sample, backend: str) -> None:
     """vmap over all inputs, and over each alone; grad and forward mode, which if forced may be an error instead."""
@@ -331,7 +332,7 @@ def mesh() -> Iterator[dist.DeviceMesh]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("backend", ["", BACKEND])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("op", BODIES, ids=lambda op: op.name)
 def test_distributed_tensors(op: Op, backend: str, mesh: dist.DeviceMesh) -> None:
     sample = variants(op)[0]
