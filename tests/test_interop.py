@@ -316,6 +316,19 @@ def test_lazy_negation_and_conjugation_of_any_input(op: Op, sample: Sample) -> N
             same(call(op, sample, {name: negated}), expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_jit_trace(op: Op, sample: Sample, backend: str) -> None:
+    """What is traced computes: the formula, or the one op where a backend is forced."""
+    function, tensors = of_tensors(op, sample)
+    with forcing(backend):
+        traced = torch.jit.trace(function, tuple(tensors), check_trace=False)
+    expected = function(*tensors)
+    for _ in range(2):
+        same(tuple(traced(*tensors)), expected)
+
+
 @pytest.mark.parametrize(("op", "sample"), CASES)
 def test_zeros_without_memory_as_any_input(op: Op, sample: Sample) -> None:
     """Tangents and gradients that are zero may come as such; their address is null."""

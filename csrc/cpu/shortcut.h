@@ -74,7 +74,7 @@ struct Handles {
   const ExchangeTable* torch;
   Object none, yes, no, whole, real, tensor, parameter;
   Object requires_grad, level;                             // names of attributes
-  Object modes, function_modes, transforms, forward_mode;  // the last a module with `level`
+  Object modes, function_modes, tracing, transforms, forward_mode;  // the last a module with `level`
   Object grad_enabled, threads, is_neg;
   Object empty_like, large_like, new_empty, tokens_first, empty, scratch, float32;  // the last: keywords
   Object rms, layer, uniform, logit_normal;
@@ -107,7 +107,7 @@ struct Call {
     const Object level = PyObject_GetAttr(known->forward_mode, known->level);
     const bool forward = !level || PyLong_AsLongLong(level) >= 0;
     settled(level);
-    return forward || settled(PyObject_CallNoArgs(known->transforms)) != known->none;
+    return forward || settled(PyObject_CallNoArgs(known->transforms)) != known->none || answer(known->tracing);
   }
 
   static bool is(Object x, Object type, Object other = nullptr) {

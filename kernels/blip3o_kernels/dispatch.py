@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -156,16 +156,17 @@ def instruction_set() -> int:
 
 
 def transformed() -> bool:
-    """Whether a functorch transform or forward-mode differentiation is active: these need the reference's formula."""
-    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    """Whether a functorch transform, forward-mode differentiation or torch.jit.trace is active: these need the
+    reference's formula."""
+    return peek_interpreter_stack() is not None or forward_ad._current_level >= 0 or _is_tracing()
 
 
 def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
     """Whether a C function may read the memory of `x` (and `y` and `z`) right now.
 
     It may not if one is a subclass (fake, distributed, ...), negated lazily or zeros without memory, or if a mode, a
-    functorch transform or forward-mode differentiation is active: all of these must see the call, so it goes through
-    the registered op instead.
+    functorch transform, forward-mode differentiation or torch.jit.trace is active: all of these must see the call, so
+    it goes through the registered op instead.
     """
     return (
         type(x) in _PLAIN
@@ -176,6 +177,7 @@ def direct(x: Tensor, y: Tensor | None = None, z: Tensor | None = None) -> bool:
         and not _len_torch_function_stack()
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
+        and not _is_tracing()
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C import _is_tracing, _len_torch_dispatch_stack, _len_torch_function_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.nn import Parameter
@@ -31,7 +31,7 @@ _TABLE = "__dlpack_c_exchange_api__"
 _OBJECTS: tuple[object, ...] = (
     *(None, True, False, int, float, Tensor, Parameter),
     *("requires_grad", "_current_level"),
-    *(_len_torch_dispatch_stack, _len_torch_function_stack, peek_interpreter_stack, forward_ad),
+    *(_len_torch_dispatch_stack, _len_torch_function_stack, _is_tracing, peek_interpreter_stack, forward_ad),
     *(torch.is_grad_enabled, torch.get_num_threads, Tensor.is_neg),
     *(torch.empty_like, memory.empty_like, Tensor.new_empty, memory.tokens_first, torch.empty, memory.scratch),
     {"dtype": torch.float32},
