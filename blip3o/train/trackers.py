@@ -87,5 +87,7 @@ def _identity(path: Path) -> str:
     """What the file holds; if there is none, something that no other run has, which is kept there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(token_hex(4))
+        beside = path.with_name(path.name + ".new")  # a file is there whole or not at all
+        beside.write_text(token_hex(4))
+        beside.replace(path)
     return path.read_text()
