@@ -96,16 +96,18 @@ def take_turns(
     least: int = 5,
     most: int = 101,
     clock: Callable[[], float] = time.perf_counter,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but not before
     `least` measurements of each, or three where one takes more than a second, nor after `most`. The order is shuffled,
     and one count of calls serves all: what one contestant leaves in the caches, inputs or freed results, is of use to
-    no certain other one. `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single
-    thread.
+    no certain other one. `warm`: each has run before, so where one takes more than a second the first round counts.
+    `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single thread.
     """
     repeats: dict[str, int] = {}
+    firsts: dict[str, float] = {}
     order, shuffled, calls = list(contestants), random.Random(0), 0
 
     def once(name: str) -> float:
@@ -120,16 +122,17 @@ def take_turns(
         return (clock() - start) / number
 
     for name in contestants:
-        first = once(name)  # which may compile or pick a kernel
+        firsts[name] = first = once(name)  # which may compile or pick a kernel
         shortest = first if first > 1.0 else min(once(name), once(name))
         least = min(least, 3) if shortest > 1.0 else least
         repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
-    times: dict[str, list[float]] = {name: [] for name in contestants}
+    counts = warm and max(firsts.values()) > 1.0
+    times = {name: [first] if counts else [] for name, first in firsts.items()}
     collecting = gc.isenabled()
     gc.disable()
     try:
         end = time.perf_counter() + seconds * len(contestants)
-        for taken in range(most):
+        for taken in range(int(counts), most):
             if taken >= least and time.perf_counter() > end:
                 break
             shuffled.shuffle(order)

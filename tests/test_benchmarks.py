@@ -115,6 +115,23 @@ def test_turns_are_taken_in_turn() -> None:
     assert switches >= 6 * 3 - 1 and len(Counter(order)) == 3
 
 
+def test_a_long_first_call_counts_where_all_have_run() -> None:
+    now, order = 0.0, ""
+
+    def call(name: str, takes: float) -> measure.Call:
+        def run(_: int) -> None:
+            nonlocal now, order
+            now, order = now + takes, order + name
+
+        return run
+
+    for warm, expected in ((False, 4), (True, 3)):
+        order = ""
+        calls = {"a": call("a", 2.0), "b": call("b", 1.5)}
+        times = measure.take_turns(calls, "cpu", seconds=1e-9, clock=lambda: now, warm=warm)
+        assert Counter(order) == {"a": expected, "b": expected} and times == {"a": [2.0] * 3, "b": [1.5] * 3}
+
+
 def test_intervals_hold_the_median() -> None:
     assert measure.interval([5.0, 1.0, 3.0]) == (3.0, 1.0, 5.0)
     median, low, high = measure.interval([float(i) for i in range(101)])
