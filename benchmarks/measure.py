@@ -27,6 +27,8 @@ import torch
 BACKENDS = ("native", "triton")
 FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
+LEAST = ((2.0, 2), (0.25, 3), (0.0, 5))  # turns of each at least, where one takes over so many seconds
+LONG = 0.25  # seconds from which on a call is not repeated for nothing
 WINDOW = {"cpu": 200e-6, "cuda": 2e-3}  # seconds that are timed at least: a clock, and waiting for a GPU, are that good
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 
@@ -93,18 +95,17 @@ def take_turns(
     contestants: dict[str, Call],
     device: str,
     seconds: float,
-    least: int = 5,
+    least: int | None = None,
     most: int = 101,
     clock: Callable[[], float] = time.perf_counter,
-    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
     A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but not before
-    `least` measurements of each, or three where one takes more than a second, nor after `most`. The order is shuffled,
-    and one count of calls serves all: what one contestant leaves in the caches, inputs or freed results, is of use to
-    no certain other one. `warm`: each has run before, so where one takes more than a second the first round counts.
-    `clock` may be time.process_time, which a busy machine does not disturb, for calls of a single thread.
+    `least` measurements of each (LEAST, if not given), nor after `most`. Each has run before: where one is LONG, the
+    first round counts. The order is shuffled, and one count of calls serves all: what one contestant leaves in the
+    caches, inputs or freed results, is of use to no certain other one. `clock` may be time.process_time, which a busy
+    machine does not disturb, for calls of a single thread.
     """
     repeats: dict[str, int] = {}
     firsts: dict[str, float] = {}
@@ -122,11 +123,13 @@ def take_turns(
         return (clock() - start) / number
 
     for name in contestants:
-        firsts[name] = first = once(name)  # which may compile or pick a kernel
-        shortest = first if first > 1.0 else min(once(name), once(name))
-        least = min(least, 3) if shortest > 1.0 else least
+        firsts[name] = shortest = once(name)
+        if shortest <= LONG:
+            shortest = min(once(name), once(name))
         repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
-    counts = warm and max(firsts.values()) > 1.0
+    longest = max(firsts.values())
+    counts = longest > LONG
+    least = least or next(turns for length, turns in LEAST if longest > length)
     times = {name: [first] if counts else [] for name, first in firsts.items()}
     collecting = gc.isenabled()
     gc.disable()

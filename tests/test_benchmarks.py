@@ -115,21 +115,20 @@ def test_turns_are_taken_in_turn() -> None:
     assert switches >= 6 * 3 - 1 and len(Counter(order)) == 3
 
 
-def test_a_long_first_call_counts_where_all_have_run() -> None:
+@pytest.mark.parametrize(("takes", "calls", "turns"), [(0.2, 8, 5), (0.3, 3, 3), (3.0, 2, 2)])
+def test_long_calls_take_fewer_turns_and_the_first_counts(takes: float, calls: int, turns: int) -> None:
     now, order = 0.0, ""
 
-    def call(name: str, takes: float) -> measure.Call:
+    def call(name: str, seconds: float) -> measure.Call:
         def run(_: int) -> None:
             nonlocal now, order
-            now, order = now + takes, order + name
+            now, order = now + seconds, order + name
 
         return run
 
-    for warm, expected in ((False, 4), (True, 3)):
-        order = ""
-        calls = {"a": call("a", 2.0), "b": call("b", 1.5)}
-        times = measure.take_turns(calls, "cpu", seconds=1e-9, clock=lambda: now, warm=warm)
-        assert Counter(order) == {"a": expected, "b": expected} and times == {"a": [2.0] * 3, "b": [1.5] * 3}
+    times = measure.take_turns({"a": call("a", takes), "b": call("b", 0.2)}, "cpu", seconds=1e-9, clock=lambda: now)
+    assert times["a"] == pytest.approx([takes] * turns) and times["b"] == pytest.approx([0.2] * turns)
+    assert Counter(order) == {"a": calls, "b": turns + (3 if turns == 5 else 2)}
 
 
 def test_intervals_hold_the_median() -> None:

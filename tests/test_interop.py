@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from conformance import bound, evaluate, floating, outputs_of, tensors_of, variants
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
@@ -118,14 +119,13 @@ def test_compile(op: Op, sample: Sample, backend: str) -> None:
     torch._dynamo.reset()
     graphs = []
 
-    def capture(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+    def captured(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
         graphs.append(graph)
-        return graph
+        return aot_eager(graph, inputs)
 
-    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(op.function, fullgraph=True, dynamic=True, backend=captured)
     with forcing(backend):
         same(evaluate(op, compiled, bound(op, sample)), evaluate(op, op.function, bound(op, sample)))
-        torch.compile(op.function, fullgraph=True, dynamic=True, backend=capture)(**bound(op, sample))
     opaque = backend == BACKEND or op.name in OPAQUE or sample.name.startswith("drawn")
     assert (f"blip3o.{op.name}" in graphs[0].print_readable(print_output=False)) == opaque
 
