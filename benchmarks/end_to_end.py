@@ -69,6 +69,11 @@ def build(preset: str, dtype: torch.dtype, device: str) -> tuple[Blip3o, Plain]:
     return model, load(model, model.config)
 
 
+def reading(model: Blip3o, tokens: int) -> float:
+    """Operations that the language model needs to read so many tokens, at least: those of its products."""
+    return 2.0 * tokens * sum(x.numel() for x in model.llm.blocks.parameters())
+
+
 def distance(x: Tensor, y: Tensor, least: float = 0.0) -> float:
     """The norm of the difference, relative to y's own or to `least`, if that is larger."""
     off = (x.float() - y.float()).norm().item()
@@ -166,7 +171,8 @@ def table(rows: Iterable[Row], share: str, memory: bool) -> str:
     for group in measure.groups(rows).values():
         first = fastest(row for row in group if row.provider in measure.OURS) or group[0]
         found = [ratios(group, plan) for plan in PLANS]
-        cells = [first.op, first.dtype, first.shape, milliseconds(first).removeprefix("native ")]
+        cells = [first.op, first.dtype, first.shape]
+        cells += [milliseconds(first).removeprefix("native ") if first.median_us else "-"]
         cells += [f"{speed:.2f}" if speed else "-" for speed, _ in found]
         cells += [f"{100 * first.limit_share:.0f} %" if first.limit_share else "-"]
         if memory:

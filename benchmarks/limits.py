@@ -52,11 +52,15 @@ def _small(dtype: torch.dtype) -> float:
     return min(take_turns({"": _product("cpu", dtype, SMALL)}, "cpu", 0.0)[""])
 
 
-def too_slow(flops: float, device: str, dtype: torch.dtype) -> bool:
-    """Whether torch has no fast product of `dtype`, and so many operations would take it longer than PATIENCE."""
+def too_slow(flops: float, device: str, dtype: torch.dtype) -> str:
+    """Why a call with so many operations is left out: torch has no fast product of `dtype`, and would take longer than
+    PATIENCE for them. "" if it is not."""
     if device != "cpu" or not flops or _small(dtype) < 8 * _small(torch.float32):
-        return False
-    return flops * _small(dtype) / (2.0 * SMALL**3) > PATIENCE
+        return ""
+    if flops * _small(dtype) / (2.0 * SMALL**3) <= PATIENCE:
+        return ""
+    name = str(dtype).removeprefix("torch.")
+    return f"left out where a call takes torch over {PATIENCE} s: it has no fast {name} products on this chip"
 
 
 def _side(device: str, dtype: torch.dtype) -> int:

@@ -115,6 +115,9 @@ class Contest:
             }[task]
         )
 
+    def head(self, task: str) -> Row:
+        return Row(task, "", self.device, str(self.dtype).removeprefix("torch."), self.shape(task), "forward")
+
     def work(self, task: str) -> Work:
         """What the cheaper plan cannot do without: its products, and each weight read once for each pass."""
         call = self.call(task, self.contestant("plain cached"))
@@ -129,8 +132,7 @@ class Contest:
 
 
 def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> list[Row]:
-    dtype, device = contest.dtype, contest.device
-    head = Row(task, "", device, str(dtype).removeprefix("torch."), contest.shape(task), "forward")
+    dtype, device, head = contest.dtype, contest.device, contest.head(task)
     official = contest.contestant("plain official")
     # In bfloat16 two equal words may swap places, and then the answers part: what chooses the first word is compared.
     by_logits = task == "text" and dtype != torch.float32
@@ -170,6 +172,10 @@ def main() -> None:
         for preset in options.presets:
             for dtype in options.dtype:
                 contest = Contest(preset, DTYPES[dtype], options.device)
+                operations = end_to_end.reading(contest.model, contest.sizes.prompt)
+                if reason := limits.too_slow(operations, options.device, contest.dtype):
+                    found += [replace(contest.head(task), provider="native", reason=reason) for task in options.tasks]
+                    continue
                 for task in options.tasks:
                     torch._dynamo.reset()
                     found += measure_task(contest, task, options)

@@ -107,10 +107,10 @@ def runs(options: argparse.Namespace) -> Iterator[tuple[Op, rows.Case, torch.dty
 def left_out(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, options: argparse.Namespace) -> Row | None:
     """The row without a measurement, and why, where torch has no fast product of `dtype` and its call, which checks
     ours, would take too long."""
-    if not limits.too_slow(case.flops * (3 if training else 1), options.device, dtype):
+    reason = limits.too_slow(case.flops * (3 if training else 1), options.device, dtype)
+    if not reason:
         return None
     name, direction = str(dtype).removeprefix("torch."), "training" if training else "forward"
-    reason = f"left out where a call takes torch over {limits.PATIENCE} s: it has no fast {name} products on this chip"
     return Row(op.name, "native", options.device, name, case.shape, direction, memory=options.memory, reason=reason)
 
 

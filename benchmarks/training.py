@@ -134,6 +134,10 @@ class Contest:
 
 def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[Tensor, Tensor]) -> list[Row]:
     head = Row(contest.stage, "", contest.device, contest.dtype, contest.shape, "training")
+    dtype = DTYPES[contest.dtype]
+    operations = end_to_end.reading(contest.model, contest.batch.ids.numel())
+    if reason := limits.too_slow(operations, contest.device, dtype):
+        return [replace(head, provider="native", reason=reason)]
     expected = contest.trainer("plain official").gradients()
     optimizers = {fused: contest.trainer("plain cached" if fused else "plain official").optimizer() for fused in (0, 1)}
     optimizers[0].state = optimizers[1].state  # one set of moments for all: two would not fit beside 4b
@@ -157,7 +161,6 @@ def measure_stage(contest: Contest, options: argparse.Namespace, casts: Mapping[
         added = end_to_end.peak(lambda call=call: call(0), contest.device)  # type: ignore[misc]
         optimizer = optimizers["plain official" not in provider]
         found[provider] = replace(found[provider], peak_mib=(contest.at_hand(provider, optimizer, casts) + added) / MIB)
-    dtype = DTYPES[contest.dtype]
     yardsticks = limits.contestants(work, contest.device, dtype)
     del yardsticks[limits.COPY]
     times = measure.take_turns(

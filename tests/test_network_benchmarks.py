@@ -6,12 +6,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import end_to_end
+import limits
 import measure
+import model
 import plans
 import pytest
 import torch
+import training
 from measure import Row
 from model import Contest
 from torch import Tensor
@@ -34,6 +38,18 @@ def test_ratios_are_of_the_faster_version_of_each() -> None:
     assert end_to_end.ratios(rows, "cached") == (0.9, 0.8)
     line = end_to_end.table(rows, "of the limit", memory=True).splitlines()[2]
     assert line.startswith("| **text** |") and "**compile 0.01**" in line and "**3.00**" in line and "**0.80**" in line
+
+
+@pytest.mark.parametrize(("script", "tasks"), [(model, ["--tasks=text"]), (training, ["--stages=generation"])])
+def test_what_torch_is_too_slow_for_is_left_out(
+    script: ModuleType, tasks: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(limits, "_small", lambda dtype: {torch.float32: 4e-4, torch.bfloat16: 5.0}[dtype])
+    monkeypatch.setattr("sys.argv", ["", "--presets=nano", "--dtype=bfloat16", *tasks])
+    script.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("| bfloat16 | nano" in line and "| - | - | - | - |" in line for line in lines)
+    assert "it has no fast bfloat16 products on this chip" in lines[-1]
 
 
 @pytest.mark.parametrize("script", ["model.py", "training.py"])
