@@ -109,7 +109,7 @@ class Contest:
     def wrong(self, function: Callable[..., object], random: bool) -> str:
         """What is wrong with a contestant's results; "" if nothing is."""
         wanted = self.expected
-        found = wanted if function is self.op.reference else self.run(function, 0)
+        found = wanted if function is self.op.reference else self.run(function, 0)  # the reference has run
         if len(found) != len(wanted):
             return f"{len(found)} results, expected {len(wanted)}"
         for i, (x, y) in enumerate(zip(found, wanted, strict=True)):

@@ -160,9 +160,11 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for task in calls["stock"]:
         contestants = {name: calls[name][task] for name in pair}
-        added = {name: memory(call, options.device) for name, call in contestants.items()}
+        for call in contestants.values():
+            call(0)
         times = measure.take_turns(contestants, options.device, options.seconds, clock=CLOCKS[options.clock])
         stock, patched = (1e3 * measure.interval(times[name])[0] for name in ("stock", "patched"))
+        added = {name: memory(call, options.device) for name, call in contestants.items()}
         speed = f"{stock:.1f} | {patched:.1f} | {stock / patched:.2f}"
         print(f"| {task} | {speed} | {added['patched']:.0f} of {added['stock']:.0f} MiB |", flush=True)
 

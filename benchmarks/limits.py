@@ -112,6 +112,8 @@ def rows(device: str, dtypes: list[torch.dtype], longest: float) -> list[Row]:
         calls[name] = _product(device, dtype, _side(device, dtype))
         work[name] = Work(flops=product_flops(device, dtype))
         sides[name] = _side(device, dtype)
+    for call in calls.values():
+        call(0)
     found = []
     for name, values in take_turns(calls, device, longest).items():
         median, low, high = interval(values)

@@ -27,8 +27,8 @@ import torch
 BACKENDS = ("native", "triton")
 FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a peer: listed, not raised
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
-LEAST = ((2.0, 2), (0.25, 3), (0.0, 5))  # turns of each at least, where one takes over so many seconds
-LONG = 0.25  # seconds from which on a call is not repeated for nothing
+LONG = 0.25  # seconds: where a call takes longer, no more are made than are timed
+LEAST = ((2.0, 2), (LONG, 3), (0.0, 5))  # turns of each at least, where one takes so many seconds or more
 WINDOW = {"cpu": 200e-6, "cuda": 2e-3}  # seconds that are timed at least: a clock, and waiting for a GPU, are that good
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 
@@ -124,12 +124,12 @@ def take_turns(
 
     for name in contestants:
         firsts[name] = shortest = once(name)
-        if shortest <= LONG:
+        if shortest < LONG:
             shortest = min(once(name), once(name))
         repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
     longest = max(firsts.values())
-    counts = longest > LONG
-    least = least or next(turns for length, turns in LEAST if longest > length)
+    counts = longest >= LONG
+    least = least or next(turns for length, turns in LEAST if longest >= length)
     times = {name: [first] if counts else [] for name, first in firsts.items()}
     collecting = gc.isenabled()
     gc.disable()

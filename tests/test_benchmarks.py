@@ -131,6 +131,10 @@ def test_long_calls_take_fewer_turns_and_the_first_counts(takes: float, calls: i
     assert Counter(order) == {"a": calls, "b": turns + (3 if turns == 5 else 2)}
 
 
+def test_calls_too_short_for_the_clock() -> None:
+    assert measure.take_turns({"a": lambda _: None}, "cpu", seconds=0.0, clock=lambda: 1.0) == {"a": [0.0] * 5}
+
+
 def test_intervals_hold_the_median() -> None:
     assert measure.interval([5.0, 1.0, 3.0]) == (3.0, 1.0, 5.0)
     median, low, high = measure.interval([float(i) for i in range(101)])
