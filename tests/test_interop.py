@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip3o_kernels import OPS, triton_ops, use
+from blip3o_kernels import OPS, attention, triton_ops, use
 from blip3o_kernels.dispatch import Op
 from blip3o_kernels.samples import Sample
 
@@ -227,6 +227,16 @@ def test_functorch(op: Op, sample: Sample, backend: str) -> None:
             assert backend, error
         else:
             torch.testing.assert_close(slope, (expected * direction).sum(), rtol=1e-4, atol=1e-3, check_dtype=False)
+
+
+def test_vmap_over_where_sequences_begin() -> None:
+    """The formula can, a body says that it cannot."""
+    x = torch.randn(1, 2, 6, 8)
+    starts = torch.tensor([[0, 2, 6], [0, 3, 6]], dtype=torch.int32)
+    packed = torch.vmap(lambda cu_seqlens: attention(x, x, x, cu_seqlens_q=cu_seqlens))
+    same((packed(starts),), (torch.stack([attention(x, x, x, cu_seqlens_q=each) for each in starts]),))
+    with use(BACKEND), pytest.raises(NotImplementedError, match="attention: vmap over cu_seqlens_q"):
+        packed(starts)
 
 
 @pytest.mark.parametrize("op", BODIES, ids=lambda op: op.name)
