@@ -18,7 +18,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,7 +29,8 @@ FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a pe
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
 LONG = 0.25  # seconds: where a call takes longer, no more are made than are timed
 LEAST = ((2.0, 2), (LONG, 3), (0.0, 5))  # turns of each at least, where one takes so many seconds or more
-WINDOW = {"cpu": 200e-6, "cuda": 2e-3}  # seconds that are timed at least: a clock, and waiting for a GPU, are that good
+BEATEN = 2.0  # times the quickest of a race: more of them tell nothing of who is the best peer
+WINDOW = 2e-3  # seconds of one call after the other: its code is in the caches then, its data is not
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 
 
@@ -98,14 +99,17 @@ def take_turns(
     least: int | None = None,
     most: int = 101,
     clock: Callable[[], float] = time.perf_counter,
+    racing: Collection[str] = (),
+    window: float = WINDOW,
 ) -> dict[str, list[float]]:
     """Seconds of one call, several times for each contestant: in turn, so that a busy machine slows all alike.
 
-    A short call is repeated to fill a WINDOW. It ends when `seconds` have passed for each contestant, but not before
-    `least` measurements of each (LEAST, if not given), nor after `most`. Each has run before: where one is LONG, the
-    first round counts. The order is shuffled, and one count of calls serves all: what one contestant leaves in the
-    caches, inputs or freed results, is of use to no certain other one. `clock` may be time.process_time, which a busy
-    machine does not disturb, for calls of a single thread.
+    A short call is repeated to fill a `window` of seconds. It ends when `seconds` have passed for each contestant, but
+    not before `least` measurements of each (LEAST, if not given), nor after `most`. Each has run before: where one is
+    LONG, the first round counts. `racing`: of these, who is LONG and BEATEN in the first round takes no other turn. The
+    order is shuffled, and one count of calls serves all: what one contestant leaves in the caches, inputs or freed
+    results, is of use to no certain other one. `clock` may be time.process_time, which a busy machine does not disturb,
+    for calls of a single thread.
     """
     repeats: dict[str, int] = {}
     firsts: dict[str, float] = {}
@@ -126,11 +130,13 @@ def take_turns(
         firsts[name] = shortest = once(name)
         if shortest < LONG:
             shortest = min(once(name), once(name))
-        repeats[name] = max(1, min(200, math.ceil(WINDOW[device] / max(shortest, 1e-7))))
+        repeats[name] = max(1, min(200, math.ceil(window / max(shortest, 1e-7))))
     longest = max(firsts.values())
     counts = longest >= LONG
     least = least or next(turns for length, turns in LEAST if longest >= length)
     times = {name: [first] if counts else [] for name, first in firsts.items()}
+    lost = max(LONG, BEATEN * min((firsts[name] for name in racing), default=0.0))
+    order = [name for name in order if name not in racing or firsts[name] <= lost]
     collecting = gc.isenabled()
     gc.disable()
     try:

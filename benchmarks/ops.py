@@ -143,7 +143,7 @@ def measure_case(op: Op, case: rows.Case, dtype: torch.dtype, training: bool, op
                 raise AssertionError(f"{op.name} {case.shape} {head.dtype}: {peer.name} {row.reason}")
         found[peer.name] = row
     yardsticks = limits.contestants(contest.work, device, dtype)
-    times = measure.take_turns({**calls, **yardsticks}, device, options.seconds)
+    times = measure.take_turns({**calls, **yardsticks}, device, options.seconds, racing=calls)
     limit = limits.seconds(contest.work, {name: times[name] for name in yardsticks}, device, dtype)
     for name in calls:
         found[name] = measure.measured(found[name], times[name], contest.work, limit)

@@ -115,20 +115,33 @@ def test_turns_are_taken_in_turn() -> None:
     assert switches >= 6 * 3 - 1 and len(Counter(order)) == 3
 
 
-@pytest.mark.parametrize(("takes", "calls", "turns"), [(0.2, 8, 5), (0.3, 3, 3), (3.0, 2, 2)])
-def test_long_calls_take_fewer_turns_and_the_first_counts(takes: float, calls: int, turns: int) -> None:
-    now, order = 0.0, ""
+@pytest.mark.parametrize(
+    ("seconds", "calls", "turns"),
+    [
+        ({"a": 0.2, "b": 0.1}, {"a": 8, "b": 8}, {"a": 5, "b": 5}),
+        ({"a": 0.2, "b": 0.01}, {"a": 8, "b": 8}, {"a": 5, "b": 5}),  # beaten, but not long
+        ({"a": 0.3, "b": 0.2}, {"a": 3, "b": 5}, {"a": 3, "b": 3}),
+        ({"a": 3.0, "b": 2.5}, {"a": 2, "b": 2}, {"a": 2, "b": 2}),
+        ({"a": 3.0, "b": 1.4, "copy": 0.3}, {"a": 1, "b": 2, "copy": 2}, {"a": 1, "b": 2, "copy": 2}),
+    ],
+)
+def test_long_calls_take_fewer_turns_and_the_first_counts(
+    seconds: dict[str, float], calls: dict[str, int], turns: dict[str, int]
+) -> None:
+    now, order = 0.0, []
 
-    def call(name: str, seconds: float) -> measure.Call:
+    def call(name: str) -> measure.Call:
         def run(_: int) -> None:
-            nonlocal now, order
-            now, order = now + seconds, order + name
+            nonlocal now
+            now += seconds[name]
+            order.append(name)
 
         return run
 
-    times = measure.take_turns({"a": call("a", takes), "b": call("b", 0.2)}, "cpu", seconds=1e-9, clock=lambda: now)
-    assert times["a"] == pytest.approx([takes] * turns) and times["b"] == pytest.approx([0.2] * turns)
-    assert Counter(order) == {"a": calls, "b": turns + (3 if turns == 5 else 2)}
+    contestants, racing = {name: call(name) for name in seconds}, seconds.keys() - {"copy"}
+    times = measure.take_turns(contestants, "cpu", seconds=1e-9, clock=lambda: now, racing=racing)
+    assert times == {name: pytest.approx([seconds[name]] * turns[name]) for name in seconds}
+    assert Counter(order) == calls
 
 
 def test_calls_too_short_for_the_clock() -> None:
