@@ -22,7 +22,7 @@ parity: $(INSTALLED)
 
 # Every op beside its peers; then the networks. The tables are printed, and kept in build/bench.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/ops.py --memory both --seconds 0.15 --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
+	$(BIN)/python benchmarks/ops.py --memory both --seconds 0.1 --json build/bench/ops.json --markdown build/bench/ops.md --plot build/bench
 
 bench-networks: $(INSTALLED)
 	$(BIN)/python benchmarks/model.py --json build/bench/model.json --markdown build/bench/model.md

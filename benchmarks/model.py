@@ -74,14 +74,14 @@ class Contest:
         self.picture = Picture(noise, pixels, self.sizes.steps)
 
     def _compiled(self) -> Blip3o:
-        """Our model on the same weights, what is called step by step under torch.compile."""
+        """Our model on the same weights under torch.compile, as Pipeline.compile does it."""
         with torch.device("meta"):
             model = Blip3o(self.model.config)
         model.load_state_dict(self.model.state_dict(), assign=True)
         model.requires_grad_(False)
-        for network in (model.dit, model.decoder):
+        for network in (model.llm, model.dit, model.decoder):
             if network is not None:
-                network.compile()
+                network.compile(dynamic=True if network is model.llm else None)  # a text grows, a picture does not
         return model
 
     def contestant(self, provider: str) -> Native | Official:
@@ -140,8 +140,7 @@ def measure_task(contest: Contest, task: str, options: argparse.Namespace) -> li
     expected = [official.prefill(contest.ids) if by_logits else contest.call(task, official)()]
     found: dict[str, Row] = {}
     calls: dict[str, Callable[[int], object]] = {}
-    steps = task in ("dit step", "picture") and not options.no_compile
-    for provider in [*end_to_end.wanted(options), *(["native compile"] if steps else [])]:
+    for provider in [*end_to_end.wanted(options), *([] if options.no_compile else ["native compile"])]:
         who = contest.contestant(provider)
         call = contest.call(task, who)
 
@@ -168,6 +167,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    torch._dynamo.config.recompile_limit = 64  # as in Pipeline.compile, for all contestants
     found: list[Row] = []
     with torch.inference_mode():
         for preset in options.presets:

@@ -38,6 +38,7 @@ from blip3o_kernels.dispatch import Op, choose, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PARTS = 2  # processes that compile
+COMPILED = ("compile", "compile max-autotune", "flex")  # peers that Inductor compiles
 
 
 def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list[str]) -> Iterator[Peer]:
@@ -64,8 +65,8 @@ def contestants(op: Op, case: rows.Case, x: Tensor, training: bool, wanted: list
 
 def compile_ahead() -> None:
     """What Inductor compiles, in PARTS processes, which leave it in its cache on disk: two thirds of a first run is
-    compiling, on one core. Not max-autotune, which measures while it compiles, nor linear_cross_entropy, whose formula
-    needs 12 GB at the size of 8b."""
+    compiling, on one core. Not linear_cross_entropy, whose formula needs 12 GB at the size of 8b. max-autotune measures
+    meanwhile, with a neighbour; of attention it has little to choose, and by factors of two and more."""
     command = [sys.executable, __file__, *sys.argv[1:], "--part"]
     unbound = {**os.environ, "OMP_PROC_BIND": "false"}  # or the main threads of all would share the first core
     parts = [subprocess.Popen([*command, str(part)], env=unbound, stdout=subprocess.DEVNULL) for part in range(PARTS)]
@@ -84,7 +85,7 @@ def compile_part(options: argparse.Namespace) -> None:
         with torch.set_grad_enabled(training):
             contest = Contest(op, case, dtype, options.device, training)
             for peer in contestants(op, case, contest.leading, training, options.peers):
-                if peer.name == "compile" and peer.function is not None:
+                if peer.name in COMPILED and peer.function is not None:
                     with suppress(*measure.FAILURES):  # which is told when its turn comes
                         contest.run(peer.function, 0)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tqdm import tqdm
 
 Say = Callable[[str], None]
 
@@ -34,6 +37,7 @@ class Child:
             output = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):
                 os.dup2(output, stream)
+            tqdm.set_lock(threading.RLock())  # its own is shared among forks: who is killed with it keeps it from all
             work(lambda line: _write(write, line))
             status = 0
         except BaseException:
