@@ -79,7 +79,8 @@ def weights(model: nn.Module) -> str:
     total = hashlib.sha256()
     for parameter in model.parameters():
         held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        total.update(held.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        held = held.detach().flatten().clone()  # of what FSDP has gathered, numpy() would keep it from freeing
+        total.update(held.view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
