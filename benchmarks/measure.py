@@ -29,7 +29,7 @@ FAILURES = (RuntimeError, NotImplementedError, TypeError, ValueError)  # of a pe
 OURS = (*BACKENDS, "native compile")  # the last: our networks under torch.compile
 LONG = 0.25  # seconds: where a call takes longer, no more are made than are timed
 LEAST = ((2.0, 2), (LONG, 3), (0.0, 5))  # turns of each at least, where one takes so many seconds or more
-BEATEN = 2.0  # times the quickest of a race: more of them tell nothing of who is the best peer
+BEATEN = 2.0  # times the quickest of a race: who takes longer is not the best peer, whatever more turns say
 WINDOW = 2e-3  # seconds of one call after the other: its code is in the caches then, its data is not
 Call = Callable[[int], object]  # a contestant; its argument counts the calls, so that buffers can be rotated
 

@@ -74,7 +74,7 @@ class Contest:
         self.picture = Picture(noise, pixels, self.sizes.steps)
 
     def _compiled(self) -> Blip3o:
-        """Our model on the same weights under torch.compile, as Pipeline.compile does it."""
+        """Our model on the same weights under torch.compile, the language model as Pipeline.compile does it."""
         with torch.device("meta"):
             model = Blip3o(self.model.config)
         model.load_state_dict(self.model.state_dict(), assign=True)

@@ -24,7 +24,7 @@ ROWS = {
     "kill": ("kills", 100, 8),
     "corrupt": ("corruptions", 10_000, 250),
     "data": ("samples", 4_000, 400),
-    "numbers": ("cases", 36, 4),
+    "numbers": ("cases", 36, 6),
     "preempt": ("signals", 50, 2),
     "leak": ("steps", 10_000, 800),
 }

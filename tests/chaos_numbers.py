@@ -9,7 +9,8 @@ import os
 import random
 import shutil
 import socket
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,6 +116,8 @@ def cases(times: int, seed: int) -> list[Case]:
         for (world, parallel), place, value, stage in itertools.product(WAYS, PLACES, VALUES, STAGES)
     ]
     choices.shuffle(every)
+    rounds: defaultdict[object, Iterator[int]] = defaultdict(itertools.count)  # of each, one of all ways and stages
+    every.sort(key=lambda case: next(rounds[case.world, case.parallel, case.stage]))
     return (every * (times // len(every) + 1))[:times]
 
 
@@ -145,7 +148,8 @@ def measure(times: int, seed: int, folder: Path) -> list[Line]:
             still.hold(len(before) == 2 and before[0] == before[1], f"{case}: rank {rank} moved")
         moved.hold(len(set(commits[: BAD[0]])) == BAD[0], f"{case}: {len(commits)} commits\n{tail(errors[0])}")
         skipped.hold(commits[BAD[0] - 1 : BAD[1]] == commits[BAD[0] - 1 : BAD[0]] * 2, f"{case}: {commits}")
-        rows = [json.loads(line) for line in (run / BAD_BATCHES).read_text().splitlines()]
+        noted = (run / BAD_BATCHES).read_text() if (run / BAD_BATCHES).exists() else ""
+        rows = [json.loads(line) for line in noted.splitlines()]
         held = [
             row["step"] == step + 1 and set(ids) <= set(row["ids"]) and (case.place == "gradient" or ids == row["ids"])
             for row, step, ids in zip(rows, BAD, names, strict=False)

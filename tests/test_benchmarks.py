@@ -144,6 +144,17 @@ def test_long_calls_take_fewer_turns_and_the_first_counts(
     assert Counter(order) == calls
 
 
+def test_short_calls_fill_a_window() -> None:
+    now = 0.0
+
+    def call(_: int) -> None:
+        nonlocal now
+        now += 1.0e-3
+
+    times = measure.take_turns({"a": call}, "cpu", seconds=1e-9, clock=lambda: now, window=20e-3)
+    assert times == {"a": pytest.approx([1e-3] * 5)} and now == pytest.approx((3 + 5 * 20) * 1e-3)
+
+
 def test_calls_too_short_for_the_clock() -> None:
     assert measure.take_turns({"a": lambda _: None}, "cpu", seconds=0.0, clock=lambda: 1.0) == {"a": [0.0] * 5}
 
