@@ -167,7 +167,8 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    torch._dynamo.config.recompile_limit = 64  # as in Pipeline.compile, for all contestants
+    torch._dynamo.config.recompile_limit = 64  # as in Pipeline.compile, both, for all contestants
+    torch._dynamo.config.specialize_float = True
     found: list[Row] = []
     with torch.inference_mode():
         for preset in options.presets:

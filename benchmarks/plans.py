@@ -67,10 +67,10 @@ class Native:
         """A function that gives the logits after `token` [1, 1], over and over, behind a prompt already read."""
         model, cache = self.model, self.model.cache(1, ids.shape[1] + 1)
         model.llm(model.embed(ids), None, None, cache)
-        length, position = cache.length, cache.next_position
+        length = cache.length
 
         def step() -> Tensor:
-            cache.rewind(length, position)
+            cache.length = length  # all that the peers' caches forget, too
             return model.llm.logits(model.llm(model.llm.embed(token), None, None, cache)[:, -1])
 
         return step

@@ -41,9 +41,12 @@ class KvCache:
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
-        shape = (config.depth, batch, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # [depth, B, G, capacity, K]
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        # Of each block [B, G, capacity, K]. In memory of their own: of one tensor for all, torch.compile writes each block's
+        # part by copying the whole.
+        shape = (batch, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.cos, self.sin = text_rope_table(capacity, config.head_dim, config.rope_theta, self.keys[0].device)
         self.kept = torch.ones(batch, capacity, device=device, dtype=torch.bool)  # False at padding
         # How far each row's next text position is from `length`, [B]: padding and pictures put them apart. None: 0.
         self.offset: Tensor | None = None
@@ -54,7 +57,7 @@ class KvCache:
 
     @property
     def capacity(self) -> int:
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     @property
     def next_position(self) -> Tensor:
@@ -68,13 +71,12 @@ class KvCache:
 
         What needs a gradient is joined, not stored: autograd keeps the earlier blocks' keys, so none may be written to.
         """
+        keys, values, length, tokens = self.keys[block], self.values[block], self.length, key.shape[2]
         if key.requires_grad:
-            stored_keys, stored_values = self.keys[block, :, :, : self.length], self.values[block, :, :, : self.length]
-            return torch.cat([stored_keys, key], dim=2), torch.cat([stored_values, value], dim=2)
-        end = self.length + key.shape[2]
-        self.keys[block, :, :, self.length : end] = key
-        self.values[block, :, :, self.length : end] = value
-        return self.keys[block, :, :, :end], self.values[block, :, :, :end]
+            return torch.cat([keys[:, :, :length], key], dim=2), torch.cat([values[:, :, :length], value], dim=2)
+        keys.narrow(2, length, tokens).copy_(key)
+        values.narrow(2, length, tokens).copy_(value)
+        return keys.narrow(2, 0, length + tokens), values.narrow(2, 0, length + tokens)
 
     def rewind(self, length: int, next_position: Tensor) -> None:
         """Forget all but the first `length` tokens. `next_position` [B] is what the attribute of that name was then."""
@@ -275,7 +277,7 @@ class Llm(nn.Module):
                 cache.pictured = True
             return rope_table_multimodal(positions, config.head_dim, config.rope_theta, config.mrope_section)
         if mask is None and (cache is None or cache.offset is None):
-            cos, sin = text_rope_table(end, config.head_dim, config.rope_theta, device)
+            cos, sin = self._text_table(end, cache, device)
             return cos[start:end], sin[start:end]
         text = torch.arange(tokens, device=device) if mask is None else mask.long().cumsum(1) - 1
         if cache is not None:
@@ -286,8 +288,14 @@ class Llm(nn.Module):
         text = text.clamp_min(0)  # [B, T]
         if cache is not None and cache.pictured:
             return rope_table(text, config.head_dim, config.rope_theta)
-        cos, sin = text_rope_table(end, config.head_dim, config.rope_theta, device)
+        cos, sin = self._text_table(end, cache, device)
         return cos[text], sin[text]
+
+    def _text_table(self, count: int, cache: KvCache | None, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos, sin of the positions 0, 1, ... up to `count` at least; a cache has those of its capacity."""
+        if cache is not None:
+            return cache.cos, cache.sin
+        return text_rope_table(count, self.config.head_dim, self.config.rope_theta, device)
 
 
 def _visible(mask: Tensor | None, cache: KvCache | None, tokens: int) -> Tensor | None:

@@ -80,9 +80,11 @@ class Pipeline:
         """torch.compile of the language model and the diffusion transformer, in place, for any number of tokens.
 
         There is a graph for each kind of call (with a mask or a cache, one row or more, ...), more kinds than torch
-        makes graphs of by itself before it goes on without them: its limit is raised.
+        makes graphs of by itself before it goes on without them: its limit is raised. And numbers such as a norm's eps
+        become constants: otherwise each is a tensor made at every call.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._dynamo.config.specialize_float = True
         for network in (self.model.llm, self.model.dit):
             network.compile(**{"dynamic": True, **options})
 

@@ -1,6 +1,7 @@
 """The diffusion transformer beside diffusers' Lumina-Next, with the same weights; `parity.py` has its predictions."""
 
 import copy
+from threading import Thread
 
 import pytest
 import torch
@@ -166,3 +167,32 @@ def test_casts_of_frozen_weights_are_made_once_and_change_nothing() -> None:
         assert torch.equal(gradient(), first) and casts == {frozen.weight: kept}
     assert torch.equal(first, before) and kept.dtype == torch.bfloat16
     assert layers._casts.get() is None
+
+
+@pytest.mark.skipif(not layers._BFLOAT16_DOTS, reason="is about chips with bfloat16 products and without AMX")
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_row_goes_without_onednn(enabled: bool) -> None:
+    """One row of bfloat16, on any thread; the setting is as it was afterwards, after an error too."""
+    draw = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(96, 64, generator=draw).bfloat16(), torch.randn(96, generator=draw).bfloat16()
+    x = torch.randn(1, 1, 64, generator=draw).bfloat16()
+    exact = (x.double() @ weight.double().t() + bias.double()).bfloat16()
+    wrong: list[object] = []
+
+    def often() -> None:
+        with torch.no_grad():
+            for _ in range(200):
+                y = layers.project(x, weight, bias)
+                if y.shape != (1, 1, 96) or not torch.allclose(y, exact, atol=2**-6, rtol=2**-7):
+                    wrong.append(y)
+
+    with torch.backends.mkldnn.flags(enabled=enabled):
+        threads = [Thread(target=often) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with torch.no_grad(), pytest.raises(RuntimeError):
+            layers.project(x, weight[:, :63], bias)
+        assert torch._C._get_mkldnn_enabled() is enabled
+    assert not wrong

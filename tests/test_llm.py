@@ -118,6 +118,12 @@ def test_cache_equals_one_pass(pair, steps: list[int]) -> None:
         ours(ours.embed(ids[:, :1]), cache=cache)
 
 
+def test_a_block_s_cache_has_memory_of_its_own() -> None:
+    """Where blocks share a tensor, a compiled graph copies all of it to write a token's keys into one."""
+    cache = KvCache(TINY, 1, 4, device="cpu", dtype=torch.float32)
+    assert len({x.untyped_storage().data_ptr() for x in cache.keys + cache.values}) == 2 * TINY.depth
+
+
 @pytest.mark.parametrize("asked", [[], [10], [3, 14, 31, 32]])
 def test_tokens_that_are_not_asked_for_cost_less_and_change_nothing(pair, asked: list[int]) -> None:
     """Their keys and values are stored all the same; and the gradient is what it was."""

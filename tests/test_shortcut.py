@@ -97,6 +97,29 @@ def test_queries_of_attention(heads: int, groups: int, tokens: int, keys: int, d
                 assert torch.equal(found, expected) and found.stride() == expected.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (2, 9)])
+def test_attention_below_the_dispatcher(batch: int, tokens: int, dtype: torch.dtype) -> None:
+    """As a compiled graph calls it: the log-sum-exp comes too, and where a window or a mask is given nothing changes."""
+    op, draw = next(op for op in OPS if op.name == "attention"), Draw(dtype, "cpu")
+    way, taken = watched(op)
+    query = draw(batch, tokens, 6, 32)[:, :, :4].transpose(1, 2)  # a part of a projection
+    key, value = draw(batch, 2, 30, 32)[:, :, :25], draw(batch, 2, 30, 32)[:, :, :25]
+    mask = torch.ones(tokens, 25, dtype=torch.bool).tril(9)
+    ordinary = (None, None, None, True, -1, -1, 0.0, 0.3)
+    for options in (ordinary, (mask, *ordinary[1:]), (*ordinary[:4], 3, -1, 0.0, 0.3), (*ordinary[:6], 5.0, 0.3)):
+        taken.clear()
+        results = []
+        for shortcut in (way, lambda *_: None):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(module(op), "_saving_shortcut", shortcut)
+                results.append(torch.ops.blip3o.attention(query, key, value, *options, "native"))
+        assert taken == ([True] if options is ordinary else [])
+        for found, expected in zip(*results, strict=True):
+            assert torch.equal(found, expected)
+            assert found.shape == expected.shape and found.stride() == expected.stride()
+
+
 def calls() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
     """One ordinary call of each op."""
     draw = Draw(torch.float32, "cpu")

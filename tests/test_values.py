@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from blip3o_kernels import (
     qk_norm_rope,
     rms_norm,
     rope,
+    rope_table,
     rope_table_2d,
     swiglu,
     timestep_embedding,
@@ -169,6 +172,25 @@ def test_rope_tables() -> None:
     torch.testing.assert_close(products[0, 1, 2, 2], products[0, 3, 2, 4])
     # angles h0, w0, h1, w1: position (1, 0) turns the even angles alone
     assert (sin[5] != 0).tolist() == [True, False, True, False]
+
+
+def test_a_rope_table_is_one_op_of_a_compiled_graph() -> None:
+    """Not a formula, which Inductor would put into every use of the table."""
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    def table(start: int) -> tuple[Tensor, Tensor]:
+        return rope_table(torch.arange(start, start + 5), 8, 100.0)
+
+    compiled = torch.compile(table, backend=backend, fullgraph=True, dynamic=True)
+    for start in (3, 40):
+        for found, expected in zip(compiled(start), table(start), strict=True):
+            assert torch.equal(found, expected)
+    assert sum("rope_table" in name for name in called) == 1 and not any("sin" in name for name in called)
+    torch.library.opcheck(torch.ops.blip3o.rope_table.default, (torch.arange(6).view(2, 3), 8, 100.0))
 
 
 def test_add_rms_norm_is_the_sum_and_the_norm() -> None:

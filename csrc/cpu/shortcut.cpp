@@ -255,17 +255,23 @@ Object attention(ARGUMENTS) {
   call.require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1);
   if (call.stops()) return nothing();
   const int64_t scores = a.batch * a.heads * a.tokens * a.keys, token = a.heads * a.head_dim;
-  const bool dense = query.strides[0] == a.tokens * token && query.strides[1] == a.head_dim && query.strides[2] == token;
+  const bool dense = (a.batch == 1 || query.strides[0] == a.tokens * token) && query.strides[1] == a.head_dim &&
+                     (a.tokens == 1 || query.strides[2] == token);
   const bool small = a.batch * a.tokens * token * (query.bits / 8) < LARGE;
   const Result y = dense && small && a.value_dim == a.head_dim ? like(arguments[1], query) : tokens_first(arguments[1], a.value_dim);
   if (!y.object) return nullptr;
   const int64_t widths = (a.head_dim + 31) / 32 * 32 + (a.value_dim + 31) / 32 * 32;
   a.threads = call.threads(scores), a.workspace_floats = 192 * widths + 4096;  // as native_ops/attention.py has it
+  const int64_t rows[3] = {a.batch, a.heads, a.tokens};
+  const Result log_sum = call.saving ? floats(rows, 3) : Result(nullptr);
+  const Object both[] = {y.object, log_sum.object}, result = call.saving ? together(both, 2) : y.object;
+  if (!result) return nullptr;
   const Result workspace = floats(a.threads * a.workspace_floats + (a.keys > 256 ? 512 * (a.value_dim + 33) : 0), true);
   if (!workspace.object) {
-    Py_DecRef(y.object);
+    Py_DecRef(result);
     return nullptr;
   }
+  a.log_sum = static_cast<float*>(log_sum.tensor.data), a.log_sum_head = a.tokens, a.log_sum_token = 1;
   a.y = y.tensor.data, a.query = query.data, a.key = key.data, a.value = value.data;
   a.workspace = static_cast<float*>(workspace.tensor.data);
   a.y_batch = a.tokens * a.heads * a.value_dim, a.y_head = a.value_dim, a.y_token = a.heads * a.value_dim;
@@ -275,7 +281,7 @@ Object attention(ARGUMENTS) {
   a.dtype = dtype(query), a.instruction_set = call.instruction_set;
   const int status = run(blip3o_cpu_attention, a, scores * widths / 16);
   Py_DecRef(workspace.object);
-  return finished(status, y.object);
+  return finished(status, result);
 }
 
 struct Method {  // CPython's PyMethodDef

@@ -299,13 +299,15 @@ Result tokens_first(Object x, int64_t width) {
   return Result(made);
 }
 
-// float32 numbers: of a tensor's own, or memory of memory.py's `scratch`.
-Result floats(int64_t number, bool lent = false) {
-  const Object tuple = tuple_of(&number, 1);
+// float32 numbers: a tensor of its own, or memory of memory.py's `scratch`.
+Result floats(const int64_t* shape, int dims, bool lent = false) {
+  const Object tuple = tuple_of(shape, dims);
   const Object made = tuple ? PyObject_Call(lent ? known->scratch : known->empty, tuple, lent ? nullptr : known->float32) : nullptr;
   if (tuple) Py_DecRef(tuple);
   return Result(made);
 }
+
+Result floats(int64_t number, bool lent = false) { return floats(&number, 1, lent); }
 
 // A tuple of results, which it takes over; null if one of them is.
 Object together(Object const* results, int number) {

@@ -93,6 +93,7 @@ def reference(
 
 
 _shortcut = shortcut("attention")
+_saving_shortcut = _shortcut  # asked for the log-sum-exp, too: below torch's dispatcher
 
 
 def attention(
@@ -198,6 +199,32 @@ def _fake_backward(dy: Tensor, y: Tensor, log_sum: Tensor, *inputs: Any) -> tupl
     return tuple(torch.empty_like(strides.last_adjacent(x)) for x in inputs[:3])
 
 
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    causal: bool,
+    left: int,
+    right: int,
+    softcap: float,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The shortcut, too: for one token the call is the cost in a compiled graph as well."""
+    plainest = mask is cu_seqlens_q is cu_seqlens_k is None and left == right == -1 and not softcap
+    if plainest and dispatch.shortcut >= 0 and backend == "native":
+        results: tuple[Tensor, Tensor] | None
+        results = _saving_shortcut(dispatch.shortcut, query, key, value, 0.0, causal, scale, True, True)
+        if results is not None:
+            return results
+    inputs = (query, key, value, mask, cu_seqlens_q, cu_seqlens_k)
+    found: tuple[Tensor, Tensor] = body("attention", backend).forward(*inputs, causal, left, right, softcap, scale)
+    return found
+
+
 def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
     context.save_for_backward(*results, *inputs[:6])
     context.options = inputs[6:]
@@ -247,6 +274,7 @@ _forward_op, _apply = differentiable(
     backward_flops=lambda dy, y, log_sum, query, key, value, *_, **__: _flops(query, key, value) * 5 // 2,
     setup=_setup,
     gradients=_gradients,
+    forward=_forward,
     hidden=True,
 )
 torch.library.register_vmap("blip3o::attention", _batched, lib=LIBRARY)

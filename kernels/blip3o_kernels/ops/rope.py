@@ -25,7 +25,7 @@ from .. import checks, dispatch
 from ..bodies import NATIVE_CPU, NATIVE_CUDA, TRITON, body
 from ..checks import FLOATING, STRIDED
 from ..dispatch import Op, choose, direct, transformed
-from ..registered import LIBRARY, differentiable
+from ..registered import LIBRARY, differentiable, register
 from ..samples import Draw, Sample
 from ..shortcut import shortcut
 
@@ -159,9 +159,25 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
     """cos and sin, float32 [..., dim/2], of positions[...] * theta^(-2i/dim). Angles are computed in float64."""
     if dim % 2:
         checks.fail("dim", "an even number", dim)
+    return _table_op(positions, dim, theta) if is_compiling() else _table(positions, dim, theta)
+
+
+def _table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
     angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+
+
+def _fake_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, dim // 2)
+    return positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32)
+
+
+# For compiled graphs: into each use of a table's formula Inductor puts its powers, sines and cosines, again for every head
+# of every block.
+_table_op = register(
+    "rope_table(Tensor positions, int dim, float theta) -> (Tensor, Tensor)", _table, _fake_table, lambda *_, **__: 0
+)
 
 
 def rope_table_multimodal(positions: Tensor, dim: int, theta: float, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -189,10 +205,8 @@ def rope_table_2d(
     if dim % 4:
         checks.fail("dim", "a multiple of 4", dim)
     index = torch.arange(height * width, device=device)
-    rows = rope_table(index // width, dim // 2, theta)
-    columns = rope_table(index % width, dim // 2, theta)
-    cos, sin = (torch.stack(pair, dim=-1).flatten(-2) for pair in zip(rows, columns, strict=True))
-    return cos, sin
+    cos, sin = rope_table(torch.stack([index // width, index % width]), dim // 2, theta)  # [2, height width, dim/4]
+    return torch.stack([*cos], dim=-1).flatten(-2), torch.stack([*sin], dim=-1).flatten(-2)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
