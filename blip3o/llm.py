@@ -41,8 +41,8 @@ class KvCache:
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch and capacity must be positive, got {batch} and {capacity}")
-        # Of each block [B, G, capacity, K]. In memory of their own: of one tensor for all, torch.compile writes each block's
-        # part by copying the whole.
+        # Of each block [B, G, capacity, K]. In memory of their own: of one tensor for all, a compiled graph writes each
+        # block's part by copying the whole.
         shape = (batch, config.num_kv_heads, capacity, config.head_dim)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.depth)]

@@ -100,7 +100,7 @@ def test_queries_of_attention(heads: int, groups: int, tokens: int, keys: int, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("batch, tokens", [(1, 1), (2, 1), (2, 9)])
 def test_attention_below_the_dispatcher(batch: int, tokens: int, dtype: torch.dtype) -> None:
-    """As a compiled graph calls it: the log-sum-exp comes too, and where a window or a mask is given nothing changes."""
+    """As a compiled graph calls it: the log-sum-exp comes too. With a window or a mask it goes the ordinary way."""
     op, draw = next(op for op in OPS if op.name == "attention"), Draw(dtype, "cpu")
     way, taken = watched(op)
     query = draw(batch, tokens, 6, 32)[:, :, :4].transpose(1, 2)  # a part of a projection

@@ -173,8 +173,8 @@ def _fake_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tens
     return positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32)
 
 
-# For compiled graphs: into each use of a table's formula Inductor puts its powers, sines and cosines, again for every head
-# of every block.
+# For compiled graphs: a formula's powers, sines and cosines Inductor puts into each use of the table, again for every
+# head of every block.
 _table_op = register(
     "rope_table(Tensor positions, int dim, float theta) -> (Tensor, Tensor)", _table, _fake_table, lambda *_, **__: 0
 )
