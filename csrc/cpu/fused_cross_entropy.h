@@ -21,7 +21,7 @@ struct Sizes {
   explicit Sizes(const Arguments& a)
       : rows(padded(a.rows, STEP)), width(padded(a.width, 64)),
         words(smaller(padded(larger(1024, (1 << 19) / rows), PART), padded(a.vocab, STEP))),
-        round(words >= a.vocab && words * width <= SMALL ? smaller(rows, 512) : rows) {}
+        round(words >= a.vocab && words * width <= SMALL ? smaller(rows, 1024) : rows) {}
   int64_t height(int64_t row) const { return smaller(BLOCK, rows - row); }  // of the block that begins there
   int64_t own() const { return larger(PART * PART / 2, STEP * width); }  // floats that each thread needs
   int64_t floats(const Arguments& a) const {

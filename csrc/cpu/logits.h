@@ -53,14 +53,18 @@ static constexpr int64_t DEPTH = 128;   // terms of a product whose right factor
 template <class T>
 static void lay_right(float* to, const Arguments& a, const Sizes& s, int64_t row, int64_t top, int64_t end) {
   const int64_t panel = row / PANEL * PANEL;
-  lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel),
-              static_cast<const T*>(a.x) + row * a.x_stride, a.x_stride, smaller(STEP, end - row), a.width);
+  const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
+  lay_columns(to + (panel - top) * s.width + row - panel, smaller(PANEL, s.rows - panel), smaller(STEP, end - row), a.width,
+              [&](int64_t i, int64_t k, int64_t count) {
+                ahead(x + (i + STEP) * a.x_stride + k);
+                return load_some(x + i * a.x_stride + k, count);
+              });
 }
 
 template <class T>
 static void lay_terms(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
   const T* x = static_cast<const T*>(a.x);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
   for (int64_t row = top; row < end; ++row)
     for (int64_t i = 0; i < s.width; i += LANES)
       store(to + (i / PANEL * s.round + row - top) * PANEL + i % PANEL,

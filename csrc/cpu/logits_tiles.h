@@ -21,16 +21,23 @@ static inline void put_block(bfloat16* to, int64_t step, const float* from, int6
 
 template <>
 void lay_right<bfloat16>(float* to, const Arguments& a, const Sizes&, int64_t row, int64_t top, int64_t end) {
-  lay_tiles<false, true>(to + (row - top) * padded(a.width, TERMS) / 2, static_cast<const bfloat16*>(a.x) + row * a.x_stride,
-                         a.x_stride, smaller(STEP, end - row), a.width);
+  const bfloat16* x = static_cast<const bfloat16*>(a.x) + row * a.x_stride;
+  for (int64_t i = STEP; i < 2 * STEP; ++i)
+    for (int64_t k = 0; k < a.width; k += TERMS) ahead(x + i * a.x_stride + k);
+  lay_tiles<false, true>(to + (row - top) * padded(a.width, TERMS) / 2, x, a.x_stride, smaller(STEP, end - row), a.width);
 }
 
 template <>
 void lay_terms<bfloat16>(float* to, const Arguments& a, const Sizes& s, int64_t top, int64_t end) {
   const bfloat16* x = static_cast<const bfloat16*>(a.x);
-#pragma omp for schedule(static)
-  for (int64_t c = 0; c < a.width; c += STEP)
-    lay_tiles<true, false>(to + c * s.round / 2, x + top * a.x_stride + c, a.x_stride, end - top, smaller(STEP, a.width - c));
+#pragma omp for schedule(static) nowait
+  for (int64_t row = top; row < end; row += TERMS)
+    for (int64_t c = 0; c < a.width; c += STEP) {
+      const int64_t some = smaller(STEP, a.width - c), tiles = padded(some, SIDE) / SIDE;
+      for (int64_t i = row + TERMS; i < row + 2 * TERMS; ++i) ahead(x + i * a.x_stride + c);
+      lay_tiles<true, false>(to + c * s.round / 2 + (row - top) / TERMS * tiles * TILE, x + row * a.x_stride + c, a.x_stride,
+                             smaller(TERMS, end - row), some);
+    }
 }
 
 template <>
