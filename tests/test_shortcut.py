@@ -131,6 +131,7 @@ def calls() -> dict[str, tuple[tuple[object, ...], dict[str, object]]]:
         "modulate": ((x, condition), {"weight": draw(8)}),
         "gated_residual": ((x, x, condition), {"weight": draw(8)}),
         "rope": ((draw(2, 2, 3, 8), table, table), {}),
+        "qk_norm_rope": ((draw(2, 2, 3, 8), draw(2, 1, 3, 8), draw(8), draw(8), table, table), {"norm": "layer"}),
         "swiglu": ((x,), {}),
         "timestep_embedding": ((draw(3), 8), {}),
         "flow_timesteps": ((torch.arange(3), 1), {}),

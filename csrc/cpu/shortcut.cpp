@@ -235,6 +235,45 @@ Object flow_step(ARGUMENTS) {
   return finished(run(blip3o_cpu_flow_step, a, a.elements), y.object);
 }
 
+Object qk_norm_rope(ARGUMENTS) {
+  Call call(arguments, given, 13);
+  blip3o_qk_norm_rope_arguments a{};
+  const View query = call.tensor(), key = call.tensor(true), query_weight = call.tensor(), key_weight = call.tensor(true);
+  const View query_bias = call.optional(), key_bias = call.optional(true), cos = call.tensor(), sin = call.tensor();
+  a.eps = static_cast<float>(call.number(0.0)), a.centred = call.either(known->layer, known->rms);
+  a.across_width = call.either(known->width, known->head), a.interleaved = call.either(known->yes, known->no);
+  call.require(dtype(query) >= 0 && dtype(key) == dtype(query) && query.dims == 4 && key.dims == 4);
+  call.require(dtype(cos) == BLIP3O_FLOAT32 && dense(cos) && alike(cos, sin));
+  if (call.stops()) return nothing();
+  a.batch = query.shape[0], a.heads = query.shape[1], a.tokens = query.shape[2], a.head_dim = query.shape[3];
+  a.groups = key.shape[1], a.half = last(cos), a.table_stride = cos.dims == 3 ? a.tokens * a.half : 0;
+  call.require(key.shape[0] == a.batch && key.shape[2] == a.tokens && key.shape[3] == a.head_dim);
+  call.require((cos.dims == 2 || (cos.dims == 3 && cos.shape[0] == a.batch)) && cos.shape[cos.dims - 2] == a.tokens);
+  call.require(2 * a.half <= a.head_dim && query.strides[3] == 1 && key.strides[3] == 1);
+  call.require(!a.across_width || (query.strides[1] == a.head_dim && key.strides[1] == a.head_dim));
+  a.dtype = dtype(query), a.parameter_dtype = dtype(query_weight);
+  call.require(a.parameter_dtype == a.dtype || a.parameter_dtype == BLIP3O_FLOAT32);
+  const auto row = [&](const View& p, int64_t heads) {
+    const int64_t width = (a.across_width ? heads : 1) * a.head_dim;
+    return p.dims == 1 && p.shape[0] == width && (p.strides[0] == 1 || width < 2) && dtype(p) == a.parameter_dtype;
+  };
+  call.require(row(query_weight, a.heads) && row(key_weight, a.groups));
+  call.require((!query_bias.dims || row(query_bias, a.heads)) && (!key_bias.dims || row(key_bias, a.groups)));
+  if (call.stops()) return nothing();
+  const Result query_y = tokens_first(arguments[1], a.head_dim), key_y = tokens_first(arguments[2], a.head_dim);
+  const Object both[] = {query_y.object, key_y.object}, result = together(both, 2);
+  if (!result) return nullptr;
+  a.query_y = query_y.tensor.data, a.key_y = key_y.tensor.data, a.query = query.data, a.key = key.data;
+  a.query_weight = query_weight.data, a.key_weight = key_weight.data;
+  a.query_bias = query_bias.data, a.key_bias = key_bias.data;
+  a.cos = static_cast<const float*>(cos.data), a.sin = static_cast<const float*>(sin.data);
+  a.query_batch = query.strides[0], a.query_head = query.strides[1], a.query_token = query.strides[2];
+  a.key_batch = key.strides[0], a.key_head = key.strides[1], a.key_token = key.strides[2];
+  const int64_t elements = count(query) + count(key);
+  a.instruction_set = call.instruction_set, a.threads = call.threads(elements);
+  return finished(run(blip3o_cpu_qk_norm_rope, a, elements), result);
+}
+
 // Of few queries, without a mask, a window, a softcap or packed sequences.
 Object attention(ARGUMENTS) {
   Call call(arguments, given, 8);
@@ -299,6 +338,7 @@ Method methods[] = {
     {"modulate", modulate, 0x80, nullptr},
     {"gated_residual", gated_residual, 0x80, nullptr},
     {"rope", rope, 0x80, nullptr},
+    {"qk_norm_rope", qk_norm_rope, 0x80, nullptr},
     {"swiglu", swiglu, 0x80, nullptr},
     {"timestep_embedding", timestep_embedding, 0x80, nullptr},
     {"flow_timesteps", flow_timesteps, 0x80, nullptr},

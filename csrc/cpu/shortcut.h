@@ -60,7 +60,7 @@ struct ExchangeTable {  // DLPackExchangeAPI, version 1
   void* stream;
 };
 
-// What a DLTensor says, to be kept: other Python code may change a tensor's shape as soon as Python allocates something, for then
+// What a DLTensor says, to be kept, null for `data` where there are no elements: other Python code may change a tensor's shape as soon as Python allocates something, for then
 // it may collect garbage, whose finalisers are anybody's.
 struct View {
   void* data;
@@ -77,7 +77,7 @@ struct Handles {
   Object modes, function_modes, tracing, transforms, forward_mode;  // the last a module with `level`
   Object grad_enabled, threads, is_neg;
   Object empty_like, large_like, new_empty, tokens_first, empty, scratch, float32;  // the last: keywords
-  Object rms, layer, uniform, logit_normal;
+  Object rms, layer, uniform, logit_normal, head, width;
 } const* known;
 
 const int64_t LARGE = 1 << 20;  // memory.py's
@@ -126,7 +126,7 @@ struct Call {
 
   void require(bool condition) { fits = fits && condition; }
 
-  View tensor() {
+  View tensor(bool maybe_empty = false) {
     if (!fits) return {};
     const Object object = *next++;
     fits = is(object, known->tensor, known->parameter);
@@ -138,22 +138,22 @@ struct Call {
     if (fits) {
       fits = settled(PyObject_CallFunctionObjArgs(known->is_neg, object, nullptr)) == known->no;
     }
-    return fits ? read(object) : View{};
+    return fits ? read(object, maybe_empty) : View{};
   }
 
-  View read(Object object) {
+  View read(Object object, bool maybe_empty) {
     DLTensor x{};
     fits = !known->torch->tensor_from_object(object, &x);
     if (!fits) PyErr_Clear();
-    require(x.data && x.device_type == 1 && x.lanes == 1 && !x.offset && x.dims <= 8);  // empty tensors go the ordinary way
+    require((x.data || maybe_empty) && x.device_type == 1 && x.lanes == 1 && !x.offset && x.dims <= 8);
     if (!fits) return {};
     View view{x.data, x.dims, x.type, x.bits, {}, {}};
     for (int i = 0; i < x.dims; ++i) view.shape[i] = x.shape[i], view.strides[i] = x.strides[i];
     return view;
   }
 
-  View optional() {  // with null as its data where it is None
-    if (!fits || *next != known->none) return tensor();
+  View optional(bool maybe_empty = false) {  // with null as its data where it is None
+    if (!fits || *next != known->none) return tensor(maybe_empty);
     ++next;
     return {};
   }

@@ -35,7 +35,7 @@ _OBJECTS: tuple[object, ...] = (
     *(torch.is_grad_enabled, torch.get_num_threads, Tensor.is_neg),
     *(torch.empty_like, memory.empty_like, Tensor.new_empty, memory.tokens_first, torch.empty, memory.scratch),
     {"dtype": torch.float32},
-    *map(sys.intern, ("rms", "layer", "uniform", "logit_normal")),
+    *map(sys.intern, ("rms", "layer", "uniform", "logit_normal", "head", "width")),
 )
 
 

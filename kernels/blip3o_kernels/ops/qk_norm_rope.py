@@ -31,6 +31,7 @@ from ..checks import LARGEST, STRIDED
 from ..dispatch import Op, choose, direct, plain, transformed, wanted
 from ..registered import differentiable
 from ..samples import Draw, Sample
+from ..shortcut import shortcut
 from ..strides import tokens_first
 from . import rope
 
@@ -66,6 +67,9 @@ def reference(
     return one(query, query_weight, query_bias), one(key, key_weight, key_bias)
 
 
+_shortcut = shortcut("qk_norm_rope")
+
+
 def qk_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -82,6 +86,13 @@ def qk_norm_rope(
     interleaved: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """rope(norm(query)) and rope(norm(key)); see the module's docstring."""
+    result: tuple[Tensor, Tensor]
+    compiling = is_compiling()
+    if dispatch.shortcut >= 0 and not compiling:
+        tensors = (query, key, query_weight, key_weight, query_bias, key_bias)
+        result = _shortcut(dispatch.shortcut, *tensors, cos, sin, eps, norm, across, interleaved)
+        if result is not None:
+            return result
     checks.floating("query", query)
     dtype, shape = query.dtype, query.shape
     if len(shape) != 4 or not shape[3]:
@@ -112,7 +123,6 @@ def qk_norm_rope(
     if type(eps) is not float or not 0.0 <= eps <= LARGEST:
         eps = checks.eps(eps)
     checks.flag("interleaved", interleaved)
-    compiling = is_compiling()
     # Compiled, the formula is left for Inductor to fuse with its neighbours.
     backend = "reference" if dispatch.forced is None and (compiling or transformed()) else choose(OP, query)
     if backend == "reference":
@@ -141,7 +151,6 @@ def qk_norm_rope(
         query_bias, key_bias = (None if p is None else p.to(torch.float32) for p in (query_bias, key_bias))
     tensors = (query, key, query_weight, key_weight, query_bias, key_bias)
     options = (cos, sin, eps, norm == "layer", across == "width", interleaved)
-    result: tuple[Tensor, Tensor]
     if compiling or not (direct(query, key, cos) and plain(sin, query_weight, key_weight, query_bias, key_bias)):
         result = _forward_op(*tensors, *options, backend)
         return result
