@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import cycle
 from pathlib import Path
 
 from measure import OURS, Row, groups
@@ -59,8 +60,8 @@ def point(row: Row) -> tuple[float, float]:
     return row.intensity, row.intensity * row.gbps
 
 
-def panel(dtype: str, rows: Sequence[Row], limits: Sequence[Row]) -> str:
-    """The plot of one dtype as SVG."""
+def panel(dtype: str, rows: Sequence[Row], limits: Sequence[Row], colours: dict[str, str]) -> str:
+    """The plot of one dtype as SVG. colours: of the ops, the same in every plot."""
     copy = next(row.gbps for row in limits if row.gbps)
     product = next(1e3 * row.tflops for row in limits if row.tflops and row.dtype == dtype)
     assert copy is not None
@@ -82,7 +83,7 @@ def panel(dtype: str, rows: Sequence[Row], limits: Sequence[Row]) -> str:
     parts.append('<polyline class="roof" points="' + " ".join(f"{x:.1f},{y:.1f}" for x, y in roof) + '"/>')
     names = list(dict.fromkeys(row.op for row, _ in pairs))
     for best, peer in pairs:
-        colour = COLOURS[names.index(best.op) % len(COLOURS)]
+        colour = colours[best.op]
         x, y = axes.place(*point(best))
         title = f"<title>{escape(' '.join(best.key[:4]))}: {best.median_us:.1f} µs</title>"
         if peer:
@@ -94,8 +95,7 @@ def panel(dtype: str, rows: Sequence[Row], limits: Sequence[Row]) -> str:
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">{title}</circle>')
     for i, name in enumerate(names):
         y = TOP + 18 * i
-        colour = COLOURS[i % len(COLOURS)]
-        parts.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{y}" r="4" fill="{colour}"/>')
+        parts.append(f'<circle cx="{WIDTH - RIGHT + 18}" cy="{y}" r="4" fill="{colours[name]}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 28}" y="{y + 4}">{escape(name)}</text>')
     title = f"{dtype}: copy {copy:.1f} GB/s, products {product:.0f} GFLOP/s; full: ours, hollow: the best peer"
     parts.append(f'<text class="title" x="{LEFT}" y="26">{escape(title)}</text>')
@@ -116,9 +116,11 @@ def plot(folder: Path, rows: Iterable[Row]) -> list[Path]:
     if not limits:
         raise ValueError("rows: expected the limits of the run among them, found none")
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row.op != "limit"]
+    colours = dict(zip(dict.fromkeys(row.op for row in rows), cycle(COLOURS), strict=False))
     written = []
-    for dtype in dict.fromkeys(row.dtype for row in rows if row.op != "limit"):
+    for dtype in dict.fromkeys(row.dtype for row in rows):
         path = folder / f"roofline_{dtype}.svg"
-        path.write_text(panel(dtype, [row for row in rows if row.op != "limit" and row.dtype == dtype], limits))
+        path.write_text(panel(dtype, [row for row in rows if row.dtype == dtype], limits, colours))
         written.append(path)
     return written

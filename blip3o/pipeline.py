@@ -81,7 +81,7 @@ class Pipeline:
 
         There is a graph for each kind of call (with a mask or a cache, one row or more, ...), more kinds than torch
         makes graphs of by itself before it goes on without them: its limit is raised. And numbers such as a norm's eps
-        become constants: otherwise each is a tensor made at every call.
+        become constants: otherwise each is a tensor made at every call. Both are settings of the process.
         """
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         torch._dynamo.config.specialize_float = True

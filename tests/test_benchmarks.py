@@ -6,6 +6,7 @@ import argparse
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -260,6 +261,15 @@ def test_the_program(tmp_path: Path) -> None:
     assert f"rows slower than in {tmp_path / 'b.json'}" in again.stdout
     wrong = subprocess.run([*command, "--peers", "apex"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert wrong.returncode == 2 and "transformers" in wrong.stderr and "apex" in wrong.stderr
+
+
+def test_an_op_has_its_colour_in_every_plot(tmp_path: Path) -> None:
+    timed = {"gbps": 1.0, "tflops": 1.0, "intensity": 1.0}
+    rows = [row("native", 1, op="rope", **timed), row("native", 1, op="swiglu", **timed)]
+    rows += [row("native", 1, op="swiglu", **timed, dtype="bfloat16")]
+    rows += [row("copy", 1, op="limit", dtype=dtype, gbps=1.0, tflops=1.0) for dtype in ("float32", "bfloat16")]
+    found = [re.findall(r'fill="([^"]+)"/><text[^>]*>swiglu<', x.read_text()) for x in roofline.plot(tmp_path, rows)]
+    assert len(found) == 2 and found[0] == found[1] != []
 
 
 def test_a_plot_needs_the_limits() -> None:

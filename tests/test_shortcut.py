@@ -178,6 +178,21 @@ def test_only_the_ordinary_case_takes_it(op: Op) -> None:
             assert not any(taken)
 
 
+def test_an_empty_key_and_one_of_zeros() -> None:
+    """No key is ordinary. What torch knows to be zeros has no memory either, but elements."""
+    op = next(op for op in OPS if op.name == "qk_norm_rope")
+    way, taken = watched(op)
+    (query, key, *rest), options = calls()[op.name]
+    zeros = torch._efficientzerotensor
+    with shortcuts(op, way):
+        _, none = op.function(query, key[:, :0], *rest, **options)
+        _, turned = op.function(query, zeros(key.shape), *rest, **options)
+        op.function(query, key, rest[0], zeros(rest[1].shape), *rest[2:], **options)
+        op.function(query, key, *rest, key_bias=zeros(rest[1].shape), **options)
+    assert taken == [True, False, False, False]
+    assert none.shape == (2, 0, 3, 8) and turned.shape == key.shape and not turned.any()
+
+
 def test_compiled_it_does_not_exist() -> None:
     way, taken = watched(next(op for op in OPS if op.name == "rms_norm"))
     with shortcuts(next(op for op in OPS if op.name == "rms_norm"), way), torch.no_grad():

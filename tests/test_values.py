@@ -185,12 +185,22 @@ def test_a_rope_table_is_one_op_of_a_compiled_graph() -> None:
     def table(start: int) -> tuple[Tensor, Tensor]:
         return rope_table(torch.arange(start, start + 5), 8, 100.0)
 
+    def angles(positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_table(positions, 8, 100.0)
+
     compiled = torch.compile(table, backend=backend, fullgraph=True, dynamic=True)
     for start in (3, 40):
         for found, expected in zip(compiled(start), table(start), strict=True):
             assert torch.equal(found, expected)
     assert sum("rope_table" in name for name in called) == 1 and not any("sin" in name for name in called)
-    torch.library.opcheck(torch.ops.blip3o.rope_table.default, (torch.arange(6).view(2, 3), 8, 100.0))
+    positions = torch.arange(10).view(2, 5)
+    for given in (positions, positions.t(), positions[:1].expand(3, 5)):
+        torch.library.opcheck(torch.ops.blip3o.rope_table.default, (given, 8, 100.0))
+    learned = torch.arange(3.0, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(f(learned)[0].sum(), learned)[0] for f in (angles, torch.compile(angles, backend="eager"))
+    ]
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def test_add_rms_norm_is_the_sum_and_the_norm() -> None:

@@ -253,12 +253,13 @@ Object qk_norm_rope(ARGUMENTS) {
   call.require(!a.across_width || (query.strides[1] == a.head_dim && key.strides[1] == a.head_dim));
   a.dtype = dtype(query), a.parameter_dtype = dtype(query_weight);
   call.require(a.parameter_dtype == a.dtype || a.parameter_dtype == BLIP3O_FLOAT32);
-  const auto row = [&](const View& p, int64_t heads) {
+  const auto parameter = [&](const View& p, int64_t heads) {
     const int64_t width = (a.across_width ? heads : 1) * a.head_dim;
     return p.dims == 1 && p.shape[0] == width && (p.strides[0] == 1 || width < 2) && dtype(p) == a.parameter_dtype;
   };
-  call.require(row(query_weight, a.heads) && row(key_weight, a.groups));
-  call.require((!query_bias.dims || row(query_bias, a.heads)) && (!key_bias.dims || row(key_bias, a.groups)));
+  call.require(parameter(query_weight, a.heads) && parameter(key_weight, a.groups));
+  call.require(!query_bias.dims || parameter(query_bias, a.heads));
+  call.require(!key_bias.dims || parameter(key_bias, a.groups));
   if (call.stops()) return nothing();
   const Result query_y = tokens_first(arguments[1], a.head_dim), key_y = tokens_first(arguments[2], a.head_dim);
   const Object both[] = {query_y.object, key_y.object}, result = together(both, 2);

@@ -60,7 +60,7 @@ struct ExchangeTable {  // DLPackExchangeAPI, version 1
   void* stream;
 };
 
-// What a DLTensor says, to be kept, null for `data` where there are no elements: other Python code may change a tensor's shape as soon as Python allocates something, for then
+// What a DLTensor says, to be kept: other Python code may change a tensor's shape as soon as Python allocates something, for then
 // it may collect garbage, whose finalisers are anybody's.
 struct View {
   void* data;
@@ -145,10 +145,12 @@ struct Call {
     DLTensor x{};
     fits = !known->torch->tensor_from_object(object, &x);
     if (!fits) PyErr_Clear();
-    require((x.data || maybe_empty) && x.device_type == 1 && x.lanes == 1 && !x.offset && x.dims <= 8);
+    require(x.device_type == 1 && x.lanes == 1 && !x.offset && x.dims <= 8);
     if (!fits) return {};
     View view{x.data, x.dims, x.type, x.bits, {}, {}};
-    for (int i = 0; i < x.dims; ++i) view.shape[i] = x.shape[i], view.strides[i] = x.strides[i];
+    bool empty = false;
+    for (int i = 0; i < x.dims; ++i) view.shape[i] = x.shape[i], view.strides[i] = x.strides[i], empty = empty || !x.shape[i];
+    require(x.data || (maybe_empty && empty));  // null have also those that torch knows to be all zeros
     return view;
   }
 

@@ -159,12 +159,13 @@ def rope_table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tenso
     """cos and sin, float32 [..., dim/2], of positions[...] * theta^(-2i/dim). Angles are computed in float64."""
     if dim % 2:
         checks.fail("dim", "an even number", dim)
-    return _table_op(positions, dim, theta) if is_compiling() else _table(positions, dim, theta)
+    whole = is_compiling() and not positions.requires_grad
+    return _table_op(positions, dim, theta) if whole else _table(positions, dim, theta)
 
 
 def _table(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
-    angles = positions.to(torch.float64).unsqueeze(-1) * frequencies
+    angles = positions.contiguous().to(torch.float64).unsqueeze(-1) * frequencies
     return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
 
 
@@ -206,7 +207,7 @@ def rope_table_2d(
         checks.fail("dim", "a multiple of 4", dim)
     index = torch.arange(height * width, device=device)
     cos, sin = rope_table(torch.stack([index // width, index % width]), dim // 2, theta)  # [2, height width, dim/4]
-    return torch.stack([*cos], dim=-1).flatten(-2), torch.stack([*sin], dim=-1).flatten(-2)
+    return torch.stack(cos.unbind(), dim=-1).flatten(-2), torch.stack(sin.unbind(), dim=-1).flatten(-2)
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> Iterator[Sample]:
