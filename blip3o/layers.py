@@ -103,7 +103,8 @@ _onednn = RLock()
 def _without_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by torch's own code: oneDNN's switch is the process's, so one thread at a time.
 
-    What other threads multiply meanwhile goes without it, too; who else turns the switch meanwhile may find it turned back.
+    What other threads multiply meanwhile goes without it, too. Who else turns the switch meanwhile may find it turned
+    back.
     """
     with _onednn:
         enabled = torch._C._get_mkldnn_enabled()
