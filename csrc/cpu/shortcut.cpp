@@ -258,8 +258,9 @@ Object qk_norm_rope(ARGUMENTS) {
     return p.dims == 1 && p.shape[0] == width && (p.strides[0] == 1 || width < 2) && dtype(p) == a.parameter_dtype;
   };
   call.require(parameter(query_weight, a.heads) && parameter(key_weight, a.groups));
-  call.require(!query_bias.dims || parameter(query_bias, a.heads));
-  call.require(!key_bias.dims || parameter(key_bias, a.groups));
+  const auto none = [](const View& p) { return !p.data && !p.dims; };
+  call.require(none(query_bias) || parameter(query_bias, a.heads));
+  call.require(none(key_bias) || parameter(key_bias, a.groups));
   if (call.stops()) return nothing();
   const Result query_y = tokens_first(arguments[1], a.head_dim), key_y = tokens_first(arguments[2], a.head_dim);
   const Object both[] = {query_y.object, key_y.object}, result = together(both, 2);
@@ -295,8 +296,7 @@ Object attention(ARGUMENTS) {
   call.require(query.strides[3] == 1 && key.strides[3] == 1 && value.strides[3] == 1);
   if (call.stops()) return nothing();
   const int64_t scores = a.batch * a.heads * a.tokens * a.keys, token = a.heads * a.head_dim;
-  const bool dense = (a.batch == 1 || query.strides[0] == a.tokens * token) && query.strides[1] == a.head_dim &&
-                     (a.tokens == 1 || query.strides[2] == token);
+  const bool dense = query.strides[0] == a.tokens * token && query.strides[1] == a.head_dim && query.strides[2] == token;
   const bool small = a.batch * a.tokens * token * (query.bits / 8) < LARGE;
   const Result y = dense && small && a.value_dim == a.head_dim ? like(arguments[1], query) : tokens_first(arguments[1], a.value_dim);
   if (!y.object) return nullptr;

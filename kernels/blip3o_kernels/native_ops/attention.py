@@ -80,9 +80,9 @@ def forward(
     y_batch = tokens * y_token
     if (
         query_head == head_dim == value_dim
-        and (tokens == 1 or query_token == y_token)
-        and (batch == 1 or query_batch == y_batch)
+        and query_token == y_token
         and query.nbytes < LARGE
+        and query_batch == y_batch
     ):
         y = empty_like(query)
     else:
