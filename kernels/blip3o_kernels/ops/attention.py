@@ -199,30 +199,15 @@ def _fake_backward(dy: Tensor, y: Tensor, log_sum: Tensor, *inputs: Any) -> tupl
     return tuple(torch.empty_like(strides.last_adjacent(x)) for x in inputs[:3])
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The shortcut, too: for one token the call is the cost in a compiled graph as well."""
+def _forward(*inputs: Any) -> Any:
+    """By the shortcut where it can be: for one token the call is the cost in a compiled graph as well."""
+    query, key, value, mask, cu_seqlens_q, cu_seqlens_k, causal, left, right, softcap, scale, backend = inputs
     plainest = mask is cu_seqlens_q is cu_seqlens_k is None and left == right == -1 and not softcap
     if plainest and dispatch.shortcut >= 0 and backend == "native":
-        results: tuple[Tensor, Tensor] | None
         results = _saving_shortcut(dispatch.shortcut, query, key, value, 0.0, causal, scale, True, True)
         if results is not None:
             return results
-    inputs = (query, key, value, mask, cu_seqlens_q, cu_seqlens_k)
-    found: tuple[Tensor, Tensor] = body("attention", backend).forward(*inputs, causal, left, right, softcap, scale)
-    return found
+    return body("attention", backend).forward(*inputs[:-1])
 
 
 def _setup(context: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
