@@ -169,15 +169,24 @@ def test_casts_of_frozen_weights_are_made_once_and_change_nothing() -> None:
     assert layers._casts.get() is None
 
 
-@pytest.mark.skipif(not layers._BFLOAT16_DOTS, reason="is about chips with bfloat16 products and without AMX")
 @pytest.mark.parametrize("enabled", [True, False])
-def test_a_row_goes_without_onednn(enabled: bool) -> None:
+def test_a_row_goes_without_onednn(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One row of bfloat16, on any thread; the setting is as it was afterwards, after an error too."""
     draw = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(96, 64, generator=draw).bfloat16(), torch.randn(96, generator=draw).bfloat16()
     x = torch.randn(1, 1, 64, generator=draw).bfloat16()
     exact = (x.double() @ weight.double().t() + bias.double()).bfloat16()
     wrong: list[object] = []
+    switch: set[bool] = set()
+    linear = torch.nn.functional.linear
+
+    def seen(*inputs: Tensor) -> Tensor:
+        switch.add(torch._C._get_mkldnn_enabled())
+        return linear(*inputs)
+
+    monkeypatch.setattr(layers.F, "linear", seen)
+    monkeypatch.setattr(layers, "_AMX", False)  # as on a chip with bfloat16 products and without AMX
+    monkeypatch.setattr(layers, "_BFLOAT16_DOTS", True)
 
     def often() -> None:
         with torch.no_grad():
@@ -195,4 +204,4 @@ def test_a_row_goes_without_onednn(enabled: bool) -> None:
         with torch.no_grad(), pytest.raises(RuntimeError):
             layers.project(x, weight[:, :63], bias)
         assert torch._C._get_mkldnn_enabled() is enabled
-    assert not wrong
+    assert not wrong and switch == {False}
